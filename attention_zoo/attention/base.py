@@ -1,0 +1,241 @@
+"""What every mechanism shares: checks with good errors, masks, heads, rotary embeddings, the cache, auxiliary losses.
+
+Each convention lives here once; a mechanism's own file holds only what its paper adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attention_zoo import ops
+
+__all__ = [
+    "ROPE_LAYOUTS", "apply_rotary", "attend", "auxiliary_loss", "check_choice", "check_grid", "check_head_split", "check_tokens",
+    "extend_cache", "merge_heads", "project_qkv", "reset_children", "resolve_attention_mask", "resolve_head_dim", "split_heads",
+]
+
+ROPE_LAYOUTS = ("half", "interleaved")
+
+
+def resolve_head_dim(dim: int, num_heads: int, head_dim: int | None = None) -> int:
+    """Channels per head: `head_dim` if given, else dim / num_heads.
+
+    Raises:
+        ValueError: numbers that are not positive, or heads that do not divide `dim`; the nearest legal number is named.
+    """
+    if dim < 1 or num_heads < 1 or (head_dim is not None and head_dim < 1):
+        raise ValueError(f"dim, num_heads and head_dim must be positive, got dim={dim}, num_heads={num_heads}, head_dim={head_dim}")
+    if head_dim is not None:
+        return head_dim
+    if dim % num_heads:
+        nearest = min((h for h in range(1, dim + 1) if dim % h == 0), key=lambda h: (abs(h - num_heads), h))
+        raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}; the nearest number of heads that divides it is {nearest}")
+    return dim // num_heads
+
+
+def check_head_split(num_heads: int, num_kv_heads: int) -> None:
+    """Raise ValueError unless the query heads share out evenly over the key/value heads; the nearest legal number is named."""
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        nearest = min((h for h in range(1, num_heads + 1) if num_heads % h == 0), key=lambda h: (abs(h - num_kv_heads), h))
+        raise ValueError(
+            f"num_heads={num_heads} cannot be shared out evenly over num_kv_heads={num_kv_heads}; the nearest that works is {nearest}"
+        )
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def check_tokens(x: Tensor, dim: int, name: str = "x") -> None:
+    """Raise ValueError unless `x` is (B, N, dim)."""
+    if x.ndim != 3 or x.shape[-1] != dim:
+        raise ValueError(f"{name} must be tokens (B, N, C) with C = {dim}, got shape {tuple(x.shape)}")
+
+
+def check_grid(x: Tensor, grid_size: tuple[int, int]) -> tuple[int, int]:
+    """The grid (H, W) of tokens (B, H * W, C), row-major. Raises ValueError when the numbers do not match."""
+    height, width = grid_size
+    if height < 1 or width < 1 or height * width != x.shape[1]:
+        raise ValueError(
+            f"grid_size={(height, width)} stands for {height * width} tokens, x has {x.shape[1]}; "
+            "class and register tokens are not part of the grid"
+        )
+    return height, width
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, N, H * D) -> (B, H, N, D)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, N, D) -> (B, N, H * D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def reset_children(module: nn.Module) -> None:
+    """Call `reset_parameters` of every submodule that has one: PyTorch's defaults, after `to_empty` for instance."""
+    for child in module.children():
+        if hasattr(child, "reset_parameters"):
+            child.reset_parameters()
+        else:
+            reset_children(child)
+
+
+def project_qkv(qkv: nn.Module, x: Tensor, context: Tensor | None, sizes: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """q of `x`, k and v of `context` (of `x` when it is None), from one fused projection with rows [q; k; v] of these sizes."""
+    if context is None:
+        return qkv(x).split(sizes, dim=-1)
+    if type(qkv) is nn.Linear:  # only the rows that are needed
+        (wq, wkv), bias = qkv.weight.split([sizes[0], sizes[1] + sizes[2]]), qkv.bias
+        bq, bkv = (None, None) if bias is None else bias.split([sizes[0], sizes[1] + sizes[2]])
+        q, kv = F.linear(x, wq, bq), F.linear(context, wkv, bkv)
+        return q, *kv.split(sizes[1:], dim=-1)
+    q = qkv(x).split(sizes, dim=-1)[0]  # adapted or quantised: its own forward is the only right one
+    return q, *qkv(context).split(sizes, dim=-1)[1:]
+
+
+def attend(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cross: bool = False,
+    attention_mask: Tensor | None = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    past_key_values: Any = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention with the module's settings: rotate q and k, extend the cache, mask, attend.
+
+    Reads from the module: `is_causal`, `rope_layout`, `attn_drop` (a rate) and `layer_idx`.
+
+    Shape: q (B, H, N, D), k, v (B, H_kv, M, D) -> (B, H, N, D).
+
+    Raises:
+        ValueError: rotary tables or a cache with cross attention, or a mask of another shape.
+    """
+    if cross and (position_embeddings is not None or past_key_values is not None):
+        raise ValueError("cross attention takes neither position_embeddings nor past_key_values: its keys come from context")
+    if position_embeddings is not None:
+        q, k = (apply_rotary(t, position_embeddings, module.rope_layout) for t in (q, k))
+    is_causal, static = module.is_causal, None
+    if past_key_values is not None:
+        k, v, static = extend_cache(module, past_key_values, k, v)
+    mask = resolve_attention_mask(attention_mask, q.shape[2], k.shape[2])
+    if static is not None:
+        is_causal = False  # the bound counts from the end of the keys, which a static cache pads
+        mask = static if mask is None else static & mask if mask.dtype == torch.bool else mask.masked_fill(~static, -torch.inf)
+    return ops.attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, dropout_p=module.attn_drop if module.training else 0.0
+    )
+
+
+def resolve_attention_mask(attention_mask: Tensor | None, num_queries: int, num_keys: int) -> Tensor | None:
+    """One form for the masks that users pass: 4-D, boolean (True = attend) or float (added to the logits).
+
+    Args:
+        attention_mask: (B, N_k) boolean or integer padding, true or 1 = a real token; (N_q, N_k) float, added to the logits; or
+            4-D, broadcastable to (B, H, N_q, N_k), boolean or float.
+
+    Raises:
+        ValueError: another rank or dtype, or a size that fits neither queries nor keys.
+    """
+    if attention_mask is None:
+        return None
+    mask = attention_mask
+    if mask.ndim == 4 and (mask.dtype == torch.bool or mask.is_floating_point()):
+        if mask.shape[-1] not in (1, num_keys) or mask.shape[-2] not in (1, num_queries):
+            raise ValueError(f"attention_mask {tuple(mask.shape)} is not broadcastable to (B, H, {num_queries}, {num_keys})")
+        return mask
+    if mask.ndim == 2 and mask.is_floating_point():
+        if mask.shape != (num_queries, num_keys):
+            raise ValueError(
+                f"a 2-D float attention_mask is added to the logits and must be (N_q, N_k) = {(num_queries, num_keys)}, got "
+                f"{tuple(mask.shape)}; a padding mask (B, N_k) is boolean or integer"
+            )
+        return mask[None, None]
+    if mask.ndim == 2:
+        if mask.shape[-1] != num_keys:
+            raise ValueError(f"a padding mask must be (B, N_k) with N_k = {num_keys} keys (cached ones included), got {tuple(mask.shape)}")
+        return mask.bool()[:, None, None, :]
+    raise ValueError(
+        "attention_mask must be (B, N_k) boolean or integer, (N_q, N_k) float, or 4-D boolean or float; "
+        f"got {mask.dtype} {tuple(mask.shape)}"
+    )
+
+
+def apply_rotary(x: Tensor, position_embeddings: tuple[Tensor, Tensor], layout: str = "half") -> Tensor:
+    """Rotate pairs of channels: x * cos + rotate(x) * sin.
+
+    Args:
+        x: (B, H, N, D).
+        position_embeddings: (cos, sin), each (N, D) or (B, N, D), full width: every angle stands twice.
+        layout: which channels form a pair. "half": i and i + D/2 (Hugging Face's); "interleaved": 2i and 2i + 1 (the RoPE paper's).
+
+    Raises:
+        ValueError: tables whose width or length differ from x's.
+    """
+    cos, sin = position_embeddings
+    if cos.shape[-1] != x.shape[-1] or cos.shape[-2] not in (1, x.shape[-2]) or cos.shape != sin.shape:
+        raise ValueError(
+            f"position_embeddings must be (cos, sin), each (N, head_dim) or (B, N, head_dim) with N = {x.shape[-2]}, head_dim = "
+            f"{x.shape[-1]}; got {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+    if cos.ndim == 3:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # over the heads
+    if layout == "half":
+        a, b = x.chunk(2, dim=-1)
+        rotated = torch.cat([-b, a], dim=-1)
+    else:
+        pairs = x.unflatten(-1, (-1, 2))
+        rotated = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
+    return x * cos.to(x.dtype) + rotated * sin.to(x.dtype)
+
+
+def extend_cache(module: nn.Module, past_key_values: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Append k and v to the module's layer of a Hugging Face cache; returns what to attend to.
+
+    Shape: k, v (B, H_kv, N, D) -> (B, H_kv, N_cached + N, D), and a mask.
+
+    The mask is None unless the cache is static (its tensors are longer than what has been seen): then it is boolean
+    (1, 1, N, N_k), true for the keys up to each query's own, and replaces the causal bound, which would count from the end.
+
+    Raises:
+        ValueError: the module's `layer_idx` is not set.
+    """
+    layer_idx = getattr(module, "layer_idx", None)
+    if layer_idx is None:
+        raise ValueError("past_key_values needs to know the layer: set `layer_idx` on the module, 0 for the first layer")
+    seen, new = past_key_values.get_seq_length(layer_idx), k.shape[2]
+    if isinstance(seen, Tensor):
+        seen = seen.clone()  # static caches count in place
+    k, v = past_key_values.update(k, v, layer_idx)
+    if not isinstance(seen, Tensor) and k.shape[2] <= seen + new:
+        return k, v, None
+    queries = torch.arange(new, device=k.device) + seen
+    return k, v, (torch.arange(k.shape[2], device=k.device) <= queries[:, None])[None, None]
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor:
+    """Mean of the auxiliary losses of the last forward over the layers that have one; 0 when none has.
+
+    A mechanism keeps its loss as `aux_loss` in training mode (None otherwise). Multiply by the paper's weight and add it to the
+    task's loss: `loss + 0.01 * auxiliary_loss(model)`.
+
+    Returns: a scalar on the layers' device, differentiable.
+    """
+    losses = [m.aux_loss for m in model.modules() if isinstance(getattr(m, "aux_loss", None), Tensor)]
+    if losses:
+        return torch.stack([loss.float() for loss in losses]).mean()
+    parameter = next(model.parameters(), None)
+    return torch.zeros((), device=parameter.device if parameter is not None else None)

@@ -1,0 +1,135 @@
+"""Multi-head attention: every token attends to every token; the baseline that all other mechanisms are compared with.
+
+Attention Is All You Need, arXiv 1706.03762, 2017. Parameter names are timm's (`qkv`, `proj`), so that its checkpoints load.
+Deviations: a fully masked row gives 0; rotary embeddings, query/key normalisation and cross attention are options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from attention_zoo.attention.base import (
+    ROPE_LAYOUTS,
+    attend,
+    check_choice,
+    check_tokens,
+    merge_heads,
+    project_qkv,
+    reset_children,
+    resolve_head_dim,
+    split_heads,
+)
+from attention_zoo.registry import PATTERNS, register_attention
+
+
+@register_attention(
+    "mha", title="Attention Is All You Need", arxiv="1706.03762", year=2017, repository="tensorflow/tensor2tensor",
+    patterns=PATTERNS, kv_cache=True, cost="O(N^2 d h)", engines=("flash", "torch", "xformers", "flex"),
+)
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention: every token attends to every token.
+
+        head_i = softmax(q_i k_i^T / sqrt(d)) v_i          y = concat_i(head_i) W_o
+
+    | paper | here |
+    |---|---|
+    | h, d = d_k = d_v | `num_heads`, `head_dim` |
+    | W^Q, W^K, W^V | rows of `qkv`, in this order |
+    | W^O | `proj` |
+
+    Args:
+        dim: channels C of the tokens.
+        num_heads: number of heads h.
+        head_dim: channels d per head; None: dim / num_heads.
+        qkv_bias: whether `qkv` has a bias.
+        qk_norm: normalise q and k per head with `norm_layer` (before any rotation).
+        scale_norm: normalise the concatenated heads before `proj` (timm's option).
+        norm_layer: class of those normalisations, called with the number of channels.
+        proj_bias: whether `proj` has a bias.
+        attn_drop, proj_drop: dropout rates on the attention weights and on the output.
+        is_causal: each token attends to itself and those before it; the last query stands at the last key.
+        rope_layout: channel pairs of `position_embeddings`, "half" or "interleaved".
+        context_dim: channels of `context`; None: dim.
+
+    Shape: x (B, N, C), context (B, M, context_dim) -> (B, N, C).
+
+    Raises:
+        ValueError: heads that do not divide `dim`, an unknown layout, tokens or masks of another shape.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        head_dim: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        is_causal: bool = False,
+        rope_layout: str = "half",
+        context_dim: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        check_choice("rope_layout", rope_layout, ROPE_LAYOUTS)
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, resolve_head_dim(dim, num_heads, head_dim)
+        self.is_causal, self.rope_layout, self.layer_idx = is_causal, rope_layout, None
+        self.context_dim = dim if context_dim is None else context_dim
+        inner = num_heads * self.head_dim
+        if self.context_dim == dim:
+            self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias, **factory)
+        else:
+            self.q = nn.Linear(dim, inner, bias=qkv_bias, **factory)
+            self.kv = nn.Linear(self.context_dim, 2 * inner, bias=qkv_bias, **factory)
+        self.q_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.attn_drop = attn_drop
+        self.norm = norm_layer(inner, **factory) if scale_norm else nn.Identity()
+        self.proj = nn.Linear(inner, dim, bias=proj_bias, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def reset_parameters(self) -> None:
+        """PyTorch's own initialisation of every linear layer and norm."""
+        reset_children(self)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Any = None,
+    ) -> Tensor:
+        check_tokens(x, self.dim)
+        q, k, v = self._project(x, context)
+        q, k, v = (split_heads(t, self.num_heads) for t in (q, k, v))
+        out = attend(
+            self, self.q_norm(q), self.k_norm(k), v, cross=context is not None, attention_mask=attention_mask,
+            position_embeddings=position_embeddings, past_key_values=past_key_values,
+        )
+        return self.proj_drop(self.proj(self.norm(merge_heads(out))))
+
+    def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        if context is not None:
+            check_tokens(context, self.context_dim, "context")
+        if self.context_dim == self.dim:
+            inner = self.num_heads * self.head_dim
+            return project_qkv(self.qkv, x, context, (inner, inner, inner))
+        if context is None:
+            raise ValueError(f"this module was built for cross attention with context_dim={self.context_dim}: give context")
+        k, v = self.kv(context).chunk(2, dim=-1)
+        return self.q(x), k, v
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, is_causal={self.is_causal}"

@@ -1,0 +1,66 @@
+"""Official state dict -> ours: lookup of the converter, and the renaming that converters are made of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from attention_zoo import registry
+
+__all__ = ["CheckpointError", "convert_official_state_dict", "rename_keys"]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint file or state dict that cannot be what it is taken for. The message says what is wrong with it."""
+
+
+def convert_official_state_dict(name: str, state_dict: Mapping[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
+    """Map the state dict of an official checkpoint to the names and layout of ours.
+
+    Args:
+        name: a mechanism (`"hilo"`) or a model (`"litv2_s"`).
+        state_dict: official keys and tensors; not modified. Tensors may be on the meta device.
+        kwargs: the same keyword arguments that `create_attention(name)` or `create_model(name)` gets.
+
+    Returns: a new dict that loads with `strict=True`.
+
+    Raises:
+        UnknownNameError: a name without an official format.
+        CheckpointError: unknown or missing keys, all of them listed.
+    """
+    convert, preset = registry.converter(name)
+    return convert(dict(state_dict), **{**preset, **kwargs})
+
+
+def rename_keys(
+    state_dict: Mapping[str, Tensor], rules: Sequence[tuple[str, str]], *, expected: Iterable[str], optional: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """Rename every key by the first rule whose regular expression matches (at the start), others keep their name.
+
+    Args:
+        rules: (regular expression, replacement) pairs, as for `re.sub`.
+        expected: the official keys that must be there, before renaming.
+        optional: official keys that may be there.
+
+    Raises:
+        CheckpointError: keys that are neither expected nor optional, or expected keys that are missing; all are listed.
+    """
+    expected, allowed = set(expected), {*expected, *optional}
+    unknown, missing = sorted(set(state_dict) - allowed), sorted(expected - set(state_dict))
+    if unknown or missing:
+        raise CheckpointError(
+            "not the official checkpoint of this model"
+            + (f"; unknown keys: {', '.join(unknown)}" if unknown else "")
+            + (f"; missing keys: {', '.join(missing)}" if missing else "")
+        )
+    renamed = {}
+    for key, tensor in state_dict.items():
+        for pattern, replacement in rules:
+            if re.match(pattern, key):
+                key = re.sub(pattern, replacement, key, count=1)
+                break
+        renamed[key] = tensor
+    return renamed

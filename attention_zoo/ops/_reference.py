@@ -1,0 +1,79 @@
+"""Attention in plain PyTorch: the specification that every engine is held to.
+
+Written to be read, not to be fast: the whole (N_q, N_k) map is formed, in float32 (float64 stays float64).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attention_zoo.ops._problem import Problem
+
+__all__ = ["reference_attention", "visible"]
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """softmax(softcap(scale * q k^T) + bias + mask) v, and the natural logarithm of the softmax's denominator.
+
+    Shape: q (B, H_q, N_q, D), k (B, H_kv, N_k, D), v (B, H_kv, N_k, D_v) -> (B, H_q, N_q, D_v), (B, H_q, N_q) float32.
+    Query head h reads key/value head h // (H_q / H_kv). A row that may attend to nothing gives 0 and a log-normaliser of -inf.
+    """
+    groups = q.shape[1] // k.shape[1]
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    qf = q.to(work).unflatten(1, (k.shape[1], groups))  # (B, H_kv, G, N_q, D): K and V stay at H_kv heads
+    logits = problem.scale * qf @ k.to(work).unsqueeze(2).transpose(-2, -1)
+    logits = logits.flatten(1, 2)  # (B, H_q, N_q, N_k)
+    if problem.softcap is not None:
+        logits = problem.softcap * torch.tanh(logits / problem.softcap)
+    if problem.bias is not None:
+        logits = logits + problem.bias.to(work)
+    if problem.attn_mask is not None and problem.attn_mask.is_floating_point():
+        logits = logits + problem.attn_mask.to(work)
+    if (allowed := visible(problem, q.device)) is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
+
+    lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+    alive = lse > -torch.inf  # a fully masked row: 0, and finite gradients
+    weights = torch.exp(logits - torch.where(alive, lse, 0.0)).masked_fill(~alive, 0.0)
+    weights = torch.dropout(weights, problem.dropout_p, train=problem.dropout_p > 0)
+    out = weights.unflatten(1, (k.shape[1], groups)) @ v.to(work).unsqueeze(2)
+    return out.flatten(1, 2).to(q.dtype), lse.squeeze(-1).float()
+
+
+def visible(problem: Problem, device: torch.device) -> Tensor | None:
+    """Which keys each query may attend to, boolean and broadcastable to (B, H, N_q, N_k); None: all of them.
+
+    Causal and window bounds count from the END of both sequences: the last query stands at the last key, so that decoding with
+    a cache needs no offset. In a packed batch they count within each sequence, and sequences do not see each other.
+    """
+    allowed: Tensor | None = None
+    if problem.packed:
+        query_sequence, query_position = _packed_positions(problem.cu_seqlens_q, problem.num_queries)
+        key_sequence, key_position = _packed_positions(problem.cu_seqlens_k, problem.num_keys)
+        lengths_q, lengths_k = problem.cu_seqlens_q.diff(), problem.cu_seqlens_k.diff()
+        allowed = query_sequence[:, None] == key_sequence[None, :]
+        query_position = query_position + (lengths_k - lengths_q)[query_sequence]
+    else:
+        query_position = torch.arange(problem.num_queries, device=device) + problem.num_keys - problem.num_queries
+        key_position = torch.arange(problem.num_keys, device=device)
+    left, right = problem.window
+    distance = key_position[None, :] - query_position[:, None]
+    if left is not None:
+        allowed = _both(allowed, distance >= -left)
+    if right is not None:
+        allowed = _both(allowed, distance <= right)
+    if problem.attn_mask is not None and not problem.attn_mask.is_floating_point():
+        allowed = _both(allowed, problem.attn_mask)
+    return allowed
+
+
+def _packed_positions(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """For each of the packed tokens: the index of its sequence, and its position in it."""
+    tokens = torch.arange(total, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].to(torch.long), tokens, right=True).clamp_max(len(cu_seqlens) - 2)
+    return sequence, tokens - cu_seqlens.to(torch.long)[sequence]
+
+
+def _both(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a & b
