@@ -6,20 +6,42 @@ Each convention lives here once; a mechanism's own file holds only what its pape
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_zoo import ops
+from attention_zoo.registry import AttentionInfo
 
 __all__ = [
-    "ROPE_LAYOUTS", "apply_rotary", "attend", "auxiliary_loss", "check_choice", "check_grid", "check_head_split", "check_tokens",
+    "ROPE_LAYOUTS", "AttentionModule", "apply_rotary", "attend", "auxiliary_loss", "check_choice", "check_grid", "check_head_split", "check_tokens",
     "extend_cache", "merge_heads", "project_qkv", "reset_children", "resolve_attention_mask", "resolve_head_dim", "split_heads",
 ]
 
 ROPE_LAYOUTS = ("half", "interleaved")
+
+
+class AttentionModule(nn.Module):
+    """Base class of the mechanisms: the settings that `attend` and the adapters read from any of them.
+
+    Attributes:
+        is_causal: each token attends to itself and those before it.
+        rope_layout: channel pairs of `position_embeddings`, one of `ROPE_LAYOUTS`.
+        attn_drop: dropout rate on the attention weights in training mode.
+        layer_idx: the module's layer in a Hugging Face cache; set by the model that holds it.
+    """
+
+    attention_info: ClassVar[AttentionInfo]
+    is_causal: bool = False
+    rope_layout: str = "half"
+    attn_drop: float = 0.0
+    layer_idx: int | None = None
+
+    def reset_parameters(self) -> None:
+        """PyTorch's own initialisation of every submodule; mechanisms whose paper starts otherwise extend it."""
+        reset_children(self)
 
 
 def resolve_head_dim(dim: int, num_heads: int, head_dim: int | None = None) -> int:
@@ -84,8 +106,8 @@ def merge_heads(x: Tensor) -> Tensor:
 def reset_children(module: nn.Module) -> None:
     """Call `reset_parameters` of every submodule that has one: PyTorch's defaults, after `to_empty` for instance."""
     for child in module.children():
-        if hasattr(child, "reset_parameters"):
-            child.reset_parameters()
+        if callable(reset := getattr(child, "reset_parameters", None)):
+            reset()
         else:
             reset_children(child)
 
@@ -104,7 +126,7 @@ def project_qkv(qkv: nn.Module, x: Tensor, context: Tensor | None, sizes: tuple[
 
 
 def attend(
-    module: nn.Module,
+    module: AttentionModule,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -135,9 +157,11 @@ def attend(
     if static is not None:
         is_causal = False  # the bound counts from the end of the keys, which a static cache pads
         mask = static if mask is None else static & mask if mask.dtype == torch.bool else mask.masked_fill(~static, -torch.inf)
-    return ops.attention(
+    out = ops.attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, dropout_p=module.attn_drop if module.training else 0.0
     )
+    assert isinstance(out, Tensor)  # no log-normaliser was asked for
+    return out
 
 
 def resolve_attention_mask(attention_mask: Tensor | None, num_queries: int, num_keys: int) -> Tensor | None:
@@ -202,7 +226,7 @@ def apply_rotary(x: Tensor, position_embeddings: tuple[Tensor, Tensor], layout: 
     return x * cos.to(x.dtype) + rotated * sin.to(x.dtype)
 
 
-def extend_cache(module: nn.Module, past_key_values: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def extend_cache(module: AttentionModule, past_key_values: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Append k and v to the module's layer of a Hugging Face cache; returns what to attend to.
 
     Shape: k, v (B, H_kv, N, D) -> (B, H_kv, N_cached + N, D), and a mask.
@@ -213,7 +237,7 @@ def extend_cache(module: nn.Module, past_key_values: Any, k: Tensor, v: Tensor) 
     Raises:
         ValueError: the module's `layer_idx` is not set.
     """
-    layer_idx = getattr(module, "layer_idx", None)
+    layer_idx = module.layer_idx
     if layer_idx is None:
         raise ValueError("past_key_values needs to know the layer: set `layer_idx` on the module, 0 for the first layer")
     seen, new = past_key_values.get_seq_length(layer_idx), k.shape[2]
@@ -234,7 +258,8 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
 
     Returns: a scalar on the layers' device, differentiable.
     """
-    losses = [m.aux_loss for m in model.modules() if isinstance(getattr(m, "aux_loss", None), Tensor)]
+    found = (getattr(module, "aux_loss", None) for module in model.modules())
+    losses = [loss for loss in found if isinstance(loss, Tensor)]
     if losses:
         return torch.stack([loss.float() for loss in losses]).mean()
     parameter = next(model.parameters(), None)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from attention_zoo.attention.base import (
     ROPE_LAYOUTS,
+    AttentionModule,
     attend,
     check_choice,
     check_tokens,
     merge_heads,
     project_qkv,
-    reset_children,
     resolve_head_dim,
     split_heads,
 )
@@ -29,7 +29,7 @@ from attention_zoo.registry import PATTERNS, register_attention
     "mha", title="Attention Is All You Need", arxiv="1706.03762", year=2017, repository="tensorflow/tensor2tensor",
     patterns=PATTERNS, kv_cache=True, cost="O(N^2 d h)", engines=("flash", "torch", "xformers", "flex"),
 )
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(AttentionModule):
     """Multi-head attention: every token attends to every token.
 
         head_i = softmax(q_i k_i^T / sqrt(d)) v_i          y = concat_i(head_i) W_o
@@ -83,7 +83,7 @@ class MultiHeadAttention(nn.Module):
         factory = {"device": device, "dtype": dtype}
         check_choice("rope_layout", rope_layout, ROPE_LAYOUTS)
         self.dim, self.num_heads, self.head_dim = dim, num_heads, resolve_head_dim(dim, num_heads, head_dim)
-        self.is_causal, self.rope_layout, self.layer_idx = is_causal, rope_layout, None
+        self.is_causal, self.rope_layout = is_causal, rope_layout
         self.context_dim = dim if context_dim is None else context_dim
         inner = num_heads * self.head_dim
         if self.context_dim == dim:
@@ -97,10 +97,6 @@ class MultiHeadAttention(nn.Module):
         self.norm = norm_layer(inner, **factory) if scale_norm else nn.Identity()
         self.proj = nn.Linear(inner, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
-
-    def reset_parameters(self) -> None:
-        """PyTorch's own initialisation of every linear layer and norm."""
-        reset_children(self)
 
     def forward(
         self,

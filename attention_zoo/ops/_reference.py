@@ -48,7 +48,7 @@ def visible(problem: Problem, device: torch.device) -> Tensor | None:
     a cache needs no offset. In a packed batch they count within each sequence, and sequences do not see each other.
     """
     allowed: Tensor | None = None
-    if problem.packed:
+    if problem.cu_seqlens_q is not None and problem.cu_seqlens_k is not None:
         query_sequence, query_position = _packed_positions(problem.cu_seqlens_q, problem.num_queries)
         key_sequence, key_position = _packed_positions(problem.cu_seqlens_k, problem.num_keys)
         lengths_q, lengths_k = problem.cu_seqlens_q.diff(), problem.cu_seqlens_k.diff()
