@@ -7,6 +7,13 @@ from attention_zoo.checkpoints import CheckpointError, convert_official_state_di
 from attention_zoo.registry import AttentionInfo, attention_info, create_attention, list_attentions, register_attention
 
 __all__ = [
-    "AttentionInfo", "CheckpointError", "__version__", "attention_info", "auxiliary_loss", "convert_official_state_dict",
-    "create_attention", "list_attentions", "register_attention",
+    "AttentionInfo",
+    "CheckpointError",
+    "__version__",
+    "attention_info",
+    "auxiliary_loss",
+    "convert_official_state_dict",
+    "create_attention",
+    "list_attentions",
+    "register_attention",
 ]

@@ -14,8 +14,19 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 __all__ = [
-    "PATTERNS", "AttentionInfo", "ModelInfo", "UnknownNameError", "attention_class", "attention_info", "converter",
-    "create_attention", "list_attentions", "model_info", "register_attention", "register_converter", "register_model_info",
+    "PATTERNS",
+    "AttentionInfo",
+    "ModelInfo",
+    "UnknownNameError",
+    "attention_class",
+    "attention_info",
+    "converter",
+    "create_attention",
+    "list_attentions",
+    "model_info",
+    "register_attention",
+    "register_converter",
+    "register_model_info",
 ]
 
 PATTERNS = ("noncausal_self", "causal_self", "noncausal_cross", "causal_cross")
@@ -121,9 +132,20 @@ def register_attention(
             raise ValueError(f"an attention named {name!r} is registered already: {_attentions[name][1].__qualname__}")
         summary, equation = _read_docstring(cls)
         info = AttentionInfo(
-            name=name, title=title, arxiv=arxiv, year=year, repository=repository, patterns=patterns, spatial=spatial,
-            kv_cache=kv_cache, cost=cost, engines=tuple(engines), prefix_tokens=prefix_tokens, keeps_shape=keeps_shape,
-            summary=summary, equation=equation,
+            name=name,
+            title=title,
+            arxiv=arxiv,
+            year=year,
+            repository=repository,
+            patterns=patterns,
+            spatial=spatial,
+            kv_cache=kv_cache,
+            cost=cost,
+            engines=tuple(engines),
+            prefix_tokens=prefix_tokens,
+            keeps_shape=keeps_shape,
+            summary=summary,
+            equation=equation,
         )
         _attentions[name] = (info, cls)
         cls.attention_info = info  # type: ignore[attr-defined]

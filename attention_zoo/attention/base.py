@@ -16,8 +16,22 @@ from attention_zoo import ops
 from attention_zoo.registry import AttentionInfo
 
 __all__ = [
-    "ROPE_LAYOUTS", "AttentionModule", "apply_rotary", "attend", "auxiliary_loss", "check_choice", "check_grid", "check_head_split", "check_tokens",
-    "extend_cache", "merge_heads", "project_qkv", "reset_children", "resolve_attention_mask", "resolve_head_dim", "split_heads",
+    "ROPE_LAYOUTS",
+    "AttentionModule",
+    "apply_rotary",
+    "attend",
+    "auxiliary_loss",
+    "check_choice",
+    "check_grid",
+    "check_head_split",
+    "check_tokens",
+    "extend_cache",
+    "merge_heads",
+    "project_qkv",
+    "reset_children",
+    "resolve_attention_mask",
+    "resolve_head_dim",
+    "split_heads",
 ]
 
 ROPE_LAYOUTS = ("half", "interleaved")
@@ -56,7 +70,7 @@ def resolve_head_dim(dim: int, num_heads: int, head_dim: int | None = None) -> i
         return head_dim
     if dim % num_heads:
         nearest = min((h for h in range(1, dim + 1) if dim % h == 0), key=lambda h: (abs(h - num_heads), h))
-        raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}; the nearest number of heads that divides it is {nearest}")
+        raise ValueError(f"dim={dim} is not divisible by num_heads={num_heads}; the nearest that divides it is {nearest}")
     return dim // num_heads
 
 
@@ -65,7 +79,7 @@ def check_head_split(num_heads: int, num_kv_heads: int) -> None:
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         nearest = min((h for h in range(1, num_heads + 1) if num_heads % h == 0), key=lambda h: (abs(h - num_kv_heads), h))
         raise ValueError(
-            f"num_heads={num_heads} cannot be shared out evenly over num_kv_heads={num_kv_heads}; the nearest that works is {nearest}"
+            f"num_heads={num_heads} does not share out evenly over num_kv_heads={num_kv_heads}; the nearest that does is {nearest}"
         )
 
 
@@ -190,7 +204,7 @@ def resolve_attention_mask(attention_mask: Tensor | None, num_queries: int, num_
         return mask[None, None]
     if mask.ndim == 2:
         if mask.shape[-1] != num_keys:
-            raise ValueError(f"a padding mask must be (B, N_k) with N_k = {num_keys} keys (cached ones included), got {tuple(mask.shape)}")
+            raise ValueError(f"a padding mask must be (B, N_k), N_k = {num_keys} with cached keys; got {tuple(mask.shape)}")
         return mask.bool()[:, None, None, :]
     raise ValueError(
         "attention_mask must be (B, N_k) boolean or integer, (N_q, N_k) float, or 4-D boolean or float; "

@@ -26,8 +26,15 @@ from attention_zoo.registry import PATTERNS, register_attention
 
 
 @register_attention(
-    "mha", title="Attention Is All You Need", arxiv="1706.03762", year=2017, repository="tensorflow/tensor2tensor",
-    patterns=PATTERNS, kv_cache=True, cost="O(N^2 d h)", engines=("flash", "torch", "xformers", "flex"),
+    "mha",
+    title="Attention Is All You Need",
+    arxiv="1706.03762",
+    year=2017,
+    repository="tensorflow/tensor2tensor",
+    patterns=PATTERNS,
+    kv_cache=True,
+    cost="O(N^2 d h)",
+    engines=("flash", "torch", "xformers", "flex"),
 )
 class MultiHeadAttention(AttentionModule):
     """Multi-head attention: every token attends to every token.
@@ -111,8 +118,14 @@ class MultiHeadAttention(AttentionModule):
         q, k, v = self._project(x, context)
         q, k, v = (split_heads(t, self.num_heads) for t in (q, k, v))
         out = attend(
-            self, self.q_norm(q), self.k_norm(k), v, cross=context is not None, attention_mask=attention_mask,
-            position_embeddings=position_embeddings, past_key_values=past_key_values,
+            self,
+            self.q_norm(q),
+            self.k_norm(k),
+            v,
+            cross=context is not None,
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            past_key_values=past_key_values,
         )
         return self.proj_drop(self.proj(self.norm(merge_heads(out))))
 

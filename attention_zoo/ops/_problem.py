@@ -67,7 +67,7 @@ def make_problem(
     if bias is not None:
         bias = _check_map("bias", bias, q, k)
         if not bias.is_floating_point():
-            raise ValueError(f"bias is added to the logits and must be floating point, got {bias.dtype}; a boolean mask goes in attn_mask")
+            raise ValueError(f"bias must be floating point, got {bias.dtype}; a boolean mask goes in attn_mask")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     if not 0.0 <= dropout_p < 1.0:
@@ -84,7 +84,9 @@ def make_problem(
             cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen_k if max_seqlen_k is not None else max_seqlen
         for name, offsets in (("cu_seqlens", cu_seqlens), ("cu_seqlens_k", cu_seqlens_k)):
             if offsets.ndim != 1 or len(offsets) < 2 or offsets.dtype not in (torch.int32, torch.int64):
-                raise ValueError(f"{name} holds the S + 1 offsets of S sequences, int32 (S + 1,); got {offsets.dtype} {tuple(offsets.shape)}")
+                raise ValueError(
+                    f"{name} must be int32 (S + 1,), the offsets of S sequences; got {offsets.dtype} {tuple(offsets.shape)}"
+                )
         if len(cu_seqlens) != len(cu_seqlens_k):
             raise ValueError(f"cu_seqlens describes {len(cu_seqlens) - 1} sequences, cu_seqlens_k {len(cu_seqlens_k) - 1}")
     return Problem(

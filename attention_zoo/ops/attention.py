@@ -32,9 +32,21 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Placeholder signature; see the final docstring."""
     problem = make_problem(
-        q, k, v, attn_mask=attn_mask, bias=bias, is_causal=is_causal, window_size=window_size, cu_seqlens=cu_seqlens,
-        cu_seqlens_k=cu_seqlens_k, max_seqlen=max_seqlen, max_seqlen_k=max_seqlen_k, scale=scale, softcap=softcap,
-        dropout_p=dropout_p, return_lse=return_lse,
+        q,
+        k,
+        v,
+        attn_mask=attn_mask,
+        bias=bias,
+        is_causal=is_causal,
+        window_size=window_size,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen=max_seqlen,
+        max_seqlen_k=max_seqlen_k,
+        scale=scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
+        return_lse=return_lse,
     )
     out, lse = reference_attention(q, k, v, problem)
     return (out, lse) if return_lse else out
