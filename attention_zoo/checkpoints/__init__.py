@@ -1,5 +1,6 @@
 """Official checkpoints: safe reading of the files, and the mapping of their keys to ours, one file per family."""
 
 from attention_zoo.checkpoints.convert import CheckpointError, convert_official_state_dict, rename_keys
+from attention_zoo.checkpoints.files import read_checkpoint
 
-__all__ = ["CheckpointError", "convert_official_state_dict", "rename_keys"]
+__all__ = ["CheckpointError", "convert_official_state_dict", "read_checkpoint", "rename_keys"]

@@ -1,0 +1,128 @@
+"""`create_model` and `list_models`: timm's factory, with `attention=` and with official checkpoints."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models import model_entrypoint
+from torch import Tensor, nn
+
+from attention_zoo import registry
+from attention_zoo.checkpoints import CheckpointError, convert_official_state_dict, read_checkpoint
+from attention_zoo.models.vit import build_vit
+
+__all__ = ["create_model", "list_models"]
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    checkpoint_path: str | Path | None = None,
+    attention: str | None = None,
+    attention_kwargs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Build a model by name: timm's `create_model` with two more arguments.
+
+    Args:
+        name: one of ours (`list_models()`) or any of timm's.
+        pretrained: load timm's weights (timm's names only; with `attention`, only "mha" can take them).
+        checkpoint_path: weights to load, ours or the official ones (detected and converted): `.safetensors` or a PyTorch file.
+        attention: a registered mechanism for every block. Our own models put it where their paper has its own; of timm's models,
+            the Vision Transformers of its standard block can take it.
+        attention_kwargs: options of the mechanism.
+        kwargs: the model's own arguments, `num_classes`, `img_size`, `features_only`, `drop_path_rate`, ...
+
+    Returns: a timm model.
+
+    Raises:
+        UnknownNameError: no such model or mechanism; the nearest names are listed.
+        ValueError: arguments that do not go together.
+        CheckpointError: a file that cannot be read or does not fit the model. The keys that do not fit are listed.
+    """
+    ours = name in registry.model_info() and name in list_models()
+    if not ours and ":" not in name and not timm.is_model(name.split(".")[0]):
+        raise _unknown_model(name)
+    if pretrained and ours:
+        raise ValueError(f"no weights of {name!r} can be fetched; get the official file (see its page) and give checkpoint_path")
+    options = dict(attention_kwargs) if attention_kwargs is not None else None
+    if ours:
+        chosen = {"attention": attention, "attention_kwargs": options}
+        model = timm.create_model(name, **{k: v for k, v in chosen.items() if v is not None}, **kwargs)
+    elif attention is not None:
+        model = build_vit(name, attention, options, pretrained=pretrained, **kwargs)
+    elif options is not None:
+        raise ValueError(f"attention_kwargs without attention: {name!r} is timm's own model")
+    else:
+        model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    if checkpoint_path is not None:
+        load_checkpoint(model, checkpoint_path, name, attention=attention, attention_kwargs=options, **kwargs)
+    return model
+
+
+def list_models(filter: str | Iterable[str] = "*", *, exclude: str | Iterable[str] = ()) -> list[str]:
+    """Names of our models, sorted; `filter` and `exclude` are shell-style wildcards, one or several.
+
+    All of them are in timm's registry as well. timm's own names are listed by `timm.list_models`.
+    """
+    wanted, unwanted = ([w] if isinstance(w, str) else list(w) for w in (filter, exclude))
+    return sorted(
+        name
+        for name in registry.model_info()
+        if _is_ours(name)
+        and any(fnmatch.fnmatchcase(name, w) for w in wanted)
+        and not any(fnmatch.fnmatchcase(name, w) for w in unwanted)
+    )
+
+
+def load_checkpoint(model: nn.Module, path: str | Path, name: str, **kwargs: Any) -> None:
+    """Load a checkpoint file into `model`, which `create_model(name, **kwargs)` built: ours as it is, an official one converted.
+
+    Raises:
+        CheckpointError: the file fits neither way; the model's weights are then untouched.
+    """
+    state, own = read_checkpoint(path), model.state_dict()
+    if state.keys() != own.keys():
+        try:
+            state = convert_official_state_dict(name, state, **{k: v for k, v in kwargs.items() if v is not None})
+        except registry.UnknownNameError:
+            raise CheckpointError(f"{path} does not fit {name!r}: {_key_difference(state, own)}") from None
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{path} does not fit {name!r}: {_key_difference(state, own)}; as an official file: {error}"
+            ) from None
+    if state.keys() != own.keys():
+        raise CheckpointError(f"{path} does not fit {name!r}: {_key_difference(state, own)}")
+    wrong = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own if state[k].shape != own[k].shape]
+    if wrong:
+        raise CheckpointError(
+            f"{path} was saved from a model of other sizes than {name!r} as built here: {_some(wrong)}. Build it with the arguments of "
+            "the checkpoint (num_classes, img_size, ...); model.reset_classifier(n) exchanges the head afterwards"
+        )
+    model.load_state_dict(state, strict=True)
+
+
+def _is_ours(name: str) -> bool:
+    return timm.is_model(name) and model_entrypoint(name).__module__.startswith("attention_zoo.")
+
+
+def _unknown_model(name: str) -> registry.UnknownNameError:
+    known = {*list_models(), *timm.list_models()}
+    nearest = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    hint = f"; did you mean {', '.join(map(repr, nearest))}?" if nearest else f"; ours are {', '.join(list_models())}"
+    return registry.UnknownNameError(f"no model is named {name!r}{hint}")
+
+
+def _key_difference(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    parts = [f"{what}: {_some(keys)}" for what, keys in (("missing keys", missing), ("unknown keys", unknown)) if keys]
+    return "; ".join(parts)
+
+
+def _some(items: list[str], most: int = 12) -> str:
+    return ", ".join(items[:most]) + (f", ... ({len(items)} in all)" if len(items) > most else "")

@@ -1,0 +1,254 @@
+"""Vision Transformers with any mechanism in their blocks: timm's `VisionTransformer`, its attention exchanged.
+
+An Image is Worth 16x16 Words, arXiv 2010.11929. Everything but the attention is timm's: patch embedding, class and register tokens,
+position table, MLP, heads, feature extraction. Names of ours are `vit_{small,base,large}_patch16_224_{gqa,kdgqa,dgqa,pgqa}`
+(Key-Driven Grouped Query Attention, arXiv 2408.08454); `build_vit` puts a mechanism into any of timm's own names.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from attention_zoo.registry import attention_class, attention_info, create_attention, register_model_info
+
+__all__ = ["AttentionBlock", "build_vit"]
+
+
+class _NoAttention(nn.Identity):
+    """Keeps timm's block from building its own attention before ours takes the place."""
+
+
+class AttentionBlock(Block):
+    """timm's pre-norm transformer block with a registered mechanism as `attn`.
+
+    Args:
+        dim, num_heads: as for `timm.models.vision_transformer.Block`, which takes all other keyword arguments.
+        attention: name of the mechanism.
+        attention_kwargs: its own options; they win over what the host model says (`qkv_bias`, `num_heads`, ...).
+
+    Shape: x (B, N, C) -> (B, N, C). `grid_size` must be set before the first forward if the mechanism is spatial; `build_vit`'s
+    models set it whenever the patch embedding runs.
+
+    Raises:
+        ValueError: a setting of the host that the mechanism does not have; at call, a causal request to a module that is not.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        attention: str,
+        attention_kwargs: dict[str, Any] | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_attn_norm: bool = False,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        attn_layer: Any = None,
+        depth: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+        **block_kwargs: Any,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_heads,
+            proj_bias=proj_bias,
+            proj_drop=proj_drop,
+            norm_layer=norm_layer,
+            attn_layer=_NoAttention,
+            depth=depth,
+            device=device,
+            dtype=dtype,
+            **block_kwargs,
+        )
+        host = {
+            "qkv_bias": qkv_bias,
+            "qk_norm": qk_norm,
+            "scale_norm": scale_attn_norm,
+            "proj_bias": proj_bias,
+            "attn_drop": attn_drop,
+            "proj_drop": proj_drop,
+            "norm_layer": norm_layer,
+        }
+        options = _mechanism_options(attention, host, attention_kwargs or {})
+        self.attn = create_attention(attention, **{"dim": dim, "num_heads": num_heads, **options, "device": device, "dtype": dtype})
+        self.attn.layer_idx = depth
+        self.grid_size: tuple[int, int] | None = None
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **self._attention_inputs(attn_mask, is_causal))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def _attention_inputs(self, attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
+        info, inputs = self.attn.attention_info, {}
+        if info.spatial:
+            inputs["grid_size"] = self.grid_size
+        if attn_mask is not None:  # timm's 2-D boolean mask is (N, N); ours would be padding
+            inputs["attention_mask"] = attn_mask[(None,) * (4 - attn_mask.ndim)] if attn_mask.ndim != 3 else attn_mask.unsqueeze(1)
+        if is_causal and not self.attn.is_causal:
+            raise ValueError(f"{info.name!r} was built noncausal: give attention_kwargs=dict(is_causal=True) at construction")
+        return inputs
+
+
+def _mechanism_options(attention: str, host: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The host's settings that the mechanism has, overridden by its own. A host's setting that would be lost raises."""
+    parameters = inspect.signature(attention_class(attention)).parameters
+    neutral = {"qkv_bias": True, "qk_norm": False, "scale_norm": False, "proj_bias": True, "attn_drop": 0.0, "proj_drop": 0.0}
+    lost = [k for k, v in neutral.items() if k not in parameters and k not in own and host[k] != v]
+    if lost:
+        said = ", ".join(f"{k}={host[k]}" for k in lost)
+        raise ValueError(f"the model is built with {said}, which {attention!r} does not have")
+    return {**{k: v for k, v in host.items() if k in parameters}, **own}
+
+
+class _ShareGrid:
+    """Forward hook of the patch embedding: tells every block the grid that its tokens stand on, also when image sizes vary."""
+
+    def __init__(self, blocks: list[AttentionBlock]) -> None:
+        self.blocks = blocks
+
+    def __call__(self, patch_embed: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        grid = tuple(patch_embed.dynamic_feat_size(inputs[0].shape[-2:]))
+        for block in self.blocks:
+            block.grid_size = grid
+
+
+def build_vit(
+    name: str, attention: str, attention_kwargs: dict[str, Any] | None = None, pretrained: bool = False, **kwargs: Any
+) -> Any:
+    """timm's Vision Transformer `name` with `attention` in every block.
+
+    Args:
+        name: one of timm's own Vision Transformers, `vit_small_patch16_224` for instance.
+        attention: a registered mechanism that does noncausal self attention.
+        attention_kwargs: its options.
+        pretrained: load timm's weights; possible with attention="mha" only, whose parameters are timm's.
+        kwargs: timm's own, `num_classes`, `img_size`, `class_token`, `features_only`, ...
+
+    A spatial mechanism without a place for class or register tokens gets a model without them, pooled by averaging.
+
+    Raises:
+        UnknownNameError: no such mechanism.
+        ValueError: a name that is not built of timm's standard block, class tokens asked for where they cannot be, pretrained
+            weights for another attention.
+    """
+    if pretrained and attention != "mha":
+        raise ValueError(f"pretrained weights of {name!r} belong to its own attention; {attention!r} starts from random weights")
+    _check_standard_block(name)
+    model = timm.create_model(name, pretrained=pretrained, **_host_arguments(attention, attention_kwargs, kwargs))
+    model._model_args = {k: v for k, v in model._model_args.items() if k != "block_fn"} | {"attention": attention}
+    return _share_grid(model)
+
+
+def _host_arguments(attention: str, attention_kwargs: dict[str, Any] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """timm's keyword arguments for a Vision Transformer with this attention. Raises ValueError when the two do not go together."""
+    info = attention_info(attention)
+    if "noncausal_self" not in info.patterns or not info.keeps_shape:
+        raise ValueError(
+            f"{attention!r} cannot stand in a Vision Transformer: that needs noncausal self attention, (B, N, C) -> (B, N, C)"
+        )
+    if info.spatial and not info.prefix_tokens:
+        if kwargs.get("class_token") or kwargs.get("reg_tokens") or kwargs.get("global_pool") == "token":
+            raise ValueError(
+                f"{attention!r} works on a grid of patches and has no place for class or register tokens: leave out class_token "
+                "and reg_tokens, and pool with global_pool='avg'"
+            )
+        kwargs = {"global_pool": "avg", **kwargs, "class_token": False, "reg_tokens": 0}
+    return {**kwargs, "block_fn": functools.partial(AttentionBlock, attention=attention, attention_kwargs=attention_kwargs)}
+
+
+@functools.cache
+def _check_standard_block(name: str) -> None:
+    """Raise ValueError unless timm builds `name` of its standard pre-norm block, the only one that ours stands for."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    if not isinstance(model, VisionTransformer) or {type(block) for block in model.blocks} != {Block}:
+        raise ValueError(
+            f"attention= needs a Vision Transformer of timm's standard block (vit_*, deit_*, deit3_*); {name!r} is built otherwise"
+        )
+
+
+def _share_grid(model: nn.Module) -> nn.Module:
+    """Let the blocks of a Vision Transformer (or of timm's feature wrapper around one) follow the grid of the patch embedding."""
+    for vit in [m for m in model.modules() if isinstance(m, VisionTransformer)]:
+        blocks = [b for b in vit.blocks if isinstance(b, AttentionBlock)]
+        if any(b.attn.attention_info.spatial for b in blocks):
+            vit.patch_embed.register_forward_hook(_ShareGrid(blocks))
+    return model
+
+
+# The paper's hosts: size -> timm's arguments, and the number of key/value heads (half of the query heads).
+_SIZES = {
+    "small": ({"embed_dim": 384, "depth": 12, "num_heads": 6}, 3),
+    "base": ({"embed_dim": 768, "depth": 12, "num_heads": 12}, 6),
+    "large": ({"embed_dim": 1024, "depth": 24, "num_heads": 16}, 8),
+}
+_KDGQA_ATTENTIONS = ("gqa", "kdgqa", "dgqa", "pgqa")
+
+
+def _cfg() -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": IMAGENET_INCEPTION_MEAN,
+        "std": IMAGENET_INCEPTION_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "mit",
+        "paper_ids": "arXiv:2408.08454",
+        "paper_name": "Beyond Uniform Query Distribution: Key-Driven Grouped Query Attention",
+        "origin_url": "https://github.com/zohaib-khan5040/key-driven-gqa",
+    }
+
+
+default_cfgs = generate_default_cfgs({f"vit_{size}_patch16_224_{a}": _cfg() for size in _SIZES for a in _KDGQA_ATTENTIONS})
+
+
+def _register(size: str, attention: str) -> None:
+    """Register `vit_{size}_patch16_224_{attention}` with timm, as a function of this module, and its preset with the zoo."""
+    sizes, num_kv_heads = _SIZES[size]
+    name, preset = f"vit_{size}_patch16_224_{attention}", {"img_size": 224, "patch_size": 16, **sizes}
+
+    def entry(pretrained: bool = False, attention: str = attention, attention_kwargs: Any = None, **kwargs: Any) -> Any:
+        options = {"num_kv_heads": num_kv_heads, **(attention_kwargs or {})}
+        arguments = _host_arguments(attention, options, {**preset, **kwargs})
+        model = build_model_with_cfg(
+            VisionTransformer,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"},
+            **arguments,
+        )
+        return _share_grid(model)
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__doc__ = f"ViT-{size} of 16x16 patches with {attention} and {num_kv_heads} key/value heads (arXiv 2408.08454)."
+    globals()[name] = register_model(entry)
+    register_model_info(name, "vit_kdgqa", attention=attention, attention_kwargs={"num_kv_heads": num_kv_heads}, **preset)
+
+
+for _size, _attention in itertools.product(_SIZES, _KDGQA_ATTENTIONS):
+    _register(_size, _attention)
+for _size, (_sizes, _) in _SIZES.items():  # timm's own names: the paper's baseline, whose official files convert as well
+    register_model_info(f"vit_{_size}_patch16_224", "vit_kdgqa", attention="mha", img_size=224, patch_size=16, **_sizes)
