@@ -4,7 +4,7 @@ from attention_zoo import attention as _mechanisms  # noqa: F401 - registers the
 from attention_zoo._version import __version__
 from attention_zoo.attention import auxiliary_loss
 from attention_zoo.checkpoints import CheckpointError, convert_official_state_dict
-from attention_zoo.models import create_model, list_models
+from attention_zoo.models import create_model, list_models  # type: ignore[import-not-found]  # installed from models/
 from attention_zoo.registry import AttentionInfo, attention_info, create_attention, list_attentions, register_attention
 
 __all__ = [

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from attention_zoo import registry
 from attention_zoo.checkpoints import CheckpointError, convert_official_state_dict, read_checkpoint
-from attention_zoo.models.vit import build_vit
+
+from .vit import build_vit
 
 __all__ = ["create_model", "list_models"]
 
@@ -101,8 +102,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, name: str, **kwargs: Any
     wrong = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own if state[k].shape != own[k].shape]
     if wrong:
         raise CheckpointError(
-            f"{path} was saved from a model of other sizes than {name!r} as built here: {_some(wrong)}. Build it with the arguments of "
-            "the checkpoint (num_classes, img_size, ...); model.reset_classifier(n) exchanges the head afterwards"
+            f"{path} was saved from a model of other sizes than this {name!r}: {_some(wrong)}. Build it with the arguments of the "
+            "checkpoint (num_classes, img_size, ...); model.reset_classifier(n) exchanges the head afterwards"
         )
     model.load_state_dict(state, strict=True)
 

@@ -20,7 +20,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from attention_zoo.registry import attention_class, attention_info, create_attention, register_model_info
+from attention_zoo.registry import AttentionInfo, attention_class, attention_info, create_attention, register_model_info
 
 __all__ = ["AttentionBlock", "build_vit"]
 
@@ -95,7 +95,8 @@ class AttentionBlock(Block):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def _attention_inputs(self, attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
-        info, inputs = self.attn.attention_info, {}
+        info: AttentionInfo = self.attn.attention_info
+        inputs: dict[str, Any] = {}
         if info.spatial:
             inputs["grid_size"] = self.grid_size
         if attn_mask is not None:  # timm's 2-D boolean mask is (N, N); ours would be padding
@@ -122,7 +123,7 @@ class _ShareGrid:
     def __init__(self, blocks: list[AttentionBlock]) -> None:
         self.blocks = blocks
 
-    def __call__(self, patch_embed: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def __call__(self, patch_embed: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         grid = tuple(patch_embed.dynamic_feat_size(inputs[0].shape[-2:]))
         for block in self.blocks:
             block.grid_size = grid
