@@ -59,6 +59,9 @@ class AttentionInfo:
         engines: the backends of its hot path, the preferred first.
         prefix_tokens: whether a spatial mechanism accepts class or register tokens before the grid.
         keeps_shape: False for a mechanism that changes the number of tokens or channels (a downsampler).
+        batch_coupled: by default, a sample's output depends on the other samples of its batch, in evaluation mode as well.
+        min_grid_size: the smallest (H, W) that a spatial mechanism takes.
+        causal_options: constructor options that `is_causal=True` needs, where the defaults would let a token see the future.
         summary: first line of the class's docstring.
         equation: the equation of the class's docstring (its first indented block), or "".
     """
@@ -75,6 +78,9 @@ class AttentionInfo:
     engines: tuple[str, ...] = ()
     prefix_tokens: bool = False
     keeps_shape: bool = True
+    batch_coupled: bool = False
+    min_grid_size: tuple[int, int] = (1, 1)
+    causal_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     summary: str = ""
     equation: str = ""
 
@@ -117,6 +123,9 @@ def register_attention(
     engines: Iterable[str] = (),
     prefix_tokens: bool = False,
     keeps_shape: bool = True,
+    batch_coupled: bool = False,
+    min_grid_size: tuple[int, int] = (1, 1),
+    causal_options: Mapping[str, Any] | None = None,
 ) -> Callable[[_Class], _Class]:
     """Class decorator that registers a mechanism under `name`; the arguments are the fields of `AttentionInfo`.
 
@@ -128,8 +137,8 @@ def register_attention(
         raise ValueError(f"{name!r}: patterns must be a non-empty subset of {PATTERNS}, got {sorted(patterns)}")
 
     def register(cls: _Class) -> _Class:
-        if name in _attentions and _attentions[name][1].__qualname__ != cls.__qualname__:
-            raise ValueError(f"an attention named {name!r} is registered already: {_attentions[name][1].__qualname__}")
+        if name in _attentions:
+            _refuse_other("an attention", name, _attentions[name][1], cls)
         summary, equation = _read_docstring(cls)
         info = AttentionInfo(
             name=name,
@@ -144,6 +153,9 @@ def register_attention(
             engines=tuple(engines),
             prefix_tokens=prefix_tokens,
             keeps_shape=keeps_shape,
+            batch_coupled=batch_coupled,
+            min_grid_size=min_grid_size,
+            causal_options=dict(causal_options or {}),
             summary=summary,
             equation=equation,
         )
@@ -234,10 +246,15 @@ def register_converter(*names: str) -> Callable[[_Converter], _Converter]:
     """Decorator: the function turns the official state dict of these mechanisms or model families into ours.
 
     It is called as `function(state_dict, **kwargs)` with the keyword arguments that build the mechanism or model.
+
+    Raises:
+        ValueError: when another function is registered under one of the names.
     """
 
     def register(function: _Converter) -> _Converter:
         for name in names:
+            if name in _converters:
+                _refuse_other("a converter", name, _converters[name], function)
             _converters[name] = function
         return function
 
@@ -263,8 +280,15 @@ def _lookup(table: Mapping[str, Any], name: str, kind: str) -> Any:
     return table[name]
 
 
+def _refuse_other(kind: str, name: str, old: Any, new: Any) -> None:
+    """Raise ValueError unless both are the same definition: a module that is reloaded may register again."""
+    if (old.__module__, old.__qualname__) != (new.__module__, new.__qualname__):
+        raise ValueError(f"{kind} named {name!r} is registered already: {old.__module__}.{old.__qualname__}")
+
+
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(str(name), list(known), n=4, cutoff=0.5)
+    spelled = str(name).lower().replace("-", "_")  # names are lower case with underscores
+    nearest = difflib.get_close_matches(spelled, list(known), n=4, cutoff=0.5)
     return f"; did you mean {', '.join(map(repr, nearest))}?" if nearest else ""
 
 

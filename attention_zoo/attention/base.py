@@ -57,6 +57,12 @@ class AttentionModule(nn.Module):
         """PyTorch's own initialisation of every submodule; mechanisms whose paper starts otherwise extend it."""
         reset_children(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle: without what the last forward left behind that hangs on its graph (an auxiliary loss)."""
+        state = self.__dict__.copy()
+        state.update({k: None for k, v in state.items() if isinstance(v, Tensor) and v.grad_fn is not None})
+        return state
+
 
 def resolve_head_dim(dim: int, num_heads: int, head_dim: int | None = None) -> int:
     """Channels per head: `head_dim` if given, else dim / num_heads.
@@ -167,6 +173,8 @@ def attend(
     is_causal, static = module.is_causal, None
     if past_key_values is not None:
         k, v, static = extend_cache(module, past_key_values, k, v)
+        if static is not None and attention_mask is not None:
+            attention_mask = _pad_keys(attention_mask, k.shape[2])
     mask = resolve_attention_mask(attention_mask, q.shape[2], k.shape[2])
     if static is not None:
         is_causal = False  # the bound counts from the end of the keys, which a static cache pads
@@ -212,6 +220,13 @@ def resolve_attention_mask(attention_mask: Tensor | None, num_queries: int, num_
     )
 
 
+def _pad_keys(attention_mask: Tensor, num_keys: int) -> Tensor:
+    """A mask over the keys seen so far, lengthened to a static cache's size; what fills the end is masked anyway."""
+    missing = num_keys - attention_mask.shape[-1]
+    broadcasts = attention_mask.ndim == 4 and attention_mask.shape[-1] == 1
+    return attention_mask if missing <= 0 or broadcasts else F.pad(attention_mask, (0, missing))
+
+
 def apply_rotary(x: Tensor, position_embeddings: tuple[Tensor, Tensor], layout: str = "half") -> Tensor:
     """Rotate pairs of channels: x * cos + rotate(x) * sin.
 
@@ -221,14 +236,10 @@ def apply_rotary(x: Tensor, position_embeddings: tuple[Tensor, Tensor], layout: 
         layout: which channels form a pair. "half": i and i + D/2 (Hugging Face's); "interleaved": 2i and 2i + 1 (the RoPE paper's).
 
     Raises:
-        ValueError: tables whose width or length differ from x's.
+        ValueError: tables of another shape, or an odd D.
     """
+    _check_rotary(x, position_embeddings)
     cos, sin = position_embeddings
-    if cos.shape[-1] != x.shape[-1] or cos.shape[-2] not in (1, x.shape[-2]) or cos.shape != sin.shape:
-        raise ValueError(
-            f"position_embeddings must be (cos, sin), each (N, head_dim) or (B, N, head_dim) with N = {x.shape[-2]}, head_dim = "
-            f"{x.shape[-1]}; got {tuple(cos.shape)} and {tuple(sin.shape)}"
-        )
     if cos.ndim == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # over the heads
     if layout == "half":
@@ -238,6 +249,19 @@ def apply_rotary(x: Tensor, position_embeddings: tuple[Tensor, Tensor], layout: 
         pairs = x.unflatten(-1, (-1, 2))
         rotated = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
     return x * cos.to(x.dtype) + rotated * sin.to(x.dtype)
+
+
+def _check_rotary(x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> None:
+    cos, sin = position_embeddings
+    batch, _, length, width = x.shape
+    allowed = ((1, batch), (1, length), (width,))[-cos.ndim :]
+    if cos.shape != sin.shape or cos.ndim not in (2, 3) or any(n not in m for n, m in zip(cos.shape, allowed, strict=True)):
+        raise ValueError(
+            f"position_embeddings must be (cos, sin), each (N, head_dim) or (B, N, head_dim) with B = {batch}, N = {length}, "
+            f"head_dim = {width}; got {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+    if width % 2:
+        raise ValueError(f"rotary embeddings turn pairs of channels: head_dim must be even, got {width}")
 
 
 def extend_cache(module: AttentionModule, past_key_values: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
