@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,28 +28,32 @@ _WEIGHT_KEYS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 
 
-class _Inert(dict):
-    """Stands for a configuration object of a checkpoint: takes whatever the pickle hands it and does nothing."""
+class _Inert:
+    """Stands for an object of a checkpoint that nobody needs: takes whatever the pickle hands it and does nothing."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
+    def __init__(self, *args: Any) -> None:
+        pass
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
-_HARMLESS_GLOBALS = (
-    "argparse.Namespace",
-    "yacs.config.CfgNode",
-    "easydict.EasyDict",
-    "pathlib.PosixPath",
-    "numpy.dtype",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-)
+class _InertMapping:
+    """The same for subclasses of dict, whose items the unpickler writes only into a dict of its own kind."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return OrderedDict()
+
+
+_HARMLESS_GLOBALS = {
+    "argparse.Namespace": _Inert,
+    "pathlib.PosixPath": _Inert,
+    "numpy.dtype": _Inert,
+    "numpy.core.multiarray.scalar": _Inert,
+    "numpy._core.multiarray.scalar": _Inert,
+    "yacs.config.CfgNode": _InertMapping,
+    "easydict.EasyDict": _InertMapping,
+}
 
 
 def read_checkpoint(path: str | Path, *, key: str | None = None) -> dict[str, Tensor]:
@@ -98,7 +103,7 @@ def _read_folder(folder: Path, key: str | None) -> dict[str, Tensor]:
 
 def _load_pickle(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([(_Inert, name) for name in _HARMLESS_GLOBALS]):
+        with torch.serialization.safe_globals([(stand_in, name) for name, stand_in in _HARMLESS_GLOBALS.items()]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = _unsafe_globals(path)
