@@ -269,8 +269,9 @@ def extend_cache(module: AttentionModule, past_key_values: Any, k: Tensor, v: Te
 
     Shape: k, v (B, H_kv, N, D) -> (B, H_kv, N_cached + N, D), and a mask.
 
-    The mask is None unless the cache is static (its tensors are longer than what has been seen): then it is boolean
-    (1, 1, N, N_k), true for the keys up to each query's own, and replaces the causal bound, which would count from the end.
+    The mask is None unless the cache is static (its tensors are longer than what has been seen): then it is boolean,
+    broadcastable to (1, 1, N, N_k), true for the keys seen so far, if `is_causal` up to each query's own; it replaces the causal
+    bound, which would count from the end.
 
     Raises:
         ValueError: the module's `layer_idx` is not set.
@@ -284,8 +285,8 @@ def extend_cache(module: AttentionModule, past_key_values: Any, k: Tensor, v: Te
     k, v = past_key_values.update(k, v, layer_idx)
     if not isinstance(seen, Tensor) and k.shape[2] <= seen + new:
         return k, v, None
-    queries = torch.arange(new, device=k.device) + seen
-    return k, v, (torch.arange(k.shape[2], device=k.device) <= queries[:, None])[None, None]
+    last = torch.arange(new, device=k.device)[:, None] + seen if module.is_causal else seen + new - 1
+    return k, v, (torch.arange(k.shape[2], device=k.device) <= last).expand(1, 1, -1, k.shape[2])
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor:
