@@ -8,7 +8,6 @@ position table, MLP, heads, feature extraction. Names of ours are `vit_{small,ba
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from attention_zoo.registry import AttentionInfo, attention_class, attention_info, create_attention, register_model_info
+from attention_zoo.registry import AttentionInfo, attention_info, register_model_info
+
+from ._host import build_attention
 
 __all__ = ["AttentionBlock", "build_vit"]
 
@@ -84,9 +85,10 @@ class AttentionBlock(Block):
             "attn_drop": attn_drop,
             "proj_drop": proj_drop,
             "norm_layer": norm_layer,
+            "device": device,
+            "dtype": dtype,
         }
-        options = _mechanism_options(attention, host, attention_kwargs or {})
-        self.attn = create_attention(attention, **{"dim": dim, "num_heads": num_heads, **options, "device": device, "dtype": dtype})
+        self.attn = build_attention(attention, dim, num_heads, host, attention_kwargs)
         self.attn.layer_idx = depth
         self.grid_size: tuple[int, int] | None = None
 
@@ -104,17 +106,6 @@ class AttentionBlock(Block):
         if is_causal and not self.attn.is_causal:
             raise ValueError(f"{info.name!r} was built noncausal: give attention_kwargs=dict(is_causal=True) at construction")
         return inputs
-
-
-def _mechanism_options(attention: str, host: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """The host's settings that the mechanism has, overridden by its own. A host's setting that would be lost raises."""
-    parameters = inspect.signature(attention_class(attention)).parameters
-    neutral = {"qkv_bias": True, "qk_norm": False, "scale_norm": False, "proj_bias": True, "attn_drop": 0.0, "proj_drop": 0.0}
-    lost = [k for k, v in neutral.items() if k not in parameters and k not in own and host[k] != v]
-    if lost:
-        said = ", ".join(f"{k}={host[k]}" for k in lost)
-        raise ValueError(f"the model is built with {said}, which {attention!r} does not have")
-    return {**{k: v for k, v in host.items() if k in parameters}, **own}
 
 
 class _ShareGrid:

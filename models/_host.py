@@ -1,0 +1,40 @@
+"""What every backbone needs to hold any mechanism: its settings handed over, none lost, none invented."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from timm.layers import register_notrace_module
+
+from attention_zoo.registry import attention_class, create_attention
+
+__all__ = ["build_attention"]
+
+# What each setting of a host is when it asks for nothing special: such a one need not exist on the mechanism.
+_NEUTRAL = {"qkv_bias": True, "qk_norm": False, "scale_norm": False, "proj_bias": True, "attn_drop": 0.0, "proj_drop": 0.0}
+
+
+def build_attention(attention: str, dim: int, num_heads: int, host: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> Any:
+    """Build `attention` for a block of a backbone.
+
+    Args:
+        attention: name of the mechanism.
+        dim, num_heads: of the block; `own` may override num_heads.
+        host: the backbone's settings in timm's words (`qkv_bias`, `norm_layer`, `device`, ...); handed over where the mechanism has
+            them.
+        own: the mechanism's options; they win over the host's.
+
+    Raises:
+        ValueError: a setting of the host that the mechanism lacks and that says something.
+        TypeError: an own option that the mechanism lacks.
+    """
+    cls, own = attention_class(attention), dict(own or {})
+    parameters = inspect.signature(cls).parameters
+    lost = [f"{k}={host[k]}" for k, v in _NEUTRAL.items() if k in host and k not in parameters and k not in own and host[k] != v]
+    if lost:
+        raise ValueError(f"the model is built with {', '.join(lost)}, which {attention!r} does not have")
+    register_notrace_module(cls)  # a leaf for torch.fx, as timm's own layers with data-dependent Python are
+    shared = {k: v for k, v in {"num_heads": num_heads, **host}.items() if k in parameters}
+    return create_attention(attention, **{"dim": dim, **shared, **own})
