@@ -1,6 +1,17 @@
 """The mechanisms: one file per paper, each registered under its name."""
 
 from attention_zoo.attention.base import auxiliary_loss
+from attention_zoo.attention.gqa import GroupedQueryAttention
+from attention_zoo.attention.kdgqa import DynamicGroupedQueryAttention, KeyDrivenGroupedQueryAttention, set_training_step
 from attention_zoo.attention.mha import MultiHeadAttention
+from attention_zoo.attention.pgqa import PerturbedGroupedQueryAttention
 
-__all__ = ["MultiHeadAttention", "auxiliary_loss"]
+__all__ = [
+    "DynamicGroupedQueryAttention",
+    "GroupedQueryAttention",
+    "KeyDrivenGroupedQueryAttention",
+    "MultiHeadAttention",
+    "PerturbedGroupedQueryAttention",
+    "auxiliary_loss",
+    "set_training_step",
+]

@@ -31,6 +31,7 @@ __all__ = [
     "reset_children",
     "resolve_attention_mask",
     "resolve_head_dim",
+    "select_heads",
     "split_heads",
 ]
 
@@ -123,6 +124,13 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def select_heads(x: Tensor, head_map: Tensor) -> Tensor:
+    """Heads of (B, H_kv, N, D) in the order of `head_map`, (H,) or one row for each sample (B, H) -> (B, H, N, D)."""
+    if head_map.ndim == 1:
+        return x.index_select(1, head_map)
+    return x.take_along_dim(head_map[:, :, None, None], dim=1)
+
+
 def reset_children(module: nn.Module) -> None:
     """Call `reset_parameters` of every submodule that has one: PyTorch's defaults, after `to_empty` for instance."""
     for child in module.children():
@@ -156,12 +164,14 @@ def attend(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     past_key_values: Any = None,
     scale: float | None = None,
+    head_map: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention with the module's settings: rotate q and k, extend the cache, mask, attend.
 
     Reads from the module: `is_causal`, `rope_layout`, `attn_drop` (a rate) and `layer_idx`.
 
-    Shape: q (B, H, N, D), k, v (B, H_kv, M, D) -> (B, H, N, D).
+    Shape: q (B, H, N, D), k, v (B, H_kv, M, D) -> (B, H, N, D). `head_map`, int64 (H,) or (B, H), names the key/value head
+    that each query head reads; None: an even split. The cache keeps the H_kv heads either way.
 
     Raises:
         ValueError: rotary tables or a cache with cross attention, or a mask of another shape.
@@ -175,6 +185,8 @@ def attend(
         k, v, static = extend_cache(module, past_key_values, k, v)
         if static is not None and attention_mask is not None:
             attention_mask = _pad_keys(attention_mask, k.shape[2])
+    if head_map is not None:
+        k, v = (select_heads(t, head_map) for t in (k, v))
     mask = resolve_attention_mask(attention_mask, q.shape[2], k.shape[2])
     if static is not None:
         is_causal = False  # the bound counts from the end of the keys, which a static cache pads

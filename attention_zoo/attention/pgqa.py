@@ -1,0 +1,179 @@
+"""Perturbed grouped-query attention: even groups, with statistics-matched noise taken off the output of every head.
+
+Beyond Uniform Query Distribution: Key-Driven Grouped Query Attention, arXiv 2408.08454, 2024. Follows the official code
+(zohaib-khan5040/key-driven-gqa) where paper and code differ: the noise is uniform, standardised, on the outputs of attention, not
+Gaussian on its weights, and it is there in eval as well.
+Deviations: noise can be kept to training or left out; padded tokens count in no statistic; a head output of one number becomes 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attention_zoo.attention.base import attend, check_choice, resolve_attention_mask
+from attention_zoo.attention.gqa import GroupedQueryAttention
+from attention_zoo.attention.kdgqa import PAPER
+from attention_zoo.registry import register_attention
+
+__all__ = ["PerturbedGroupedQueryAttention", "perturb"]
+
+NOISE_MODES = ("always", "train", "never")
+
+
+@register_attention("pgqa", causal_options={"noise_mode": "never"}, **PAPER)
+class PerturbedGroupedQueryAttention(GroupedQueryAttention):
+    """Perturbed grouped-query attention: from each head's output, noise with the output's own mean and deviation is subtracted.
+
+        O_h = softmax(q_h k_g^T / sqrt(d)) v_g, seen as one row of N d numbers       U_h ~ Uniform[0, 1), U_hh = 0
+        R_h = (U_h - mean U_h) / std U_h       O_h <- O_h - (std(O_h) R_h + mean O_h)       y = concat_h(O_h) W_o
+
+    | paper | here |
+    |---|---|
+    | H query heads, G groups, d | `num_heads`, `num_kv_heads`, `head_dim` |
+    | U | `noise` of the forward, (G, H/G, N d), for all samples alike; h counts within the group |
+    | W^Q, W^K, W^V, W^O | `q`, `k`, `v`, `proj` |
+
+    Every row ends with mean 0. The gradient flows through mean and deviation of the output.
+
+    Args:
+        dim, num_heads, head_dim, qkv_bias, qk_norm, norm_layer, proj_bias, attn_drop, proj_drop, is_causal, rope_layout,
+            context_dim: as for `GroupedQueryAttention`.
+        num_kv_heads: number of key/value heads G, a divisor of H; None: H / 2, or the largest divisor below it.
+        noise_mode: "always" (official, so that eval is random as well), "train" or "never" (which is `gqa`).
+
+    Shape: x (B, N, C), context (B, M, context_dim) -> (B, N, C).
+
+    Raises:
+        ValueError: heads that do not divide, an unknown mode, causal attention or a cache with noise (its statistics are of all
+            tokens), noise of another shape or where the mode has none.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        noise_mode: str = "always",
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        is_causal: bool = False,
+        rope_layout: str = "half",
+        context_dim: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        check_choice("noise_mode", noise_mode, NOISE_MODES)
+        if is_causal and noise_mode != "never":
+            raise ValueError(
+                f"noise_mode={noise_mode!r} takes statistics of future tokens: is_causal=True needs noise_mode='never'"
+            )
+        super().__init__(
+            dim,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            qkv_bias=qkv_bias,
+            qk_norm=qk_norm,
+            norm_layer=norm_layer,
+            proj_bias=proj_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            is_causal=is_causal,
+            rope_layout=rope_layout,
+            context_dim=context_dim,
+            device=device,
+            dtype=dtype,
+        )
+        self.noise_mode = noise_mode
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Any = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """`noise`: the raw uniforms (G, H/G, N d) of this call, drawn on the tokens' device when None."""
+        if past_key_values is not None and self.noise_mode != "never":
+            raise ValueError(f"noise_mode={self.noise_mode!r} takes statistics of all tokens: a cache needs noise_mode='never'")
+        q, k, v = self._project(x, context)
+        out = attend(
+            self,
+            q,
+            k,
+            v,
+            cross=context is not None,
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            past_key_values=past_key_values,
+        )
+        if self.noise_mode == "always" or (self.noise_mode == "train" and self.training):
+            shape = (self.num_kv_heads, self.num_heads // self.num_kv_heads, out.shape[2] * self.head_dim)
+            if noise is None:
+                noise = torch.rand(shape, device=out.device)
+            elif noise.shape != shape:
+                raise ValueError(f"noise must be (num_kv_heads, heads per group, N * head_dim) = {shape}, got {tuple(noise.shape)}")
+            out = perturb(out, noise, _real_queries(attention_mask, out.shape[2]) if context is None else None)
+        elif noise is not None:
+            raise ValueError(
+                f"noise was given, but noise_mode={self.noise_mode!r} has none in {'train' if self.training else 'eval'} mode"
+            )
+        return self._output(out)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, noise_mode={self.noise_mode!r}"
+
+
+def perturb(heads: Tensor, noise: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """Take noise with each row's own mean and deviation off the head outputs; statistics in float32 (float64 stays).
+
+    Args:
+        heads: (B, H, N, d). A row is one sample's output of one head, N * d numbers.
+        noise: (G, H/G, N * d) uniforms; number i of head i of every group is set to 0 first, as in the official code.
+        tokens: boolean (B, N), which tokens count; None: all.
+
+    Shape: -> (B, H, N, d).
+    """
+    work = torch.float64 if heads.dtype == torch.float64 else torch.float32
+    rows = heads.to(work).reshape(heads.shape[0], *noise.shape)
+    counts = None if tokens is None else tokens.repeat_interleave(heads.shape[-1], dim=1)[:, None, None, :]
+    diagonal = torch.eye(*noise.shape[1:], dtype=torch.bool, device=noise.device)
+    uniforms = noise.to(work).masked_fill(diagonal, 0.0)
+    noise_mean, noise_std = _mean_and_std(uniforms, counts)
+    mean, std = _mean_and_std(rows, counts)
+    standard = (uniforms - noise_mean) / torch.where(noise_std > 0, noise_std, 1.0)
+    return (rows - (standard * std + mean)).reshape(heads.shape).to(heads.dtype)
+
+
+def _mean_and_std(rows: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation of the last dimension over the numbers that count; fewer than two have deviation 0."""
+    if counts is None:
+        variance, mean = torch.var_mean(rows, -1, correction=min(1, rows.shape[-1] - 1), keepdim=True)
+    else:
+        weight = counts.to(rows.dtype)
+        number = weight.sum(-1, keepdim=True)
+        mean = (rows * weight).sum(-1, keepdim=True) / number.clamp_min(1.0)
+        variance = ((rows - mean) * weight).square().sum(-1, keepdim=True) / (number - 1.0).clamp_min(1.0)
+    positive = variance > 0  # the square root has no finite slope at 0
+    return mean, torch.where(positive, torch.where(positive, variance, 1.0).sqrt(), 0.0)
+
+
+def _real_queries(attention_mask: Tensor | None, num_tokens: int) -> Tensor | None:
+    """Which tokens (B, N) are real, in self attention with a padding mask; None: all."""
+    if attention_mask is None or attention_mask.ndim != 2 or attention_mask.is_floating_point():
+        return None
+    mask = resolve_attention_mask(attention_mask, num_tokens, num_tokens)
+    return None if mask is None else mask[:, 0, 0, :]
