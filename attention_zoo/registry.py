@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import inspect
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -316,4 +317,4 @@ def _read_docstring(cls: type) -> tuple[str, str]:
             equation.append("")
         elif line.rstrip() in {"Args:", "Shape:", "Raises:"}:
             break
-    return summary, inspect.cleandoc("\n".join(equation)) if equation else ""
+    return summary, textwrap.dedent("\n".join(equation)).strip()

@@ -1,6 +1,6 @@
 """The generic matrix: what every registered mechanism must do, whatever its paper says.
 
-The cases come from the registry and follow `AttentionInfo`; nothing here names a mechanism, and a new one is tested by being registered.
+The cases come from the registry and follow `AttentionInfo`: nothing here names a mechanism; to be registered is to be tested.
 """
 
 from __future__ import annotations
