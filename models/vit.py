@@ -8,13 +8,16 @@ position table, MLP, heads, feature extraction. Names of ours are `vit_{small,ba
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
+import torch.fx
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.layers import register_notrace_function
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -90,6 +93,7 @@ class AttentionBlock(Block):
         }
         self.attn = build_attention(attention, dim, num_heads, host, attention_kwargs)
         self.attn.layer_idx = depth
+        self._takes_mask = "attention_mask" in inspect.signature(self.attn.forward).parameters
         self.grid_size: tuple[int, int] | None = None
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -98,14 +102,24 @@ class AttentionBlock(Block):
 
     def _attention_inputs(self, attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
         info: AttentionInfo = self.attn.attention_info
-        inputs: dict[str, Any] = {}
-        if info.spatial:
-            inputs["grid_size"] = self.grid_size
-        if attn_mask is not None:  # timm's 2-D boolean mask is (N, N); ours would be padding
-            inputs["attention_mask"] = attn_mask[(None,) * (4 - attn_mask.ndim)] if attn_mask.ndim != 3 else attn_mask.unsqueeze(1)
-        if is_causal and not self.attn.is_causal:
-            raise ValueError(f"{info.name!r} was built noncausal: give attention_kwargs=dict(is_causal=True) at construction")
-        return inputs
+        mask = _host_mask(attn_mask, is_causal, info.name, self._takes_mask, self.attn.is_causal)
+        inputs: dict[str, Any] = {"attention_mask": mask} if self._takes_mask else {}
+        return {**inputs, "grid_size": self.grid_size} if info.spatial else inputs
+
+
+@torch.fx.wrap
+@register_notrace_function
+def _host_mask(attn_mask: Tensor | None, is_causal: bool, name: str, takes_mask: bool, built_causal: bool) -> Tensor | None:
+    """The mask that timm hands to a block, in our vocabulary; a leaf for torch.fx, since it looks at values."""
+    if is_causal and not built_causal:
+        raise ValueError(f"{name!r} was built noncausal: give attention_kwargs=dict(is_causal=True) at construction")
+    if attn_mask is None:
+        return None
+    if not takes_mask:
+        raise ValueError(f"{name!r} takes no attention mask")
+    if attn_mask.ndim == 3:  # (B, N, N)
+        return attn_mask.unsqueeze(1)
+    return attn_mask[(None,) * (4 - attn_mask.ndim)]  # timm's 2-D boolean mask is (N, N); ours would be padding
 
 
 class _ShareGrid:
