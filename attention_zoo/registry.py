@@ -61,6 +61,8 @@ class AttentionInfo:
         prefix_tokens: whether a spatial mechanism accepts class or register tokens before the grid.
         keeps_shape: False for a mechanism that changes the number of tokens or channels (a downsampler).
         batch_coupled: by default, a sample's output depends on the other samples of its batch, in evaluation mode as well.
+        stochastic: by default, noise over all tokens of a sample is drawn in evaluation mode as well.
+        stochastic: by default, its output is random in evaluation mode as well.
         min_grid_size: the smallest (H, W) that a spatial mechanism takes.
         causal_options: constructor options that `is_causal=True` needs, where the defaults would let a token see the future.
         summary: first line of the class's docstring.
@@ -80,6 +82,7 @@ class AttentionInfo:
     prefix_tokens: bool = False
     keeps_shape: bool = True
     batch_coupled: bool = False
+    stochastic: bool = False
     min_grid_size: tuple[int, int] = (1, 1)
     causal_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     summary: str = ""
@@ -125,6 +128,7 @@ def register_attention(
     prefix_tokens: bool = False,
     keeps_shape: bool = True,
     batch_coupled: bool = False,
+    stochastic: bool = False,
     min_grid_size: tuple[int, int] = (1, 1),
     causal_options: Mapping[str, Any] | None = None,
 ) -> Callable[[_Class], _Class]:
@@ -155,6 +159,8 @@ def register_attention(
             prefix_tokens=prefix_tokens,
             keeps_shape=keeps_shape,
             batch_coupled=batch_coupled,
+            stochastic=stochastic,
+            stochastic=stochastic,
             min_grid_size=min_grid_size,
             causal_options=dict(causal_options or {}),
             summary=summary,

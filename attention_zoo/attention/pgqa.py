@@ -24,7 +24,7 @@ __all__ = ["PerturbedGroupedQueryAttention", "perturb"]
 NOISE_MODES = ("always", "train", "never")
 
 
-@register_attention("pgqa", causal_options={"noise_mode": "never"}, **PAPER)
+@register_attention("pgqa", stochastic=True, causal_options={"noise_mode": "never"}, **PAPER)
 class PerturbedGroupedQueryAttention(GroupedQueryAttention):
     """Perturbed grouped-query attention: from each head's output, noise with the output's own mean and deviation is subtracted.
 
@@ -160,13 +160,10 @@ def perturb(heads: Tensor, noise: Tensor, tokens: Tensor | None = None) -> Tenso
 
 def _mean_and_std(rows: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean and unbiased standard deviation of the last dimension over the numbers that count; fewer than two have deviation 0."""
-    if counts is None:
-        variance, mean = torch.var_mean(rows, -1, correction=min(1, rows.shape[-1] - 1), keepdim=True)
-    else:
-        weight = counts.to(rows.dtype)
-        number = weight.sum(-1, keepdim=True)
-        mean = (rows * weight).sum(-1, keepdim=True) / number.clamp_min(1.0)
-        variance = ((rows - mean) * weight).square().sum(-1, keepdim=True) / (number - 1.0).clamp_min(1.0)
+    weight = rows.new_ones(rows.shape[-1]) if counts is None else counts.to(rows.dtype)
+    number = weight.sum(-1, keepdim=True)
+    mean = (rows * weight).sum(-1, keepdim=True) / number.clamp_min(1.0)
+    variance = ((rows - mean) * weight).square().sum(-1, keepdim=True) / (number - 1.0).clamp_min(1.0)
     positive = variance > 0  # the square root has no finite slope at 0
     return mean, torch.where(positive, torch.where(positive, variance, 1.0).sqrt(), 0.0)
 

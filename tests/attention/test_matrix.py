@@ -288,6 +288,8 @@ def test_eval_is_deterministic_and_without_dropout(case: Case) -> None:
     x, kwargs = case.inputs()
     want = run(module, x, **kwargs)
     assert torch.equal(run(module, x, **kwargs), want)
+    torch.manual_seed(4)
+    assert torch.equal(copy.deepcopy(module)(x, **kwargs), want) != case.draws
     rates = {name: 0.5 for name in ("attn_drop", "proj_drop") if name in case.constructor}
     dropping = case.build(generic=False, **rates)
     dropping.load_state_dict(module.state_dict())
@@ -402,13 +404,17 @@ def test_the_future_does_not_matter(case: Case, mode: str) -> None:
     x, kwargs = case.inputs(length=9)
     want = run(module, x, **kwargs)
     for t in (1, 2, 5, 8):
-        changed = x.clone()
-        changed[:, t:] = 30 * torch.randn(x[:, t:].shape)
-        close(run(module, changed, **kwargs)[:, :t], want[:, :t], msg=f"tokens before {t} see what follows")
-    if x.shape[1] > 1:
-        changed = x.clone()
-        changed[:, 0] += 1.0
-        assert not torch.allclose(run(module, changed, **kwargs)[:, -1], want[:, -1], atol=1e-4), "the last token sees the first"
+        for shape in (
+            (2, 9 - t, DIM),
+            (1, 1, DIM),
+            (1, 1, DIM),
+        ):  # tokens of all kinds, and all of a kind: that moves statistics most
+            changed = x.clone()
+            changed[:, t:] = 30 * torch.randn(shape)
+            close(run(module, changed, **kwargs)[:, :t], want[:, :t], msg=f"tokens before {t} see what follows")
+    changed = x.clone()
+    changed[:, 0] += 1.0
+    assert not torch.allclose(run(module, changed, **kwargs)[:, -1], want[:, -1], atol=1e-4), "the last token sees the first"
 
 
 @each([c for c in PLAIN if "noncausal_self" in c.info.patterns and not c.info.spatial])
@@ -571,7 +577,7 @@ def test_what_stands_in_the_padding_does_not_matter(case: Case, mode: str) -> No
     close_gradients(of_parameters, of_parameters_b, atol=1e-3, rtol=1e-3)
 
 
-@each(MASKED)
+@each([c for c in MASKED if c.is_causal or not c.info.stochastic])  # other lengths draw other noise
 def test_padding_equals_leaving_the_tokens_out(case: Case) -> None:
     module = case.build()
     x, kwargs = case.inputs(batch=1, length=8)
@@ -624,7 +630,7 @@ def test_forms_of_a_mask_agree(case: Case) -> None:
     close(call(attention_mask=bias), call(attention_mask=bias[None, None]), msg="2-D and 4-D float")
 
 
-@each([c for c in MASKED if not c.info.batch_coupled])
+@each([c for c in MASKED if c.is_causal or not (c.info.batch_coupled or c.info.stochastic)])
 def test_padding_is_a_mask_over_the_keys(case: Case) -> None:
     module = case.build()
     x, kwargs = case.inputs(length=6)
