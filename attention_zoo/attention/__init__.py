@@ -4,14 +4,17 @@ from attention_zoo.attention.base import auxiliary_loss
 from attention_zoo.attention.gqa import GroupedQueryAttention
 from attention_zoo.attention.kdgqa import DynamicGroupedQueryAttention, KeyDrivenGroupedQueryAttention, set_training_step
 from attention_zoo.attention.mha import MultiHeadAttention
+from attention_zoo.attention.moh import MoHAttention, set_routed_topk
 from attention_zoo.attention.pgqa import PerturbedGroupedQueryAttention
 
 __all__ = [
     "DynamicGroupedQueryAttention",
     "GroupedQueryAttention",
     "KeyDrivenGroupedQueryAttention",
+    "MoHAttention",
     "MultiHeadAttention",
     "PerturbedGroupedQueryAttention",
     "auxiliary_loss",
+    "set_routed_topk",
     "set_training_step",
 ]

@@ -1,0 +1,526 @@
+"""Mixture-of-Head attention: every token uses a few shared heads and picks, for itself, a few of the others.
+
+MoH: Multi-Head Attention as Mixture-of-Head Attention, arXiv 2410.11842, 2024. Follows the official code (SkyworkAI/MoH) where
+paper and code differ: routed gates are renormalised over the chosen heads, and gates carry the factors h_s, K and 2, so that zero
+routers give gates of 1.
+Deviations: gates, top-k and the load-balance loss are float32 under mixed precision; ties go to the lowest head; one shared head
+has a constant gate; the query-norm router ranks the norms themselves (the code divides by their deviation first, which is NaN for
+one head) and, with qk_norm, those before it; padding does not count in the load-balance loss, which lives on the module, not on
+its class. All heads are computed and the unused ones multiplied by 0, as in the official code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from attention_zoo.attention.base import (
+    ROPE_LAYOUTS,
+    AttentionModule,
+    attend,
+    check_choice,
+    check_head_split,
+    check_tokens,
+    merge_heads,
+    project_qkv,
+    resolve_head_dim,
+    split_heads,
+)
+from attention_zoo.attention.gqa import _settings, _split_projections
+from attention_zoo.registry import PATTERNS, register_attention
+
+__all__ = ["MoHAttention", "load_balance_loss", "set_routed_topk", "top_k_mask"]
+
+_GATES = {"linear": "soft", "query_norm": "hard"}  # the kind of gate that each router makes
+
+
+@register_attention(
+    "moh",
+    title="MoH: Multi-Head Attention as Mixture-of-Head Attention",
+    arxiv="2410.11842",
+    year=2024,
+    repository="SkyworkAI/MoH",
+    patterns=PATTERNS,
+    kv_cache=True,
+    cost="O(N^2 d h); O(N^2 d (h_s + K)) for a kernel that skips unused heads",
+    engines=("flash", "torch", "xformers", "flex"),
+)
+class MoHAttention(AttentionModule):
+    """Mixture-of-Head attention: each token mixes h_s shared heads with the K best of the other h_r = h - h_s, weighted per token.
+
+        y = concat_i(g_i o_i) W_o,   o_i = softmax(q_i k_i^T / sqrt(d)) v_i,   g = [a_0 s, a_1 r]
+        s = h_s softmax(W_s x)                        shared heads, the first h_s
+        r = K p m / sum(p m),   p = softmax(W_r x)    routed heads; m = 1 for the K largest p of the token, else 0
+        a = 2 softmax(W_h x)                          balance of the two kinds
+        router "query_norm":  g = 1 for shared heads and for the K routed heads of largest ||q_i||, else 0
+
+    | paper | here |
+    |---|---|
+    | h, d | `num_heads`, `head_dim` |
+    | h_s, K | `shared_heads`, `routed_topk` |
+    | W_r (wg in the official code) | `router` |
+    | W_s (wg_1); absent if h_s < 2, when s = 1 | `shared_router` |
+    | W_h (wg_0); absent if h_s = 0 or K = 0, when a = 1 | `balance` |
+    | q, k, v; W_o | `qkv`, `proj`, or `q_proj, k_proj, v_proj`, `o_proj` |
+    | load-balance loss | `aux_loss`: h_r sum_e mean(p_e) mean(m_e), K when balanced |
+
+    The projections are fused as timm's for the linear router with as many key/value heads as query heads and context of width dim;
+    else they are split as Hugging Face's.
+
+    After a forward in training mode `aux_loss` holds the layer's load-balance loss (None otherwise, and without routed heads);
+    `attention_zoo.auxiliary_loss(model)` gathers it, the paper's weight is 0.01. The query-norm router's p is softmax(n / std(n)) of
+    the norms n. With `debug = True` on the module, `last_head_load` holds the share of tokens that chose each routed head, (h_r,).
+
+    Args:
+        dim: channels C of the tokens.
+        num_heads: number of query heads h.
+        head_dim: channels d per head; None: dim / num_heads.
+        num_kv_heads: number of key/value heads, a divisor of h; None: h. Query heads have their own gates.
+        shared_heads: heads h_s that every token uses, the first ones. Without this, routed_topk and active_heads: h / 2.
+        routed_topk: routed heads K that each token chooses. Without this, shared_heads and active_heads: h / 4, at least 1.
+        active_heads: h_s + K, instead of routed_topk.
+        router: "linear", learned from x, or "query_norm", the norm of each head's query, without parameters.
+        gate: "soft" for the linear router, "hard" (0 or 1) for the query-norm router; None: the router's.
+        router_grad: gradient through the query-norm router's choice, "none", or "ste": straight through to p of the chosen heads.
+        qkv_bias: whether the projections of q, k and v have a bias.
+        qk_norm: normalise q and k per head with `norm_layer` (before any rotation).
+        norm_layer: class of those normalisations, called with the number of channels.
+        proj_bias: whether the output projection has a bias.
+        attn_drop, proj_drop: dropout rates on the attention weights and on the output.
+        is_causal: each token attends to itself and those before it; the last query stands at the last key.
+        rope_layout: channel pairs of `position_embeddings`, "half" or "interleaved".
+        context_dim: channels of `context`; None: dim.
+
+    Shape: x (B, N, C), context (B, M, context_dim) -> (B, N, C). The cache holds the keys and values of all heads.
+
+    Raises:
+        ValueError: numbers of heads that do not go together, a gate or router_grad that is not the router's, an unknown choice,
+            tokens or masks of another shape.
+    """
+
+    debug: bool = False
+    aux_loss: Tensor | None = None
+    last_head_load: Tensor | None = None
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        head_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        shared_heads: int | None = None,
+        routed_topk: int | None = None,
+        active_heads: int | None = None,
+        router: str = "linear",
+        gate: str | None = None,
+        router_grad: str = "none",
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        is_causal: bool = False,
+        rope_layout: str = "half",
+        context_dim: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        check_choice("rope_layout", rope_layout, ROPE_LAYOUTS)
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, resolve_head_dim(dim, num_heads, head_dim)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_head_split(num_heads, self.num_kv_heads)
+        self.shared_heads, self.routed_topk = _resolve_heads(num_heads, shared_heads, routed_topk, active_heads)
+        self.routed_heads = num_heads - self.shared_heads
+        _check_router(router, gate, router_grad, self.routed_heads)
+        self.router_kind, self.router_grad = router, router_grad
+        self.is_causal, self.rope_layout = is_causal, rope_layout
+        self.context_dim = dim if context_dim is None else context_dim
+
+        inner, kv_inner = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.fused = router == "linear" and self.num_kv_heads == num_heads and self.context_dim == dim
+        if self.fused:
+            self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias, **factory)
+        else:
+            self.q_proj = nn.Linear(dim, inner, bias=qkv_bias, **factory)
+            self.k_proj = nn.Linear(self.context_dim, kv_inner, bias=qkv_bias, **factory)
+            self.v_proj = nn.Linear(self.context_dim, kv_inner, bias=qkv_bias, **factory)
+        self.q_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.attn_drop = attn_drop
+        self.add_module("proj" if self.fused else "o_proj", nn.Linear(inner, dim, bias=proj_bias, **factory))
+        self.proj_drop = nn.Dropout(proj_drop)
+        if router == "linear":
+            if self.routed_heads > 0:
+                self.router = nn.Linear(dim, self.routed_heads, bias=False, **factory)
+            if self.shared_heads > 1:
+                self.shared_router = nn.Linear(dim, self.shared_heads, bias=False, **factory)
+            if self.routed_heads > 0 and self.shared_heads > 0:
+                self.balance = nn.Linear(dim, 2, bias=False, **factory)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        context: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Any = None,
+    ) -> Tensor:
+        check_tokens(x, self.dim)
+        q, k, v = self._project(x, context)
+        gates, scores, chosen = self._route(x, q)
+        heads = attend(
+            self,
+            self.q_norm(q),
+            self.k_norm(k),
+            v,
+            cross=context is not None,
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            past_key_values=past_key_values,
+        )
+        heads = heads * gates.transpose(1, 2).unsqueeze(-1).to(heads.dtype)  # with `attend` above: what a skipping kernel replaces
+        self._keep_statistics(scores, chosen, None if context is not None else attention_mask, past_key_values)
+        output: nn.Module = self.proj if self.fused else self.o_proj
+        return self.proj_drop(output(merge_heads(heads)))
+
+    def set_topk(self, routed_topk: int) -> None:
+        """Let each token choose `routed_topk` heads from now on: 1 to h_r, or 0 when every head is shared. Raises ValueError."""
+        _check_topk(self.num_heads, self.shared_heads, routed_topk)
+        self.routed_topk = routed_topk
+
+    @classmethod
+    def from_softmax_attention(
+        cls,
+        source: nn.Module | Mapping[str, Tensor],
+        *,
+        num_heads: int | None = None,
+        router: str = "linear",
+        shared_heads: int | None = None,
+        routed_topk: int | None = None,
+        head_order: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Self:
+        """Build this mechanism from the weights of a softmax attention; with every head active it computes what the source does.
+
+        Linear routers start at zero, which makes every gate 1. By default K = h_r, all heads: lower it with `set_topk` during
+        fine-tuning. Memory is not shared with the source.
+
+        Args:
+            source: an attention module or its state dict, with fused `qkv` and `proj` (timm's, the zoo's), or separate projections
+                named `q, k, v, proj` or `q_proj, k_proj, v_proj, o_proj`. It may have fewer key/value heads than query heads.
+            num_heads: query heads of the source; needed for a state dict, and for modules without `num_heads` or `head_dim`.
+            router: "linear" (for encoders) or "query_norm" (for pretrained decoders).
+            shared_heads: None: the first half, rounded down to whole groups of query heads with one key/value head.
+            routed_topk: None: all routed heads.
+            head_order: head i of the result is head head_order[i] of the source, so that the heads that matter most can come first
+                and be the shared ones. Query heads with one key/value head must stay together.
+            options: further constructor arguments; they win over the settings of the source. For a state dict with `q_norm` and
+                `k_norm` give qk_norm=True and its norm_layer.
+
+        Raises:
+            ValueError: head counts that do not divide, an order that is no permutation or splits a group, or tensors that are
+                missing or have no place here; all of them are listed.
+        """
+        state = _split_projections(source.state_dict() if isinstance(source, nn.Module) else source)
+        (inner, dim), (kv_inner, context_dim) = state["q.weight"].shape, state["k.weight"].shape
+        num_heads = _source_heads(source, inner) if num_heads is None else num_heads
+        head_dim = inner // num_heads if num_heads > 0 and inner % num_heads == 0 else 0
+        if head_dim == 0 or kv_inner % head_dim:
+            raise ValueError(f"q.weight has {inner} rows, k.weight {kv_inner}: no whole number of heads; is num_heads={num_heads}?")
+        num_kv_heads = kv_inner // head_dim
+        check_head_split(num_heads, num_kv_heads)
+        if shared_heads is None:
+            group = num_heads // num_kv_heads
+            shared_heads = num_heads // 2 // group * group
+        module = cls(
+            dim,
+            num_heads,
+            router=router,
+            shared_heads=shared_heads,
+            routed_topk=num_heads - shared_heads if routed_topk is None else routed_topk,
+            num_kv_heads=num_kv_heads,
+            **{
+                "head_dim": head_dim,
+                "qkv_bias": "q.bias" in state,
+                "qk_norm": "q_norm" in {name.partition(".")[0] for name in state},
+                "proj_bias": "proj.bias" in state,
+                "context_dim": context_dim,
+                "device": state["q.weight"].device,
+                "dtype": state["q.weight"].dtype,
+                **(_source_settings(source) if isinstance(source, nn.Module) else {}),
+                **options,
+            },
+        )
+        if head_order is not None:
+            state = _reorder_heads(state, head_order, num_heads, num_kv_heads)
+        module._load_projections(state, source)
+        return module.train(source.training) if isinstance(source, nn.Module) else module
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"shared_heads={self.shared_heads}, routed_topk={self.routed_topk}, router={self.router_kind!r}, is_causal={self.is_causal}"
+        )
+
+    def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, h, N, d) of x, k and v (B, h_kv, M, d) of context (of x when it is None)."""
+        if context is not None:
+            check_tokens(context, self.context_dim, "context")
+        elif self.context_dim != self.dim:
+            raise ValueError(f"this module was built for cross attention with context_dim={self.context_dim}: give context")
+        if self.fused:
+            inner = self.num_heads * self.head_dim
+            q, k, v = project_qkv(self.qkv, x, context, (inner, inner, inner))
+        else:
+            source = x if context is None else context
+            q, k, v = self.q_proj(x), self.k_proj(source), self.v_proj(source)
+        return split_heads(q, self.num_heads), split_heads(k, self.num_kv_heads), split_heads(v, self.num_kv_heads)
+
+    def _route(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gates (B, N, h), shared heads first; scores p and 0/1 choice m, each (B, N, h_r), or None without routed heads.
+
+        All in float32 at least: gates that are rounded to half precision choose other heads.
+        """
+        if self.router_kind == "query_norm":
+            return self._route_by_query_norm(q)
+        shared = None
+        if self.shared_heads > 1:
+            shared = self.shared_heads * _softmax(self.shared_router(x))
+        elif self.shared_heads == 1:  # a softmax over one head
+            shared = torch.ones_like(x[..., :1], dtype=_work_dtype(x))
+        if self.routed_heads == 0:
+            assert shared is not None  # some head there is
+            return shared, None, None
+        scores = _softmax(self.router(x))
+        chosen = top_k_mask(scores, self.routed_topk)
+        kept = scores * chosen
+        routed = self.routed_topk * kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).eps)
+        if shared is None:
+            return routed, scores, chosen
+        balance = 2 * _softmax(self.balance(x))
+        return torch.cat([balance[..., :1] * shared, balance[..., 1:] * routed], -1), scores, chosen
+
+    def _route_by_query_norm(self, q: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        norms = torch.linalg.vector_norm(q, dim=-1, dtype=_work_dtype(q)).transpose(1, 2)  # (B, N, h); rotation keeps them
+        shared = torch.ones_like(norms[..., : self.shared_heads], requires_grad=False)
+        if self.routed_heads == 0:
+            return shared, None, None
+        norms = norms[..., self.shared_heads :]
+        chosen = top_k_mask(norms, self.routed_topk)  # of the norms themselves: their softmax has the same order
+        through = self.router_grad == "ste"
+        scores = _standardised_softmax(norms) if through or self._wants_statistics else None
+        gates = chosen + (scores - scores.detach()) * chosen if through and scores is not None else chosen
+        return torch.cat([shared, gates], -1), scores, chosen
+
+    @property
+    def _wants_statistics(self) -> bool:
+        return self.training or self.debug
+
+    def _keep_statistics(
+        self, scores: Tensor | None, chosen: Tensor | None, attention_mask: Tensor | None, past_key_values: Any
+    ) -> None:
+        """Set `aux_loss` and `last_head_load` for this forward; called after `attend`, which has checked the mask."""
+        aux_loss, load = None, None
+        if self._wants_statistics and scores is not None and chosen is not None:
+            real = None
+            if attention_mask is not None:
+                start = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx) - scores.shape[1]
+                real = _real_tokens(attention_mask, scores.shape[1], start)
+            aux_loss, load = load_balance_loss(scores, chosen, real)
+        self.aux_loss = aux_loss if self.training else None
+        self.last_head_load = load if self.debug else None
+
+    def _load_projections(self, state: dict[str, Tensor], source: nn.Module | Mapping[str, Tensor]) -> None:
+        """Load q, k, v, proj and normalisations, whatever they are called here, and set the routers to zero. Raises ValueError."""
+        if isinstance(source, nn.Module):
+            for name in ("q_norm", "k_norm"):  # the source's own kind, with its epsilon
+                if not isinstance(getattr(self, name), nn.Identity) and isinstance(norm := getattr(source, name, None), nn.Module):
+                    setattr(self, name, deepcopy(norm))
+        loaded = {_split_name(name): tensor for name, tensor in state.items()}
+        if self.fused:
+            for kind in ("weight", "bias"):
+                parts = [loaded.pop(f"{name}_proj.{kind}") for name in "qkv" if f"{name}_proj.{kind}" in loaded]
+                if parts:
+                    loaded[f"qkv.{kind}"] = torch.cat(parts)
+            loaded = {name.replace("o_proj.", "proj."): tensor for name, tensor in loaded.items()}
+        own = self.state_dict()
+        routers = {name for name in own if name.split(".")[0] in ("router", "shared_router", "balance")}
+        missing, unknown = sorted(own.keys() - routers - loaded.keys()), sorted(loaded.keys() - own.keys())
+        if missing or unknown:
+            raise ValueError(
+                "source and MoHAttention do not have the same tensors"
+                + (f"; missing: {', '.join(missing)}" if missing else "")
+                + (f"; without a place: {', '.join(unknown)}" if unknown else "")
+            )
+        self.load_state_dict({**{name: torch.zeros_like(own[name]) for name in routers}, **loaded})
+
+
+def set_routed_topk(model: nn.Module, routed_topk: int | Sequence[int]) -> None:
+    """Set K of every Mixture-of-Head layer of `model` that has routed heads: one number for all, or one for each layer in order.
+
+    Raises:
+        ValueError: a number that a layer cannot have, or another count of numbers than of layers; no layer is changed then.
+    """
+    layers = [m for m in model.modules() if isinstance(m, MoHAttention) and m.routed_heads > 0]
+    numbers = [routed_topk] * len(layers) if isinstance(routed_topk, int) else list(routed_topk)
+    if len(numbers) != len(layers):
+        raise ValueError(f"routed_topk has {len(numbers)} numbers, the model {len(layers)} layers with routed heads")
+    for layer, number in zip(layers, numbers, strict=True):
+        _check_topk(layer.num_heads, layer.shared_heads, number)
+    for layer, number in zip(layers, numbers, strict=True):
+        layer.set_topk(number)
+
+
+def top_k_mask(scores: Tensor, k: int) -> Tensor:
+    """1 for the k largest of the last dimension, else 0, in the dtype of `scores`; no gradient. Of ties the lowest index wins."""
+    scores = scores.detach()
+    if k == scores.shape[-1]:
+        return torch.ones_like(scores)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices  # torch.topk does not say which of equal scores it takes
+    return torch.zeros_like(scores).scatter(-1, order[..., :k], 1.0)
+
+
+def load_balance_loss(scores: Tensor, chosen: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """h_r * sum_e mean(p_e) * mean(m_e), which is K when all heads are chosen equally often, and the load mean(m_e).
+
+    Args:
+        scores: p (B, N, h_r).
+        chosen: m (B, N, h_r), 0 or 1.
+        real: (B, N) boolean or broadcastable, the tokens to count; None: all.
+
+    Returns: the loss, a scalar whose gradient flows through `scores`, and the load (h_r,).
+    """
+    counted = scores.new_ones(scores.shape[:2]) if real is None else real.to(scores.dtype).expand(scores.shape[:2])
+    total = counted.sum().clamp_min(1.0)
+    importance, load = ((counted.unsqueeze(-1) * t).sum((0, 1)) / total for t in (scores, chosen))
+    return scores.shape[-1] * (importance * load).sum(), load
+
+
+def _resolve_heads(num_heads: int, shared: int | None, topk: int | None, active: int | None) -> tuple[int, int]:
+    """(shared_heads, routed_topk), checked."""
+    if topk is not None and active is not None:
+        raise ValueError(f"routed_topk={topk} and active_heads={active}: give one; active_heads is shared_heads + routed_topk")
+    if shared is None and topk is None and active is None:
+        return num_heads // 2, max(1, num_heads // 4)
+    shared = 0 if shared is None else shared
+    if not 0 <= shared <= num_heads:
+        nearest = 0 if shared < 0 else num_heads
+        raise ValueError(f"shared_heads={shared} must be from 0 to num_heads={num_heads}; the nearest is {nearest}")
+    if active is not None:
+        topk = active - shared
+    _check_topk(num_heads, shared, 0 if topk is None else topk, given=None if active is None else active)
+    return shared, topk or 0
+
+
+def _check_topk(num_heads: int, shared: int, topk: int, given: int | None = None) -> None:
+    """Raise ValueError unless K fits; `given` is the active_heads that it came from."""
+    routed = num_heads - shared
+    lowest = min(routed, 1)
+    if lowest <= topk <= routed:
+        return
+    nearest, offset = min(max(topk, lowest), routed), 0 if given is None else shared
+    name = "routed_topk" if given is None else "active_heads"
+    allowed = f"from {lowest + offset} to {routed + offset}" if routed else f"{offset}"
+    raise ValueError(
+        f"num_heads={num_heads} with shared_heads={shared} leaves {routed} routed heads: {name} must be {allowed}, "
+        f"got {topk + offset}; the nearest is {nearest + offset}"
+        + ("; to route none, share all heads" if routed and topk == 0 else "")
+    )
+
+
+def _check_router(router: str, gate: str | None, router_grad: str, routed_heads: int) -> None:
+    check_choice("router", router, _GATES)
+    if gate not in (None, _GATES[router]):
+        raise ValueError(f"router={router!r} makes gates of the kind {_GATES[router]!r}; got gate={gate!r}")
+    check_choice("router_grad", router_grad, ("none", "ste"))
+    if router_grad == "ste" and router != "query_norm":
+        raise ValueError("router_grad='ste' is for router='query_norm'; the linear router has its own gradient: leave it 'none'")
+    if router_grad == "ste" and routed_heads == 1:
+        raise ValueError("router_grad='ste' compares the norms of at least 2 routed heads, got 1; use 'none'")
+
+
+def _work_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return torch.softmax(logits, -1, dtype=_work_dtype(logits))
+
+
+def _standardised_softmax(norms: Tensor) -> Tensor:
+    """softmax(n / std(n)) over the last dimension; of one number: 1."""
+    if norms.shape[-1] > 1:
+        norms = norms / (norms.std(-1, keepdim=True) + 1e-6)
+    return torch.softmax(norms, -1)
+
+
+def _real_tokens(attention_mask: Tensor, num_tokens: int, start: int | Tensor) -> Tensor:
+    """Which tokens are no padding, broadcastable to (B, N): those that some query may attend to.
+
+    Args:
+        attention_mask: in any form, over all keys; the N tokens stand at `start` among them.
+    """
+    if attention_mask.is_floating_point():  # -inf, or the lowest number, as Hugging Face writes
+        allowed = attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    else:
+        allowed = attention_mask.bool()
+    if attention_mask.ndim == 4:
+        allowed = allowed.any(2).any(1)
+    elif attention_mask.is_floating_point():
+        allowed = allowed.any(0, keepdim=True)
+    if allowed.shape[1] in (1, num_tokens):
+        return allowed
+    return allowed.index_select(1, torch.arange(num_tokens, device=allowed.device) + start)
+
+
+def _source_heads(source: nn.Module | Mapping[str, Tensor], inner: int) -> int:
+    """Query heads of an attention module: its `num_heads`, or what its `head_dim` tells of `inner` channels."""
+    if isinstance(num_heads := getattr(source, "num_heads", None), int):
+        return num_heads
+    if isinstance(head_dim := getattr(source, "head_dim", None), int):
+        return inner // head_dim
+    raise ValueError("the weights do not say how many heads they are: give num_heads")
+
+
+def _source_settings(source: nn.Module) -> dict[str, Any]:
+    """What the source's attributes tell, causality also of modules that are not the zoo's."""
+    is_causal = getattr(source, "is_causal", None)
+    return {**_settings(source), **({"is_causal": is_causal} if isinstance(is_causal, bool) else {})}
+
+
+def _split_name(name: str) -> str:
+    """Our name in the split form of a tensor of `q`, `k`, `v`, `proj`; others keep theirs."""
+    module, _, kind = name.rpartition(".")
+    return {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "o_proj"}.get(module, module) + "." + kind
+
+
+def _reorder_heads(state: dict[str, Tensor], order: Sequence[int], num_heads: int, num_kv_heads: int) -> dict[str, Tensor]:
+    """Heads in another order: rows of q, k and v, columns of proj. Raises ValueError when a key/value group would be split."""
+    order, group = list(order), num_heads // num_kv_heads
+    if sorted(order) != list(range(num_heads)):
+        raise ValueError(f"head_order must name each of the heads 0 to {num_heads - 1} once, got {order}")
+    groups = [{head // group for head in order[i : i + group]} for i in range(0, num_heads, group)]
+    if any(len(g) > 1 for g in groups):
+        raise ValueError(
+            f"head_order moves whole groups of {group} query heads, which share a key/value head; heads of different groups stand "
+            f"together in {order}"
+        )
+    kv_order = [g.pop() for g in groups]
+    moved = dict(state)
+    for name, tensor in state.items():
+        module, _, kind = name.rpartition(".")
+        if module == "proj" and kind == "weight":
+            moved[name] = tensor.unflatten(1, (num_heads, -1))[:, order].flatten(1)
+        elif module in ("q", "k", "v"):
+            heads, wanted = (num_heads, order) if module == "q" else (num_kv_heads, kv_order)
+            moved[name] = tensor.unflatten(0, (heads, -1))[wanted].flatten(0, 1)
+    return moved
