@@ -61,7 +61,6 @@ class AttentionInfo:
         prefix_tokens: whether a spatial mechanism accepts class or register tokens before the grid.
         keeps_shape: False for a mechanism that changes the number of tokens or channels (a downsampler).
         batch_coupled: by default, a sample's output depends on the other samples of its batch, in evaluation mode as well.
-        stochastic: by default, noise over all tokens of a sample is drawn in evaluation mode as well.
         stochastic: by default, its output is random in evaluation mode as well.
         min_grid_size: the smallest (H, W) that a spatial mechanism takes.
         causal_options: constructor options that `is_causal=True` needs, where the defaults would let a token see the future.
@@ -159,7 +158,6 @@ def register_attention(
             prefix_tokens=prefix_tokens,
             keeps_shape=keeps_shape,
             batch_coupled=batch_coupled,
-            stochastic=stochastic,
             stochastic=stochastic,
             min_grid_size=min_grid_size,
             causal_options=dict(causal_options or {}),

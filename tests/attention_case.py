@@ -47,6 +47,16 @@ class Case:
         forward = attention_class(self.name).forward  # type: ignore[attr-defined]
         return {k: p for k, p in inspect.signature(forward).parameters.items() if k != "self"}
 
+    @property
+    def draws(self) -> bool:
+        """Whether it is random in evaluation mode, as built: the options that causality needs rule that out."""
+        return self.info.stochastic and not (self.is_causal and self.info.causal_options)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether a sample's output depends on its batch, as built."""
+        return self.info.batch_coupled and not (self.is_causal and self.info.causal_options)
+
     def takes(self, argument: str) -> bool:
         return argument in self.arguments
 
