@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,8 +73,8 @@ class Case:
 
     def build(self, *, generic: bool = True, **more: Any) -> nn.Module:
         """The module, from a fixed seed. `generic`: no parameter keeps a special value (0, 1) that hides what it does."""
-        torch.manual_seed(0)
-        module: nn.Module = az.create_attention(self.name, **{**self.kwargs(), **more})
+        with seeded(0):
+            module: nn.Module = az.create_attention(self.name, **{**self.kwargs(), **more})
         if generic:
             make_generic(module)
         module.layer_idx = 0
@@ -111,10 +112,18 @@ def make_generic(module: nn.Module) -> None:
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from this seed within; the test's own go on afterwards where they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
 def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """One forward from the module's present state with a fixed seed; the module keeps its state (counters, statistics, caches)."""
-    torch.manual_seed(3)
-    return copy.deepcopy(module)(*args, **kwargs)
+    with seeded(3):
+        return copy.deepcopy(module)(*args, **kwargs)
 
 
 def run_with_gradients(module: nn.Module, x: Tensor, /, call: Any = None, **kwargs: Any) -> tuple[Tensor, list[Tensor | None]]:
@@ -124,8 +133,8 @@ def run_with_gradients(module: nn.Module, x: Tensor, /, call: Any = None, **kwar
         call: called in the module's place as `call(module, x, **kwargs)`, to compile or checkpoint it.
     """
     module, x = copy.deepcopy(module), x.detach().clone().requires_grad_()
-    torch.manual_seed(3)
-    out = module(x, **kwargs) if call is None else call(module, x, **kwargs)
+    with seeded(3):
+        out = module(x, **kwargs) if call is None else call(module, x, **kwargs)
     weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out)
     objective = (out * weights).sum() + az.auxiliary_loss(module).to(out.dtype)
     leaves = [x, *module.parameters()]

@@ -235,7 +235,7 @@ class DynamicGroupedQueryAttention(_AllocatedAttention):
     for gradient checkpointing uses what the first one found and changes nothing.
 
     The allocation looks at all keys. Causal attention and a cache need eval_update=False: eval, with a cache also training, uses
-    the stored allocation. A causal training step that updates still sees the norms of its whole batch, as in batch normalisation.
+    the stored allocation, and a causal training step the one that the steps before it left.
 
     Args:
         dim, num_heads, head_dim, qkv_bias, qk_norm, norm_layer, proj_bias, attn_drop, proj_drop, is_causal, rope_layout,
@@ -331,9 +331,7 @@ class DynamicGroupedQueryAttention(_AllocatedAttention):
         if past_key_values is not None and self.eval_update:
             raise ValueError("eval_update=True would change the allocation with every cached key: a cache needs eval_update=False")
         q, k, v = self._project(x, context)
-        if past_key_values is None and not _recomputing():
-            self._update(k, attention_mask, training_step)
-        allocation = self.allocation.clone()
+        allocation = self._allocate(k, attention_mask, training_step, cached=past_key_values is not None)
         self.last_allocation = allocation
         out = attend(
             self,
@@ -347,6 +345,16 @@ class DynamicGroupedQueryAttention(_AllocatedAttention):
             head_map=allocation_to_head_map(allocation, self.num_heads),
         )
         return self._output(out)
+
+    def _allocate(self, k: Tensor, attention_mask: Tensor | None, training_step: int | None, *, cached: bool) -> Tensor:
+        """The allocation of this forward, a copy, after the update that is due."""
+        if _recomputing() and self.last_allocation is not None:
+            return self.last_allocation
+        before = self.allocation.clone()
+        if cached:
+            return before
+        self._update(k, attention_mask, training_step)
+        return before if self.is_causal else self.allocation.clone()  # this step's update has seen the future
 
     @torch.no_grad()
     def _update(self, k: Tensor, attention_mask: Tensor | None, training_step: int | None) -> None:

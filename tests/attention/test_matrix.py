@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_case import DIM, FORWARD_VOCABULARY, HEADS, Case, cases, make_generic, rotary_tables, run, run_with_gradients
+from attention_case import DIM, FORWARD_VOCABULARY, HEADS, Case, cases, make_generic, rotary_tables, run, run_with_gradients, seeded
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaConfig, StaticCache
@@ -144,7 +144,6 @@ def test_meta_construction_then_reset_parameters(case: Case) -> None:
     module.to_empty(device="cpu")
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.detach().fill_(math.nan if tensor.is_floating_point() else 113)
-    torch.manual_seed(0)
     module.reset_parameters()
     for (name, got), want in zip(module.state_dict().items(), fresh.state_dict().values(), strict=True):
         assert got.isfinite().all(), f"{name} is not set by reset_parameters"
@@ -288,8 +287,8 @@ def test_eval_is_deterministic_and_without_dropout(case: Case) -> None:
     x, kwargs = case.inputs()
     want = run(module, x, **kwargs)
     assert torch.equal(run(module, x, **kwargs), want)
-    torch.manual_seed(4)
-    assert torch.equal(copy.deepcopy(module)(x, **kwargs), want) != case.draws
+    with seeded(4):
+        assert torch.equal(copy.deepcopy(module)(x, **kwargs), want) != case.draws
     rates = {name: 0.5 for name in ("attn_drop", "proj_drop") if name in case.constructor}
     dropping = case.build(generic=False, **rates)
     dropping.load_state_dict(module.state_dict())
@@ -307,9 +306,8 @@ def test_dropout_drops_in_training(case: Case, rate: str) -> None:
     x, kwargs = case.inputs()
     dropped = []
     for seed in (3, 4):
-        copied = copy.deepcopy(module)
-        torch.manual_seed(seed)
-        dropped.append(copied(x, **kwargs))
+        with seeded(seed):
+            dropped.append(copy.deepcopy(module)(x, **kwargs))
     assert not torch.allclose(dropped[0], dropped[1], atol=1e-3)
     assert not torch.allclose(dropped[0], run(plain, x, **kwargs), atol=1e-3)
     if rate == "proj_drop":
@@ -375,9 +373,9 @@ def test_gradcheck(case: Case) -> None:
     names = [name for name, _ in module.named_parameters()]
 
     def function(x: Tensor, *parameters: Tensor) -> Tensor:
-        torch.manual_seed(3)
         copied = copy.deepcopy(module)  # statistics that a forward moves start from the same place each time
-        return torch.func.functional_call(copied, dict(zip(names, parameters, strict=True)), (x,), kwargs)
+        with seeded(3):
+            return torch.func.functional_call(copied, dict(zip(names, parameters, strict=True)), (x,), kwargs)
 
     leaves = (x.requires_grad_(), *(p.detach().clone().requires_grad_() for p in module.parameters()))
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
@@ -453,7 +451,6 @@ def decode(
 ) -> Tensor:
     """The tokens in consecutive chunks through a cache; `arguments(start, stop)` are those of one chunk."""
     out, start = [], 0
-    torch.manual_seed(3)
     for size in chunks:
         out.append(module(x[:, start : start + size], past_key_values=cache, **arguments(start, start + size)))
         start += size
@@ -520,7 +517,6 @@ def test_decoding_after_reordering_the_cache(case: Case) -> None:
     module = case.build()
     x, kwargs = case.inputs(batch=3, length=9)
     order, cache = torch.tensor([2, 0, 0]), DynamicCache()
-    torch.manual_seed(3)
     module(x[:, :8], past_key_values=cache, **kwargs)
     cache.reorder_cache(order)
     got = module(x[:, 8:], past_key_values=cache, **kwargs)
@@ -561,8 +557,8 @@ def test_what_stands_in_the_padding_does_not_matter(case: Case, mode: str) -> No
     a, b = copy.deepcopy(module), copy.deepcopy(module)
     results = []
     for copied, tokens in ((a, x.clone().requires_grad_()), (b, changed.requires_grad_())):
-        torch.manual_seed(3)
-        out = copied(tokens, attention_mask=padding, **kwargs)
+        with seeded(3):
+            out = copied(tokens, attention_mask=padding, **kwargs)
         auxiliary = az.auxiliary_loss(copied)
         (out[padding].square().sum() + auxiliary).backward()
         results.append((out, auxiliary, tokens.grad, [p.grad for p in copied.parameters()]))
@@ -791,8 +787,9 @@ def test_compiles_with_a_mask(case: Case) -> None:
     x, kwargs = case.inputs(length=6)
     kwargs["attention_mask"] = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
     want = run(module, x, **kwargs)
-    torch.manual_seed(3)
-    close(torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")(x, **kwargs), want)
+    with seeded(3):
+        got = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")(x, **kwargs)
+    close(got, want)
 
 
 @each([c for c in CACHED if c.takes("position_embeddings")])
