@@ -31,7 +31,6 @@ def convert_kdgqa(
     state_dict: State,
     *,
     num_heads: int = 8,
-    num_kv_heads: int | None = None,
     alloc_scope: str = "batch",
     qkv_bias: bool = False,
     proj_bias: bool = True,
@@ -40,24 +39,17 @@ def convert_kdgqa(
     """One `kdgqa` layer; with alloc_scope="frozen" it gets the even allocation."""
     state = rename_keys(state_dict, (), expected=_layer_keys(qkv_bias, proj_bias))
     if alloc_scope == "frozen":
-        state["allocation"] = _even_allocation("kdgqa", num_heads, num_kv_heads, like=state["q.weight"])
+        num_kv_heads = state["k.weight"].shape[0] * num_heads // state["q.weight"].shape[0]
+        state["allocation"] = _initial_allocation("kdgqa", num_heads, num_kv_heads, like=state["q.weight"])
     return state
 
 
 @register_converter("dgqa")
-def convert_dgqa(
-    state_dict: State,
-    *,
-    num_heads: int = 8,
-    num_kv_heads: int | None = None,
-    qkv_bias: bool = False,
-    proj_bias: bool = True,
-    **options: Any,
-) -> State:
+def convert_dgqa(state_dict: State, *, num_heads: int = 8, qkv_bias: bool = False, proj_bias: bool = True, **options: Any) -> State:
     """One `dgqa` layer; the allocation, which official files do not hold, is even."""
     state = rename_keys(state_dict, (), expected=[*_layer_keys(qkv_bias, proj_bias), "cache"])
     state["cache"] = state["cache"].float()
-    state["allocation"] = _even_allocation("dgqa", num_heads, num_kv_heads, like=state["cache"])
+    state["allocation"] = _initial_allocation("dgqa", num_heads, len(state["cache"]), like=state["cache"])
     return state
 
 
@@ -115,5 +107,5 @@ def _layer_keys(qkv_bias: bool, proj_bias: bool) -> list[str]:
     return _keys("q", "k", "v", bias=qkv_bias) + _keys("proj", bias=proj_bias)
 
 
-def _even_allocation(name: str, num_heads: int, num_kv_heads: int | None, like: Tensor) -> Tensor:
+def _initial_allocation(name: str, num_heads: int, num_kv_heads: int, like: Tensor) -> Tensor:
     return attention_class(name).initial_allocation(num_heads, num_kv_heads, device=like.device)  # type: ignore[attr-defined]
