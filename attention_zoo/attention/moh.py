@@ -72,8 +72,8 @@ class MoHAttention(AttentionModule):
     else they are split as Hugging Face's.
 
     After a forward in training mode `aux_loss` holds the layer's load-balance loss (None otherwise, and without routed heads);
-    `attention_zoo.auxiliary_loss(model)` gathers it, the paper's weight is 0.01. The query-norm router's p is softmax(n / std(n)) of
-    the norms n. With `debug = True` on the module, `last_head_load` holds the share of tokens that chose each routed head, (h_r,).
+    `attention_zoo.auxiliary_loss(model)` gathers it, the paper's weight is 0.01. The query-norm router's p is softmax(n / std(n)),
+    n the norms. With `debug = True` on the module, `last_head_load` holds the share of tokens that chose each routed head, (h_r,).
 
     Args:
         dim: channels C of the tokens.
@@ -155,7 +155,10 @@ class MoHAttention(AttentionModule):
         self.q_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
         self.attn_drop = attn_drop
-        self.add_module("proj" if self.fused else "o_proj", nn.Linear(inner, dim, bias=proj_bias, **factory))
+        if self.fused:
+            self.proj = nn.Linear(inner, dim, bias=proj_bias, **factory)
+        else:
+            self.o_proj = nn.Linear(inner, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         if router == "linear":
             if self.routed_heads > 0:
@@ -189,7 +192,7 @@ class MoHAttention(AttentionModule):
         )
         heads = heads * gates.transpose(1, 2).unsqueeze(-1).to(heads.dtype)  # with `attend` above: what a skipping kernel replaces
         self._keep_statistics(scores, chosen, None if context is not None else attention_mask, past_key_values)
-        output: nn.Module = self.proj if self.fused else self.o_proj
+        output = self.proj if self.fused else self.o_proj
         return self.proj_drop(output(merge_heads(heads)))
 
     def set_topk(self, routed_topk: int) -> None:
@@ -268,7 +271,8 @@ class MoHAttention(AttentionModule):
     def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
-            f"shared_heads={self.shared_heads}, routed_topk={self.routed_topk}, router={self.router_kind!r}, is_causal={self.is_causal}"
+            f"shared_heads={self.shared_heads}, routed_topk={self.routed_topk}, router={self.router_kind!r}, "
+            f"is_causal={self.is_causal}"
         )
 
     def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -343,7 +347,8 @@ class MoHAttention(AttentionModule):
         """Load q, k, v, proj and normalisations, whatever they are called here, and set the routers to zero. Raises ValueError."""
         if isinstance(source, nn.Module):
             for name in ("q_norm", "k_norm"):  # the source's own kind, with its epsilon
-                if not isinstance(getattr(self, name), nn.Identity) and isinstance(norm := getattr(source, name, None), nn.Module):
+                norm = getattr(source, name, None)
+                if isinstance(norm, nn.Module) and nn.Identity not in (type(norm), type(getattr(self, name))):
                     setattr(self, name, deepcopy(norm))
         loaded = {_split_name(name): tensor for name, tensor in state.items()}
         if self.fused:
@@ -417,7 +422,7 @@ def _resolve_heads(num_heads: int, shared: int | None, topk: int | None, active:
         raise ValueError(f"shared_heads={shared} must be from 0 to num_heads={num_heads}; the nearest is {nearest}")
     if active is not None:
         topk = active - shared
-    _check_topk(num_heads, shared, 0 if topk is None else topk, given=None if active is None else active)
+    _check_topk(num_heads, shared, 0 if topk is None else topk, given=active)
     return shared, topk or 0
 
 
