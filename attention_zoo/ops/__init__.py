@@ -1,5 +1,6 @@
 """Attention as functions of tensors: the reference, the engines, and which of them serves a call."""
 
 from attention_zoo.ops.attention import attention, merge_attention
+from attention_zoo.ops.dispatch import BACKENDS, BackendError, backends, explain, use_backend
 
-__all__ = ["attention", "merge_attention"]
+__all__ = ["BACKENDS", "BackendError", "attention", "backends", "explain", "merge_attention", "use_backend"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attention_zoo.ops._problem import Problem
 
-__all__ = ["reference_attention", "visible"]
+__all__ = ["packed_positions", "reference_attention", "visible"]
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
@@ -19,7 +19,12 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tu
     Shape: q (B, H_q, N_q, D), k (B, H_kv, N_k, D), v (B, H_kv, N_k, D_v) -> (B, H_q, N_q, D_v), (B, H_q, N_q) float32.
     Query head h reads key/value head h // (H_q / H_kv). A row that may attend to nothing gives 0 and a log-normaliser of -inf.
     """
-    groups = q.shape[1] // k.shape[1]
+    with torch.autocast(q.device.type, enabled=False):
+        return _attend(q, k, v, problem)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    groups = q.shape[1] // max(k.shape[1], 1)
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     qf = q.to(work).unflatten(1, (k.shape[1], groups))  # (B, H_kv, G, N_q, D): K and V stay at H_kv heads
     logits = problem.scale * qf @ k.to(work).unsqueeze(2).transpose(-2, -1)
@@ -33,10 +38,16 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tu
     if (allowed := visible(problem, q.device)) is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
 
-    lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-    alive = lse > -torch.inf  # a fully masked row: 0, and finite gradients
-    weights = torch.exp(logits - torch.where(alive, lse, 0.0)).masked_fill(~alive, 0.0)
-    weights = torch.dropout(weights, problem.dropout_p, train=problem.dropout_p > 0)
+    top = logits.detach().amax(-1, keepdim=True) if problem.num_keys else logits.new_zeros(*logits.shape[:-1], 1)
+    top = top.masked_fill(top == -torch.inf, 0.0)  # a fully masked row: weights of 0, and finite gradients
+    weights = torch.exp(logits - top)
+    total = weights.sum(-1, keepdim=True)
+    dead = total == 0
+    total = total.masked_fill(dead, 1.0)
+    lse = (top + torch.log(total)).masked_fill(dead, -torch.inf)
+    weights = weights / total
+    if problem.dropout_p > 0:
+        weights = torch.dropout(weights, problem.dropout_p, train=True)
     out = weights.unflatten(1, (k.shape[1], groups)) @ v.to(work).unsqueeze(2)
     return out.flatten(1, 2).to(q.dtype), lse.squeeze(-1).float()
 
@@ -48,16 +59,19 @@ def visible(problem: Problem, device: torch.device) -> Tensor | None:
     a cache needs no offset. In a packed batch they count within each sequence, and sequences do not see each other.
     """
     allowed: Tensor | None = None
+    left, right = problem.window
     if problem.cu_seqlens_q is not None and problem.cu_seqlens_k is not None:
-        query_sequence, query_position = _packed_positions(problem.cu_seqlens_q, problem.num_queries)
-        key_sequence, key_position = _packed_positions(problem.cu_seqlens_k, problem.num_keys)
+        query_sequence, query_position = packed_positions(problem.cu_seqlens_q, problem.num_queries)
+        key_sequence, key_position = packed_positions(problem.cu_seqlens_k, problem.num_keys)
         lengths_q, lengths_k = problem.cu_seqlens_q.diff(), problem.cu_seqlens_k.diff()
         allowed = query_sequence[:, None] == key_sequence[None, :]
         query_position = query_position + (lengths_k - lengths_q)[query_sequence]
+    elif left is None and right is None:
+        mask = problem.attn_mask
+        return mask if mask is not None and mask.dtype == torch.bool else None
     else:
         query_position = torch.arange(problem.num_queries, device=device) + problem.num_keys - problem.num_queries
         key_position = torch.arange(problem.num_keys, device=device)
-    left, right = problem.window
     distance = key_position[None, :] - query_position[:, None]
     if left is not None:
         allowed = _both(allowed, distance >= -left)
@@ -68,7 +82,7 @@ def visible(problem: Problem, device: torch.device) -> Tensor | None:
     return allowed
 
 
-def _packed_positions(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+def packed_positions(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """For each of the packed tokens: the index of its sequence, and its position in it."""
     tokens = torch.arange(total, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens[1:].to(torch.long), tokens, right=True).clamp_max(len(cu_seqlens) - 2)

@@ -1,0 +1,210 @@
+"""What every engine has in common: the classes of calls, its interface, and the joined mask that some engines take."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attention_zoo.ops._problem import Problem
+from attention_zoo.ops._reference import visible
+
+__all__ = ["HALF", "Engine", "JoinedMask", "Signature", "Status", "compute_capability", "describe", "is_grouped", "join_masks"]
+
+HALF = (torch.float16, torch.bfloat16)
+_LARGE_MAP = 2**24  # entries of the (B, H, N_q, N_k) map from which compiling a kernel is cheaper than forming it
+
+
+class Signature(NamedTuple):
+    """The class that a call belongs to: all that decides which engine serves it. Calls of one class share one decision.
+
+    Attributes:
+        lengths: N_q against N_k: "one" (a single query), "equal", "fewer" or "more" queries than keys.
+        left, right: whether the window is bounded on that side; `right` includes causality.
+        zero_right: the right bound is 0, as in causal attention.
+        mask: "" none, "bool" or "float".
+        packed: "" no, "self" (queries and keys share their offsets), "cross".
+        grad: q, k or v needs a gradient; map_grad: the bias or a float mask does.
+        empty: a size is 0; large: the (B, H, N_q, N_k) map is too large to form lightly.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    grouped: bool
+    lengths: str
+    left: bool
+    right: bool
+    zero_right: bool
+    mask: str
+    bias: bool
+    packed: str
+    softcap: bool
+    dropout: bool
+    lse: bool
+    grad: bool
+    map_grad: bool
+    empty: bool
+    large: bool
+
+    @property
+    def windowed(self) -> bool:
+        """Bounded in a way that is neither full nor plainly causal."""
+        return self.left or (self.right and not self.zero_right)
+
+    @property
+    def mapped(self) -> bool:
+        """Whether there is a tensor to add to, or cut out of, the logits."""
+        return bool(self.mask) or self.bias
+
+    @property
+    def half(self) -> bool:
+        return self.dtype in HALF
+
+
+def describe(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Signature:
+    """The class of a checked call. Under torch.compile its comparisons become guards, so dynamic sizes stay dynamic."""
+    num_queries, num_keys = problem.num_queries, problem.num_keys
+    q_shape = q.shape
+    mask, bias = problem.attn_mask, problem.bias
+    left, right = problem.window
+    if problem.cu_seqlens_q is None:
+        packed = ""
+        lengths = (
+            "equal" if num_queries == num_keys else "one" if num_queries == 1 else "fewer" if num_queries < num_keys else "more"
+        )
+    else:
+        packed = "self" if problem.cu_seqlens_q is problem.cu_seqlens_k else "cross"
+        lengths = "equal" if packed == "self" else "fewer"
+    training = torch.is_grad_enabled()
+    map_grad = training and ((bias is not None and bias.requires_grad) or (mask is not None and mask.requires_grad))
+    size = q_shape[0] * q_shape[1] * num_queries * num_keys
+    return Signature(
+        q.device,
+        q.dtype,
+        q_shape[3],
+        v.shape[3],
+        is_grouped(q, k),
+        lengths,
+        left is not None,
+        right is not None,
+        right is not None and right == 0,
+        "" if mask is None else "bool" if mask.dtype == torch.bool else "float",
+        bias is not None,
+        packed,
+        problem.softcap is not None,
+        problem.dropout_p > 0.0,
+        problem.return_lse,
+        training and (q.requires_grad or k.requires_grad or v.requires_grad),
+        map_grad,
+        True if size == 0 or q_shape[3] == 0 or v.shape[3] == 0 else False,  # noqa: SIM210
+        True if size >= _LARGE_MAP else False,  # noqa: SIM210
+    )
+
+
+def is_grouped(q: Tensor, k: Tensor) -> bool:
+    """Whether query heads share key/value heads; a plain bool also where the sizes are symbols."""
+    return True if q.shape[1] != k.shape[1] else False  # noqa: SIM210
+
+
+class Status(NamedTuple):
+    """Whether an engine works here: its version ("" when unknown), and the reason why not (None: it does)."""
+
+    version: str
+    reason: str | None
+
+
+class Engine(ABC):
+    """One way to compute attention. Engines are stateless but for what they have found out about their library."""
+
+    name: ClassVar[str]
+    group: ClassVar[str]  # the `backend=` name that may stand for it
+    package: ClassVar[str]  # distribution that it needs, for its version
+    module: ClassVar[str] = "torch"  # top-level module that it needs
+    _status: Status | None = None
+
+    def status(self) -> Status:
+        """Found out once, by importing the library; whatever the import raises is the reason, never an exception."""
+        if self._status is None:
+            try:
+                reason = self.load() if importlib.util.find_spec(self.module) else "not installed"
+            except Exception as error:  # a half-installed library may raise anything
+                reason = f"cannot be imported: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self._status = Status(_version(self.package), reason)
+        return self._status
+
+    def load(self) -> str | None:
+        """Import the library. Returns why it cannot serve on this machine, None when it can; may raise."""
+        return None
+
+    @abstractmethod
+    def can_run(self, signature: Signature) -> str | None:
+        """Why this class of calls is not served exactly, None when it is. Does not import the library, and is traced by dynamo."""
+
+    @abstractmethod
+    def run(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
+        """(B, H_q, N_q, D_v), and the log-normaliser (B, H_q, N_q) float32 if it was asked for."""
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+@torch.compiler.assume_constant_result
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """(major, minor) of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
+class JoinedMask(NamedTuple):
+    """One tensor for engines that take one: boolean, or float in the dtype of q, (B | 1, H | 1, N_q | 1, N_k).
+
+    No row of it is fully masked: such rows are opened, listed in `dead` (..., N_q | 1, 1), and their output must be set to 0. Then
+    the incoming gradient of such a row is 0 as well, and all gradients are exact whatever the engine makes of masked rows.
+    """
+
+    mask: Tensor | None
+    dead: Tensor | None
+
+
+def join_masks(q: Tensor, problem: Problem) -> JoinedMask:
+    """Mask, bias, window, causality and packing of a call in one tensor."""
+    allowed = visible(problem, q.device)
+    mask, bias = problem.attn_mask, problem.bias
+    added = mask if mask is not None and mask.is_floating_point() else None
+    if bias is not None:
+        added = bias if added is None else added + bias
+    if allowed is None and added is None:
+        return JoinedMask(None, None)
+    can_die = mask is not None or bias is not None or problem.packed or problem.num_queries > problem.num_keys
+    if added is None:
+        assert allowed is not None
+        dead = ~allowed.any(-1, keepdim=True) if can_die else None
+        joined = allowed if dead is None else allowed | dead
+    else:
+        closed = added == -torch.inf
+        if allowed is not None:
+            closed = closed | ~allowed
+        dead = closed.all(-1, keepdim=True)
+        joined = _cast_map(added, q.dtype).masked_fill(closed, -torch.inf).masked_fill(dead, 0.0)
+    if joined.shape[-1] != problem.num_keys:
+        joined = joined.expand(*joined.shape[:-1], problem.num_keys)
+    while joined.ndim < 4:
+        joined, dead = joined.unsqueeze(0), None if dead is None else dead.unsqueeze(0)
+    return JoinedMask(joined, dead)
+
+
+def _cast_map(added: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bias in the dtype of q, its finite values kept finite: float32's lowest must not turn into -inf on the way."""
+    if added.dtype == dtype:
+        return added
+    limit = torch.finfo(dtype)
+    return added.clamp(limit.min, limit.max).to(dtype).masked_fill(added == -torch.inf, -torch.inf)

@@ -1,0 +1,161 @@
+"""FlexAttention: one fused kernel per kind of call, compiled from what the call adds to the logits and which blocks it leaves out.
+
+On a CPU torch evaluates it unfused and without gradients: good for an explicit request, never chosen there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attention_zoo.ops._problem import Problem
+from attention_zoo.ops._reference import packed_positions
+from attention_zoo.ops.engines.base import Engine, Signature, is_grouped
+
+__all__ = ["FlexEngine"]
+
+_BLOCK = 128
+_DENSE_LIMIT = 2**26  # entries of the (N_q, N_k) map above which it must not be formed to find the empty blocks
+
+
+class FlexEngine(Engine):
+    name = group = "flex"
+    package = "torch"
+
+    def load(self) -> str | None:
+        from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention  # noqa: F401
+
+        return None
+
+    def can_run(self, signature: Signature) -> str | None:
+        s = signature
+        if s.device.type not in ("cuda", "cpu"):
+            return "serves CUDA and CPU tensors only"
+        if s.dropout:
+            return "has no dropout"
+        if s.empty:
+            return "empty sizes are left to the reference"
+        if s.device.type == "cpu":
+            return "has no gradient on a CPU" if s.grad or s.map_grad else "has no log-normaliser on a CPU" if s.lse else None
+        if s.dtype == torch.float64:
+            return "serves float16, bfloat16 and float32 only"
+        if not 16 <= s.head_dim <= 256 or not 16 <= s.value_dim <= 256:
+            return "head sizes must be from 16 to 256"
+        return None
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
+        from torch.nn.attention.flex_attention import AuxRequest
+
+        result = _flex(
+            q,
+            k,
+            v,
+            score_mod=_score_mod(problem),
+            block_mask=_block_mask(q, problem),
+            scale=problem.scale,
+            enable_gqa=is_grouped(q, k),
+            return_aux=AuxRequest(lse=True) if problem.return_lse else None,
+        )
+        return (result[0], result[1].lse) if problem.return_lse else (result, None)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if torch.compiler.is_compiling():
+        return flex_attention(q, k, v, **settings)
+    if q.device.type == "cpu":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is unfused here is what was asked for
+            return flex_attention(q, k, v, **settings)
+    return _compiled(flex_attention)(q, k, v, **settings)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
+
+
+def _score_mod(problem: Problem) -> Callable[..., Tensor] | None:
+    """What happens to a logit between the product and the softmax: softcap, then bias, then mask."""
+    softcap, bias, mask = problem.softcap, problem.bias, problem.attn_mask
+    if softcap is None and bias is None and mask is None:
+        return None
+    boolean = mask is not None and mask.dtype == torch.bool
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        if bias is not None:
+            score = score + _entry(bias, b, h, i, j)
+        if mask is not None and boolean:
+            score = torch.where(_entry(mask, b, h, i, j), score, -torch.inf)
+        elif mask is not None:
+            score = score + _entry(mask, b, h, i, j)
+        return score
+
+    return score_mod
+
+
+def _entry(table: Tensor, *index: Tensor) -> Tensor:
+    """The entry of a broadcastable table; its size-1 dimensions are read at 0, so that its gradient keeps its own size."""
+    return table[tuple(at if size > 1 else torch.zeros_like(at) for size, at in zip(table.shape, index, strict=True))]
+
+
+def _block_mask(q: Tensor, problem: Problem) -> Any:
+    left, right = problem.window
+    if problem.packed:
+        return _make_block_mask(_packed_mask_mod(problem), problem.num_queries, problem.num_keys, q.device)
+    if left is None and right is None:
+        return None
+    make = _window_block_mask if torch.compiler.is_compiling() else _cached_window_block_mask
+    return make(left, right, problem.num_queries, problem.num_keys, q.device)
+
+
+def _window_block_mask(left: int | None, right: int | None, num_queries: int, num_keys: int, device: torch.device) -> Any:
+    offset = num_keys - num_queries
+
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return _within(j - i - offset, left, right)
+
+    return _make_block_mask(mask_mod, num_queries, num_keys, device)
+
+
+_cached_window_block_mask = lru_cache(maxsize=64)(_window_block_mask)
+
+
+def _packed_mask_mod(problem: Problem) -> Callable[..., Tensor]:
+    assert problem.cu_seqlens_q is not None
+    assert problem.cu_seqlens_k is not None
+    query_sequence, query_position = packed_positions(problem.cu_seqlens_q, problem.num_queries)
+    key_sequence, key_position = packed_positions(problem.cu_seqlens_k, problem.num_keys)
+    query_position = query_position + (problem.cu_seqlens_k.diff() - problem.cu_seqlens_q.diff())[query_sequence]
+    left, right = problem.window
+
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (query_sequence[i] == key_sequence[j]) & _within(key_position[j] - query_position[i], left, right)
+
+    return mask_mod
+
+
+def _within(distance: Tensor, left: int | None, right: int | None) -> Tensor:
+    inside = distance == distance
+    if left is not None:
+        inside = inside & (distance >= -left)
+    if right is not None:
+        inside = inside & (distance <= right)
+    return inside
+
+
+def _make_block_mask(mask_mod: Callable[..., Tensor], num_queries: int, num_keys: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    make: Callable[..., Any] = create_block_mask
+    if not torch.compiler.is_compiling() and device.type == "cuda" and num_queries * num_keys > _DENSE_LIMIT:
+        make = _compiled(create_block_mask)
+    return make(mask_mod, None, None, num_queries, num_keys, device=device, BLOCK_SIZE=_BLOCK)

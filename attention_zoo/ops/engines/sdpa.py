@@ -1,0 +1,64 @@
+"""torch's `scaled_dot_product_attention`: its flash, cuDNN, memory-efficient and math kernels, on any device.
+
+On Hopper and later cuDNN is faster than the flash kernel that torch would take, so it is put first there; torch still refuses a
+kernel that cannot serve the call. Everything that torch has no argument for (bottom-right causality, windows, packing, rows
+without a key) goes in as one mask.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from attention_zoo.ops._problem import Problem
+from attention_zoo.ops.engines.base import HALF, Engine, Signature, compute_capability, is_grouped, join_masks
+
+__all__ = ["TorchEngine"]
+
+_CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class TorchEngine(Engine):
+    name = group = "torch"
+    package = "torch"
+
+    def can_run(self, signature: Signature) -> str | None:
+        if signature.softcap:
+            return "has no softcap"
+        if signature.lse:
+            return "returns no log-normaliser"
+        if signature.empty:
+            return "empty sizes are left to the reference"
+        return None
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
+        left, right = problem.window
+        plain = problem.attn_mask is None and problem.bias is None and not problem.packed and left is None
+        if plain and (right is None or (right == 0 and problem.num_queries == problem.num_keys)):
+            return _unmasked(q, k, v, problem, right is not None), None
+        mask, dead = join_masks(q, problem)
+        out = _masked(q, k, v, mask, problem)
+        return out if dead is None else out.masked_fill(dead, 0.0), None
+
+
+def _unmasked(q: Tensor, k: Tensor, v: Tensor, problem: Problem, is_causal: bool) -> Tensor:
+    gqa = is_grouped(q, k)
+    if q.is_cuda and q.dtype in HALF and compute_capability(q.device) >= (9, 0):
+        with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
+            return F.scaled_dot_product_attention(
+                q, k, v, dropout_p=problem.dropout_p, is_causal=is_causal, scale=problem.scale, enable_gqa=gqa
+            )
+    return F.scaled_dot_product_attention(
+        q, k, v, dropout_p=problem.dropout_p, is_causal=is_causal, scale=problem.scale, enable_gqa=gqa
+    )
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, problem: Problem) -> Tensor:
+    gqa = is_grouped(q, k)
+    if gqa and mask is not None and mask.shape[1] == 1 and mask.shape[2] == 1:
+        # torch's masked kernels know no shared heads; where all rows have one mask, the heads of a group become queries of one head
+        folded = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
+        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, dropout_p=problem.dropout_p, scale=problem.scale)
+        return out.unflatten(2, (-1, q.shape[2])).flatten(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=problem.dropout_p, scale=problem.scale, enable_gqa=gqa)
