@@ -298,7 +298,7 @@ def extend_cache(module: AttentionModule, past_key_values: Any, k: Tensor, v: Te
     if not isinstance(seen, Tensor) and k.shape[2] <= seen + new:
         return k, v, None
     last = torch.arange(new, device=k.device)[:, None] + seen if module.is_causal else seen + new - 1
-    return k, v, (torch.arange(k.shape[2], device=k.device) <= last).expand(1, 1, -1, k.shape[2])
+    return k, v, torch.atleast_2d(torch.arange(k.shape[2], device=k.device) <= last)[None, None]
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor:
