@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from attention_case import DIM, FORWARD_VOCABULARY, HEADS, Case, cases, make_generic, rotary_tables, run, run_with_gradients, seeded
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -761,9 +762,9 @@ def test_compiles_to_one_graph(case: Case) -> None:
 
 @pytest.mark.slow
 @each(BOTH)
-def test_compiles_with_inductor(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)  # the random numbers of eager mode
-    _assert_compiled_equals_eager(case, backend="inductor")
+def test_compiles_with_inductor(case: Case) -> None:
+    with torch._inductor.config.patch(fallback_random=True):  # the random numbers of eager mode
+        _assert_compiled_equals_eager(case, backend="inductor")
 
 
 def _assert_compiled_equals_eager(case: Case, backend: str) -> None:
