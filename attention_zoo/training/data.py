@@ -1,8 +1,8 @@
 """Images: where they come from, how they are augmented, and loaders that can stop and go on anywhere.
 
 Two rules make a run repeatable. The order of an epoch depends on (seed, epoch) only, so a restart skips what was seen instead of
-reading it again. The augmentation of an image depends on (seed, epoch, index) only, so neither the number of workers nor a restart
-changes it.
+reading it again. The augmentation of a batch depends on (seed, epoch, its images) only, so neither the number of workers nor a
+restart changes it.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ class _OrderedBatches(Sampler[list[int]]):
 
 
 class _Transformed(Dataset):
-    """Images as tensors. Keys are (epoch, index) where a seed makes the augmentation repeatable, else the index."""
+    """Images as tensors, a batch at a time. Keys are (epoch, index) where a seed makes the augmentation repeatable, else indices."""
 
     def __init__(self, images: Any, transform: Callable[[Image.Image], Tensor], mode: str, seed: int | None) -> None:
         self.images, self.transform, self.mode, self.seed = images, transform, mode, seed
@@ -214,14 +214,16 @@ class _Transformed(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.images[index if index >= 0 else ~index]
         image = image if image.mode == self.mode else image.convert(self.mode)
+        return self.transform(image), int(label) if index >= 0 else -1
+
+    def __getitems__(self, keys: list[Any]) -> list[tuple[Tensor, int]]:
         if self.seed is None:
-            return self.transform(image), int(label) if index >= 0 else -1
-        with _seeded(self.seed, epoch, index):
-            return self.transform(image), int(label)
+            return [self[index] for index in keys]
+        with _seeded(self.seed, *keys[0]):
+            return [self[index] for _, index in keys]
 
 
 @contextmanager
