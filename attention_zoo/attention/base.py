@@ -311,7 +311,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     """
     found = (getattr(module, "aux_loss", None) for module in model.modules())
     losses = [loss for loss in found if isinstance(loss, Tensor)]
-    if losses:
-        return torch.stack([loss.float() for loss in losses]).mean()
+    if losses:  # at least float32, on the first one's device: a model may be spread over several
+        return torch.stack([loss.to(losses[0].device, torch.promote_types(loss.dtype, torch.float32)) for loss in losses]).mean()
     parameter = next(model.parameters(), None)
     return torch.zeros((), device=parameter.device if parameter is not None else None)

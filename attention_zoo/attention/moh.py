@@ -46,7 +46,7 @@ _GATES = {"linear": "soft", "query_norm": "hard"}  # the kind of gate that each 
     repository="SkyworkAI/MoH",
     patterns=PATTERNS,
     kv_cache=True,
-    cost="O(N^2 d h); O(N^2 d (h_s + K)) for a kernel that skips unused heads",
+    cost="O(N^2 d h), of which (h_s + K) / h is used",
     engines=("flash", "torch", "xformers", "flex"),
 )
 class MoHAttention(AttentionModule):

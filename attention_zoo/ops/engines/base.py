@@ -204,7 +204,8 @@ def join_masks(q: Tensor, problem: Problem) -> JoinedMask:
 
 def _cast_map(added: Tensor, dtype: torch.dtype) -> Tensor:
     """A bias in the dtype of q, its finite values kept finite: float32's lowest must not turn into -inf on the way."""
-    if added.dtype == dtype:
-        return added
     limit = torch.finfo(dtype)
-    return added.clamp(limit.min, limit.max).to(dtype).masked_fill(added == -torch.inf, -torch.inf)
+    if torch.finfo(added.dtype).max <= limit.max:
+        return added.to(dtype)
+    wide = added.to(torch.promote_types(added.dtype, torch.float32))  # half precision would round the limit beyond itself
+    return wide.clamp(limit.min, limit.max).to(dtype).masked_fill(added == -torch.inf, -torch.inf)
