@@ -109,7 +109,9 @@ def _preference(s: Signature) -> tuple[str, ...]:
 
 def _torch_is_fused(s: Signature) -> bool:
     """Whether SDPA serves an unpacked call on CUDA with a kernel that neither forms the map nor a mask of its own."""
-    if s.windowed or (s.right and s.lengths != "equal" and not s.mapped) or s.dtype == torch.float64:
+    if s.lse or s.softcap or s.windowed or s.dtype == torch.float64:
+        return False
+    if s.right and s.lengths != "equal" and not s.mapped:
         return False
     if s.grouped:
         return (

@@ -67,6 +67,8 @@ class FlexEngine(Engine):
 def _flex(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
+    if q.device.type == "cpu":
+        q, k, v = q.detach(), k.detach(), v.detach()  # it refuses tensors that could need a gradient even where none is recorded
     if torch.compiler.is_compiling():
         return flex_attention(q, k, v, **settings)
     if q.device.type == "cpu":

@@ -1,0 +1,112 @@
+"""Every engine that runs on a CPU against the reference: outputs and gradients, or a refusal that says why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from attention_zoo import ops
+from tests.ops.problems import Call, calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@given(call=calls(softcap=False, lse=False))
+def test_torch_equals_the_reference(dtype: torch.dtype, call: Call) -> None:
+    call = call.to(dtype)
+    results, gradients = call.run_with_gradients("torch")
+    expected, expected_gradients = call.run_with_gradients("reference")
+    tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 2e-5}
+    torch.testing.assert_close(results, expected, **tolerance)
+    torch.testing.assert_close(gradients, expected_gradients, **tolerance)
+
+
+@given(call=calls())
+@settings(max_examples=40)
+def test_auto_equals_the_reference(call: Call) -> None:
+    call = call.to(torch.float64)
+    results, gradients = call.run_with_gradients("auto")
+    expected, expected_gradients = call.run_with_gradients("reference")
+    torch.testing.assert_close(results, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-6, atol=1e-6)
+
+
+@given(call=calls(lse=False))
+@settings(max_examples=8)
+def test_flex_equals_the_reference_without_gradients(call: Call) -> None:
+    call = call.to(torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(call.run("flex"), call.run("reference"), rtol=2e-4, atol=2e-5)
+    with pytest.raises(ops.BackendError, match="has no gradient on a CPU"):
+        call.run("flex")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_stays_within_the_budget_of_low_precision(dtype: torch.dtype) -> None:
+    """No worse than twice the error that rounding the inputs' exact result and the weights to `dtype` makes."""
+    q, k, v = (torch.randn(2, 4, 33, 16).to(dtype) for _ in range(3))
+    exact = ops.attention(q.double(), k.double(), v.double(), is_causal=True, backend="reference")
+    weights = (q @ k.mT / 4).masked_fill(~torch.ones(33, 33, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
+    budget = 2 * ((weights @ v).double() - exact).abs().max() + torch.finfo(dtype).eps
+    out = ops.attention(q, k, v, is_causal=True, backend="torch")
+    assert out.dtype == dtype
+    assert (out.double() - exact).abs().max() <= budget
+
+
+def test_a_bias_of_another_dtype_keeps_its_finite_values_finite() -> None:
+    """float32's lowest number is -inf in float16: a row that holds nothing else is still no masked row."""
+    q, k, v = (torch.randn(1, 1, 3, 8, dtype=torch.float16) for _ in range(3))
+    bias = torch.zeros(3, 3)
+    bias[0] = torch.finfo(torch.float32).min
+    bias[1, 1:] = -1e9
+    bias[2] = -torch.inf
+    out = ops.attention(q, k, v, bias=bias, backend="torch")
+    assert out.isfinite().all()
+    assert (out[0, 0, 0] != 0).any()
+    torch.testing.assert_close(out[0, 0, 1], v[0, 0, 0])
+    assert (out[0, 0, 2] == 0).all()
+
+
+def test_shared_heads_are_folded_where_all_rows_have_one_mask() -> None:
+    """Keys and values keep their heads: torch gets four tensors with the heads of k."""
+    q, k, v = torch.randn(2, 6, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    mask = torch.tensor([[True, True, False, True, False], [False] * 5])[:, None, None]
+    seen = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def record(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        seen.append((q.shape, k.shape))
+        return original(q, k, v, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+        out = ops.attention(q, k, v, attn_mask=mask, backend="torch")
+    assert seen == [((2, 2, 9, 8), (2, 2, 5, 8))]
+    torch.testing.assert_close(out, ops.attention(q, k, v, attn_mask=mask, backend="reference"), rtol=1e-5, atol=1e-6)
+    assert (out[1] == 0).all()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_in_one_graph_equals_eager(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, **call: object) -> list:
+        parts = [
+            ops.attention(q, k, v, **call),
+            ops.attention(q, k, v, is_causal=True, window_size=2, **call),
+            *ops.attention(q, k, v, softcap=2.0, return_lse=True, **call),
+        ]
+        if q.shape[2] == k.shape[2]:
+            parts.append(ops.attention(q[:1], k[:1], v[:1], cu_seqlens=cu_seqlens, is_causal=True))
+        return parts
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for num_queries, num_keys in ((7, 7), (11, 11), (5, 9), (1, 6)):
+        q = torch.randn(2, 4, num_queries, 8, requires_grad=True)
+        k, v = torch.randn(2, 2, num_keys, 8, requires_grad=True), torch.randn(2, 2, num_keys, 8)
+        bias = torch.randn(4, num_queries, num_keys, requires_grad=True)
+        offsets = torch.tensor([0, 2, num_queries], dtype=torch.int32)
+        results, expected = compiled(q, k, v, offsets, bias=bias), attend(q, k, v, offsets, bias=bias)
+        torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-5)
+        gradients, expected_gradients = (torch.autograd.grad(sum(p.sum() for p in r), (q, k, bias)) for r in (results, expected))
+        torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-4)
