@@ -41,7 +41,7 @@ class Call:
         return result if isinstance(result, tuple) else (result,)
 
     def run_with_gradients(self, backend: str) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs, and the gradients of a fixed mixture of them in every leaf that takes one (those of rows without keys left out)."""
+        """Outputs, and the gradients of a fixed mixture of them in every leaf that takes one."""
         results = self.run(backend)
         mixture = sum(((r.masked_fill(r == -torch.inf, 0.0).double()) * _weights(r)).sum() for r in results)
         leaves = [leaf for leaf in self.leaves() if leaf.requires_grad]

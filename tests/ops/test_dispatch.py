@@ -242,7 +242,7 @@ def test_broken_libraries_are_reported_and_break_nothing(tmp_path: Path) -> None
         assert not {"flash_attn", "xformers", "flash_attn_interface"} & set(sys.modules), "imported before they are needed"
         q = torch.randn(1, 1, 4, 8)
         az.ops.attention(q, q, q)
-        assert not {"flash_attn", "xformers", "flash_attn_interface"} & set(sys.modules), "imported for a call that they cannot serve"
+        assert not {"flash_attn", "xformers", "flash_attn_interface"} & set(sys.modules), "imported for a call on a CPU"
         print(az.backends())
         print(az.explain(q, q, q))
         """,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from attention_zoo import ops
 
 def parts_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, cuts: list[int]) -> tuple[list, list]:
     outputs, lses = [], []
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         part = slice(start, end)
         out, lse = ops.attention(q, k[:, :, part], v[:, :, part], attn_mask=mask[..., part], return_lse=True)
         outputs.append(out)

@@ -145,11 +145,7 @@ PACKED = tuple(t[:1] for t in BASE)
         ((BASE[0][..., :4], *BASE[1:]), {}, "agree in B, H_kv, N_k and D"),
         ((BASE[0][:1], *BASE[1:]), {}, "agree in B, H_kv, N_k and D"),
         ((BASE[0][:, :3], *BASE[1:]), {}, "3 query heads cannot be shared out evenly over 2"),
-        (
-            BASE,
-            {"attn_mask": torch.ones(5, 5, dtype=torch.bool)},
-            r"attn_mask must be broadcastable .*\(2, 4, 5, 6\); got \(5, 5\)",
-        ),
+        (BASE, {"attn_mask": torch.ones(5, 5, dtype=torch.bool)}, r"attn_mask must be .*\(2, 4, 5, 6\); got \(5, 5\)"),
         (BASE, {"attn_mask": torch.ones(5, 6, dtype=torch.long)}, "attn_mask must be boolean"),
         (BASE, {"attn_mask": torch.ones(6)}, "attn_mask must be broadcastable"),
         (BASE, {"bias": torch.ones(5, 6, dtype=torch.bool)}, "bias must be floating point"),
