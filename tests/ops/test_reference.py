@@ -21,14 +21,10 @@ def by_definition(call: Call) -> tuple[Tensor, Tensor]:
     scale = s.get("scale") or 1 / math.sqrt(head_dim)
     window = s.get("window_size")
     left, right = window if isinstance(window, tuple) else (window, window)
-    out, lse = (
-        torch.zeros(*q.shape[:-1], v.shape[-1], dtype=torch.float64),
-        torch.full(q.shape[:-1], -math.inf, dtype=torch.float64),
-    )
-    starts_q = (s["cu_seqlens"] if "cu_seqlens" in s else torch.tensor([0, num_queries])).tolist()
-    starts_k = (
-        s["cu_seqlens_k"] if "cu_seqlens_k" in s else s["cu_seqlens"] if "cu_seqlens" in s else torch.tensor([0, num_keys])
-    ).tolist()
+    out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=torch.float64)
+    lse = torch.full(q.shape[:-1], -math.inf, dtype=torch.float64)
+    starts_q = s["cu_seqlens"].tolist() if "cu_seqlens" in s else [0, num_queries]
+    starts_k = s["cu_seqlens_k"].tolist() if "cu_seqlens_k" in s else starts_q if "cu_seqlens" in s else [0, num_keys]
     full = (batch, heads, num_queries, num_keys)
     mask, bias = (None if s.get(name) is None else s[name].expand(full) for name in ("attn_mask", "bias"))
     for b in range(batch):
