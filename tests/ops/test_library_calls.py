@@ -53,7 +53,7 @@ def flash4(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
     library = types.ModuleType("flash_attn.cute.interface")
 
     def flash_attn_func(q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None, causal=False, window_size=(None, None),
-                        learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, *, return_lse=False):  # fmt: skip
+                        learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, *, return_lse=False):  # fmt: skip
         out, lse = attend(q, k, v, softmax_scale, (window_size[0], 0 if causal else window_size[1]), softcap, None, None)
         return out, lse if return_lse else None
 
