@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import math
@@ -46,7 +47,7 @@ LAYERS: list[dict[str, Any]] = [
         "router_grad": "ste",
         "is_causal": True,
     },
-    {"dim": 12, "num_heads": 3, "shared_heads": 2, "routed_topk": 1, "router": "query_norm", "head_dim": 3, "qk_norm": True},
+    {"dim": 12, "num_heads": 5, "shared_heads": 1, "routed_topk": 2, "router": "query_norm", "head_dim": 3, "qk_norm": True},
     {"dim": 12, "num_heads": 3, "shared_heads": 3, "routed_topk": 0, "router": "query_norm"},
 ]
 
@@ -778,7 +779,7 @@ def sources() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     torch.manual_seed(0)
     return {
         "timm": (TimmAttention(12, 6, qkv_bias=True), {}),
-        "timm-qk-norm": (TimmAttention(12, 4, qk_norm=True, norm_layer=nn.LayerNorm), {}),
+        "timm-qk-norm": (TimmAttention(12, 4, qk_norm=True, norm_layer=functools.partial(nn.LayerNorm, eps=0.1)), {}),
         "mha": (az.create_attention("mha", 12, 6, head_dim=3, is_causal=True), {}),
         "mha-cross": (az.create_attention("mha", 12, 6, context_dim=5), {"context": torch.randn(2, 4, 5)}),
         "gqa": (az.create_attention("gqa", 12, 6, num_kv_heads=2, qkv_bias=True), {}),
