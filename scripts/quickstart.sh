@@ -7,6 +7,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/scripts/_venv.sh"
 use_venv train "$root"
 
+# on a busy machine, threads that spin while they wait cost the small operations of this model several times their own work
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+
 run="$root/runs/quickstart"
 rm -rf "$run"
 started=$SECONDS

@@ -52,8 +52,9 @@ def main(
     except TrainingDivergedError as error:
         stderr.print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(1) from None
-    summary = f"top-1 {result.top1:.2f} %, loss {result.loss:.4f} on {result.images} images"
-    stdout.print(f"{summary}; everything is in {trainer.run.folder}/", markup=False)
+    if trainer.accelerator.is_main_process:
+        summary = f"top-1 {result.top1:.2f} %, loss {result.loss:.4f} on {result.images} images"
+        stdout.print(f"{summary}; everything is in {trainer.run.folder}/", markup=False)
 
 
 if __name__ == "__main__":
