@@ -1,6 +1,7 @@
 """Official checkpoints: safe reading of the files, and the mapping of their keys to ours, one file per family."""
 
 from attention_zoo.checkpoints import kdgqa as _kdgqa  # noqa: F401 - registers its converters
+from attention_zoo.checkpoints import litv2 as _litv2  # noqa: F401 - registers its converters
 from attention_zoo.checkpoints import moh as _moh  # noqa: F401 - registers its converter
 from attention_zoo.checkpoints.convert import CheckpointError, convert_official_state_dict, rename_keys
 from attention_zoo.checkpoints.files import read_checkpoint

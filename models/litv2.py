@@ -1,0 +1,526 @@
+"""LITv2: a pyramid of four stages, convolutional at the top, HiLo attention below, joined by deformable token merging.
+
+Fast Vision Transformers with HiLo Attention, arXiv 2205.13213, 2022; official code ziplab/LITv2. One backbone for classification
+and (`features_only=True`) dense prediction, where the official code has two. Images of any size run on the same weights: what the
+patches do not cover is zero-padded on the right and bottom, and no parameter depends on the size. Stages 0 and 1 have no attention;
+stage 3, with its window of 1, is plain multi-head attention. Training recipe: AdamW at 5e-4 * batch / 512, weight decay 0.05, 20
+warm-up epochs of 300, gradients clipped at 5, and the factors of `LITv2.lr_multipliers`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    DropPath,
+    PatchEmbed,
+    calculate_drop_path_rates,
+    create_classifier,
+    get_device_dtype,
+    register_notrace_module,
+    to_2tuple,
+    trunc_normal_,
+)
+from timm.models import FeatureInfo, build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from attention_zoo.attention import DeformableTokenMerging
+from attention_zoo.registry import attention_info, register_model_info
+
+from ._host import build_attention
+
+__all__ = ["LITv2", "LITv2Features"]
+
+Grid = tuple[int, int]
+
+register_notrace_module(DeformableTokenMerging)  # a leaf for torch.fx, as the attentions are
+
+
+class ConvMlp(nn.Module):
+    """MLP with a 3x3 depthwise convolution before the activation; its zero padding is all that the model knows of positions.
+
+    Shape: x (B, H * W, C) -> (B, H * W, C).
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, drop: float = 0.0, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(dim, hidden_dim, **factory)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, kernel_size=3, padding=1, groups=hidden_dim, **factory)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden_dim, dim, **factory)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor, grid_size: Grid) -> Tensor:
+        x = self.dwconv(to_map(self.fc1(x), grid_size)).flatten(2).transpose(1, 2)
+        return self.drop2(self.fc2(self.drop1(self.act(x))))
+
+
+class LITv2Block(nn.Module):
+    """Pre-norm block: attention (where the stage has one), then the convolutional MLP.
+
+    Args:
+        attention: a module of `build_attention`, or None.
+
+    Shape: x (B, H * W, C) -> (B, H * W, C).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attention: nn.Module | None,
+        *,
+        mlp_ratio: float = 4.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.has_attn = attention is not None
+        if attention is not None:
+            self.norm1 = nn.LayerNorm(dim, **factory)
+            self.attn: Any = attention
+            self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, **factory)
+        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, grid_size: Grid) -> Tensor:
+        if self.has_attn:
+            place = {"grid_size": grid_size} if self.attn.attention_info.spatial else {}
+            x = x + self.drop_path1(self.attn(self.norm1(x), **place))
+        return x + self.drop_path2(self.mlp(self.norm2(x), grid_size))
+
+
+class LITv2Stage(nn.Module):
+    """Blocks of one resolution. `downsample`, which leads to the next stage, is called by the model: features are taken before it.
+
+    Shape: x (B, H * W, C) -> (B, H * W, C).
+    """
+
+    def __init__(self, blocks: Sequence[LITv2Block], downsample: DeformableTokenMerging | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample: DeformableTokenMerging | None = downsample
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor, grid_size: Grid) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, grid_size) if self.grad_checkpointing else block(x, grid_size)
+        return x
+
+
+class _Pyramid(nn.Module):
+    """What the classifier and the dense backbone share: patches in, the map of every stage out; timm's words for training it."""
+
+    patch_embed: PatchEmbed
+    stages: Any  # nn.ModuleList of LITv2Stage
+    feature_info: Any
+
+    def forward_stages(self, x: Tensor, num_stages: int | None = None) -> list[tuple[Tensor, Grid]]:
+        """Image (B, 3, H, W) -> tokens (B, N_i, C_i) and grid of each of the first stages, before their downsampling."""
+        x = self.patch_embed(x)  # (B, H, W, C)
+        grid_size, x = (x.shape[1], x.shape[2]), x.flatten(1, 2)
+        stages, found = list(self.stages)[:num_stages], []
+        for i, stage in enumerate(stages):
+            x = stage(x, grid_size)
+            found.append((x, grid_size))
+            if i < len(stages) - 1:
+                x = stage.downsample(x, grid_size=grid_size)
+                grid_size = (grid_size[0] // 2, grid_size[1] // 2)
+        return found
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Groups for layer-wise learning rates: a block each, then the stage's merging (or a stage each)."""
+        fine = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)\.downsample", (98,)), (r"^norm", (99999,))]
+        return {"stem": r"^patch_embed", "blocks": r"^stages\.(\d+)" if coarse else fine}
+
+    def no_weight_decay(self) -> set[str]:
+        """None by name: timm leaves biases and normalisations out by their shape, as the official recipe does."""
+        return set()
+
+    def lr_multipliers(self) -> dict[str, float]:
+        """The official recipe's factors of the learning rate by parameter (a wildcard): offsets learn a hundred times slower.
+
+        For `optimizer.lr_multipliers` of the zoo's recipes, or for parameter groups of one's own.
+        """
+        return {"stages.*.downsample.conv.conv_offset.weight": 0.01}
+
+    def prune_stages(self, last: int) -> None:
+        """Drop the stages after `last`, and the way to them."""
+        self.stages = self.stages[: last + 1]
+        self.stages[last].downsample = None
+
+
+class LITv2(_Pyramid):
+    """LITv2 classifier.
+
+    Args:
+        img_size: side or (H, W) of the images that it is meant for. Others run as well; nothing is sized by it.
+        patch_size: side of the patches.
+        in_chans: channels of the image.
+        num_classes: outputs of the head; 0: no head.
+        global_pool: pooling before the head ("avg", "max", ...; "" for none, without a head).
+        embed_dim: channels of stage 0; they double at each stage.
+        depths, num_heads: blocks and heads of each stage.
+        mlp_ratio: hidden width of the MLPs over their width.
+        qkv_bias: whether the attentions' projections of queries, keys and values have a bias.
+        alpha: HiLo's share of Lo-Fi heads.
+        window_sizes: HiLo's window in each stage, 0 where it has no attention.
+        has_attn: which stages have attention.
+        patch_norm: whether the patches are normalised.
+        attention: the mechanism of those stages, any registered one that does noncausal self attention.
+        attention_kwargs: its options.
+        drop_rate: dropout before the head.
+        proj_drop_rate: dropout in the MLPs and after the attentions.
+        attn_drop_rate: dropout on attention weights.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+
+    Shape: x (B, in_chans, H, W) -> (B, num_classes). `forward_features` gives (B, C, H / 32, W / 32), normalised.
+
+    Raises:
+        ValueError: lists of different lengths, an image too small for the stages, a mechanism that cannot stand here or that
+            lacks a setting.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        alpha: float = 0.9,
+        window_sizes: Sequence[int] = (0, 0, 2, 1),
+        has_attn: Sequence[int | bool] = (0, 0, 1, 1),
+        patch_norm: bool = True,
+        attention: str = "hilo",
+        attention_kwargs: dict[str, Any] | None = None,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        lists = {"depths": depths, "num_heads": num_heads, "window_sizes": window_sizes, "has_attn": has_attn}
+        if len({len(value) for value in lists.values()}) != 1 or not depths or min(depths) < 1:
+            given = ", ".join(f"{name}={tuple(value)}" for name, value in lists.items())
+            raise ValueError(f"one entry for each stage, and at least one block in each; got {given}")
+        _check_attention(attention)
+        num_stages = len(depths)
+        self.num_classes, self.in_chans, self.drop_rate, self.attention = num_classes, in_chans, drop_rate, attention
+        widths = [embed_dim * 2**i for i in range(num_stages)]
+        self.feature_info = [
+            {"num_chs": width, "reduction": patch_size * 2**i, "module": f"stages.{i}"} for i, width in enumerate(widths)
+        ]
+        self.num_features = self.head_hidden_size = widths[-1]
+
+        self.patch_embed = PatchEmbed(
+            img_size=None,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            norm_layer=nn.LayerNorm if patch_norm else None,
+            output_fmt="NHWC",
+            strict_img_size=False,
+            dynamic_img_pad=True,
+            **factory,
+        )
+        host = {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate, **factory}
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        for i, width in enumerate(widths):
+            own = {"window_size": window_sizes[i], "alpha": alpha} if attention == "hilo" else {}
+            build = partial(build_attention, attention, width, num_heads[i], host, {**own, **(attention_kwargs or {})})
+            blocks = [
+                LITv2Block(
+                    width,
+                    build() if has_attn[i] else None,
+                    mlp_ratio=mlp_ratio,
+                    proj_drop=proj_drop_rate,
+                    drop_path=rate,
+                    **factory,
+                )
+                for rate in rates[i]
+            ]
+            stages.append(LITv2Stage(blocks, DeformableTokenMerging(width, **factory) if i < num_stages - 1 else None))
+        self.stages = nn.ModuleList(stages)
+        self.set_input_size(img_size)
+        self.norm: nn.Module = nn.LayerNorm(self.num_features, **factory)
+        self._create_head(num_classes, global_pool, **factory)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """The paper's initialisation. A mechanism other than HiLo keeps its own."""
+        foreign = {m for block in self._blocks() if block.has_attn and self.attention != "hilo" for m in block.attn.modules()}
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module not in foreign:
+                _init_linear(module)
+            elif isinstance(module, ConvMlp):
+                nn.init.normal_(module.dwconv.weight, std=math.sqrt(2 / 9))
+                nn.init.zeros_(module.dwconv.bias)  # type: ignore[arg-type]
+
+    def _blocks(self) -> list[Any]:
+        return [block for stage in self.stages for block in stage.blocks]
+
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Name another image size that the model is meant for. Nothing is resized. Raises ValueError when it is too small."""
+        size, patch, halvings = to_2tuple(img_size), self.patch_embed.patch_size, len(self.stages) - 1
+        if min(math.ceil(side / p) for side, p in zip(size, patch, strict=True)) < 2**halvings:
+            least = (2**halvings - 1) * max(patch) + 1
+            raise ValueError(f"img_size={size} leaves nothing of the grid after {halvings} halvings; it must be at least {least}")
+        self.img_size = size
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head with `num_classes` outputs (0: none); `global_pool` None keeps the pooling."""
+        self.num_classes = num_classes
+        self._create_head(num_classes, self.pool_type if global_pool is None else global_pool, **get_device_dtype(self))
+        if isinstance(self.head, nn.Linear):
+            _init_linear(self.head)
+
+    def _create_head(self, num_classes: int, pool_type: str, device: Any = None, dtype: Any = None) -> None:
+        self.pool_type = pool_type
+        self.global_pool, self.head_drop, self.head = create_classifier(
+            self.num_features, num_classes, pool_type, drop_rate=self.drop_rate, device=device, dtype=dtype
+        )
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The normalised map of the last stage, (B, C, H / 32, W / 32)."""
+        x, grid_size = self.forward_stages(x)[-1]
+        return to_map(self.norm(x), grid_size)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Maps of the stages before their downsampling, and the final features.
+
+        Args:
+            x: image (B, in_chans, H, W).
+            indices: which stages; the last n if a number, all if None.
+            norm: apply the final norm to the last stage's map.
+            stop_early: leave out the stages after the last of `indices`; the final features are then that stage's.
+            output_fmt: "NCHW" or "NHWC".
+            intermediates_only: return the maps only.
+
+        Raises:
+            ValueError: another format.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.stages), indices)
+        found = self.forward_stages(x, last + 1 if stop_early else None)
+        maps = []
+        for i in take:
+            tokens, grid_size = found[i]
+            tokens = self._final_norm(tokens) if norm and i == len(self.stages) - 1 else tokens
+            maps.append(to_map(tokens, grid_size) if output_fmt == "NCHW" else tokens.unflatten(1, grid_size))
+        if intermediates_only:
+            return maps
+        tokens, grid_size = found[-1]
+        return to_map(self._final_norm(tokens) if len(found) == len(self.stages) else tokens, grid_size), maps
+
+    def _final_norm(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.norm(tokens)
+        return out
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the maps of `indices` do not need; the norm and the head go with the last stage. Returns the stages taken."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
+        self.prune_stages(last)
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "")
+        return list(take)
+
+
+class LITv2Features(_Pyramid):
+    """The dense backbone: maps of the stages, taken before their downsampling; parameters are named as the classifier's.
+
+    Args:
+        model: the classifier whose patch embedding and stages become its own.
+        out_indices: which stages; the last n if a number.
+        out_norm: which of the returned maps get a LayerNorm `norm{stage}`, one entry for each map or for each stage. Detection has
+            (False, True, True, True), segmentation (True, True, True, True). None: no norm, so that a classifier's weights give
+            usable maps.
+
+    Shape: x (B, in_chans, H, W) -> list of (B, C_i, H_i, W_i), strides 4, 8, 16, 32.
+
+    Raises:
+        ValueError: `out_norm` of another length.
+    """
+
+    def __init__(
+        self, model: LITv2, out_indices: int | Sequence[int] = (0, 1, 2, 3), out_norm: Sequence[bool] | None = None
+    ) -> None:
+        super().__init__()
+        num_stages = len(model.stages)
+        take, last = feature_take_indices(num_stages, out_indices if isinstance(out_indices, int) else list(out_indices))
+        self.out_indices = sorted(set(take))
+        self.feature_info = FeatureInfo(model.feature_info, tuple(self.out_indices))
+        self.patch_embed, self.stages = model.patch_embed, model.stages
+        self.prune_stages(last)
+        flags = [False] * len(self.out_indices) if out_norm is None else list(out_norm)
+        if len(flags) == num_stages:
+            flags = [flags[i] for i in self.out_indices]
+        elif len(flags) != len(self.out_indices):
+            raise ValueError(f"out_norm must have {len(self.out_indices)} entries, one for each map; got {out_norm}")
+        for i, normed in zip(self.out_indices, flags, strict=True):
+            if normed:
+                self.add_module(f"norm{i}", nn.LayerNorm(model.feature_info[i]["num_chs"], **get_device_dtype(model)))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        found = self.forward_stages(x)
+        maps = []
+        for i in self.out_indices:
+            tokens, grid_size = found[i]
+            norm = getattr(self, f"norm{i}", None)
+            maps.append(to_map(tokens if norm is None else norm(tokens), grid_size))
+        return maps
+
+
+def to_map(tokens: Tensor, grid_size: Grid) -> Tensor:
+    """(B, H * W, C) -> (B, C, H, W), a view."""
+    return tokens.transpose(1, 2).unflatten(2, grid_size)
+
+
+def _init_linear(module: nn.Linear) -> None:
+    trunc_normal_(module.weight, std=0.02)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def _check_attention(attention: str) -> None:
+    info = attention_info(attention)
+    if "noncausal_self" not in info.patterns or not info.keeps_shape:
+        raise ValueError(f"{attention!r} cannot stand in LITv2: that needs noncausal self attention, (B, N, C) -> (B, N, C)")
+
+
+# The published variants; whatever is not said is the small one's.
+_SMALL = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "drop_path_rate": 0.2}
+_MEDIUM = {**_SMALL, "depths": (2, 2, 18, 2), "drop_path_rate": 0.3}
+_BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.5}
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "litv2": _SMALL,
+    "litv2_s": _SMALL,
+    "litv2_m": _MEDIUM,
+    "litv2_b": _BASE,
+    "litv2_b_384": {**_BASE, "img_size": 384},
+}
+
+
+def _cfg(**changes: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:2205.13213",
+        "paper_name": "Fast Vision Transformers with HiLo Attention",
+        "origin_url": "https://github.com/ziplab/LITv2",
+        **changes,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: _cfg(input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0) if name.endswith("384") else _cfg()
+        for name in _VARIANTS
+    }
+)
+
+
+def _create_litv2(variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
+    """timm's builder with the variant's preset; `out_norm` goes to the dense backbone."""
+    kwargs = {**_VARIANTS[variant], **kwargs}
+    out_norm = kwargs.pop("out_norm", None)
+    if out_norm is not None and (not kwargs.get("features_only") or "feature_cls" in kwargs):
+        raise ValueError("out_norm belongs to features_only=True, with LITv2's own feature class")
+    if "out_indices" in kwargs and not kwargs.get("features_only"):
+        raise ValueError("out_indices belongs to features_only=True")
+    feature_cfg: dict[str, Any] = {"out_indices": (0, 1, 2, 3), "feature_cls": LITv2Features}
+    if out_norm is not None:
+        feature_cfg["out_norm"] = out_norm
+    return build_model_with_cfg(LITv2, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+
+@register_model
+def litv2(pretrained: bool = False, **kwargs: Any) -> Any:
+    """LITv2 of any size; LITv2-S unless the arguments say otherwise."""
+    return _create_litv2("litv2", pretrained, **kwargs)
+
+
+@register_model
+def litv2_s(pretrained: bool = False, **kwargs: Any) -> Any:
+    """LITv2-S, 27.8 M parameters, 3.7 G multiply-adds at 224."""
+    return _create_litv2("litv2_s", pretrained, **kwargs)
+
+
+@register_model
+def litv2_m(pretrained: bool = False, **kwargs: Any) -> Any:
+    """LITv2-M, 48.8 M parameters, 7.5 G multiply-adds at 224."""
+    return _create_litv2("litv2_m", pretrained, **kwargs)
+
+
+@register_model
+def litv2_b(pretrained: bool = False, **kwargs: Any) -> Any:
+    """LITv2-B, 86.5 M parameters, 13.2 G multiply-adds at 224."""
+    return _create_litv2("litv2_b", pretrained, **kwargs)
+
+
+@register_model
+def litv2_b_384(pretrained: bool = False, **kwargs: Any) -> Any:
+    """LITv2-B fine-tuned on images of 384 x 384; 39.7 G multiply-adds there."""
+    return _create_litv2("litv2_b_384", pretrained, **kwargs)
+
+
+for _name, _preset in _VARIANTS.items():
+    register_model_info(_name, "litv2", **_preset)
