@@ -23,6 +23,7 @@ from attention_zoo.attention.base import (
     resolve_head_dim,
     split_heads,
 )
+from attention_zoo.attention.conversion import refuse_tensors, source_settings, split_projections
 from attention_zoo.registry import PATTERNS, register_attention
 
 __all__ = ["GroupedQueryAttention", "mean_pool_kv_heads"]
@@ -143,7 +144,7 @@ class GroupedQueryAttention(AttentionModule):
         num_heads = getattr(source, "num_heads", None) if num_heads is None else num_heads
         if num_heads is None:
             raise ValueError("the weights do not say how many heads they are: give num_heads")
-        state = _split_projections(tensors)
+        state = split_projections(tensors)
         (inner, dim), (kv_inner, context_dim) = state["q.weight"].shape, state["k.weight"].shape
         head_dim = _channels_per_head("q.weight", inner, num_heads)
         if kv_inner % head_dim:
@@ -161,19 +162,14 @@ class GroupedQueryAttention(AttentionModule):
             "context_dim": context_dim,
             "device": state["q.weight"].device,
             "dtype": state["q.weight"].dtype,
-            **(_settings(source) if isinstance(source, nn.Module) else {}),
+            **(source_settings(source) if isinstance(source, nn.Module) else {}),
             **options,
         }
         module = cls(dim, num_heads, num_kv_heads=num_kv_heads, **settings)
         own = module.state_dict()
         norms = [name for name in own if name.startswith(("q_norm.", "k_norm."))]
         missing, unknown = [n for n in norms if n not in state], [n for n in state if n not in own]
-        if missing or unknown:
-            raise ValueError(
-                f"source and {cls.__name__} do not have the same tensors"
-                + (f"; missing: {', '.join(missing)}" if missing else "")
-                + (f"; without a place: {', '.join(unknown)}" if unknown else "")
-            )
+        refuse_tensors(cls.__name__, missing, unknown)
         module.load_state_dict({**own, **state})
         return module.train(source.training) if isinstance(source, nn.Module) else module
 
@@ -232,52 +228,7 @@ def mean_pool_kv_heads(weight_or_bias: Tensor, num_heads: int, num_kv_heads: int
     return weight_or_bias.unflatten(0, (num_kv_heads, num_heads // num_kv_heads, -1)).mean(1).flatten(0, 1)
 
 
-# Names of the projections elsewhere, in order q, k, v, proj; fused ones have the rows [q; k; v] and [k; v].
-_LAYOUTS: tuple[dict[str, tuple[str, ...]], ...] = (
-    {"qkv": ("q", "k", "v"), "proj": ("proj",)},
-    {"q": ("q",), "kv": ("k", "v"), "proj": ("proj",)},
-    {"q": ("q",), "k": ("k",), "v": ("v",), "proj": ("proj",)},
-    {"q_proj": ("q",), "k_proj": ("k",), "v_proj": ("v",), "o_proj": ("proj",)},
-)
-
-
-def _split_projections(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The source's tensors with separate q, k, v and proj. Raises ValueError when no known set of projections is there."""
-    layout = next((names for names in _LAYOUTS if all(f"{name}.weight" in source for name in names)), None)
-    if layout is None:
-        raise ValueError(
-            f"no attention layer of a known kind: found {', '.join(source) or 'nothing'}; expected the weights of "
-            + ", or ".join(", ".join(names) for names in _LAYOUTS)
-        )
-    inner = next(source[f"{name}.weight"].shape[1] for name, parts in layout.items() if parts == ("proj",))
-    state: dict[str, Tensor] = {}
-    for name, tensor in source.items():
-        projection, _, kind = name.rpartition(".")
-        parts = layout.get(projection)
-        if parts is None:
-            state[name] = tensor  # normalisations
-        elif len(parts) == 1:
-            state[f"{parts[0]}.{kind}"] = tensor
-        else:
-            kv_rows = (tensor.shape[0] - inner * ("q" in parts)) // 2
-            pieces = tensor.split([inner, kv_rows, kv_rows][-len(parts) :])
-            state.update({f"{part}.{kind}": piece for part, piece in zip(parts, pieces, strict=True)})
-    return state
-
-
 def _channels_per_head(name: str, rows: int, num_heads: int) -> int:
     if rows % num_heads:
         raise ValueError(f"{name} has {rows} rows, which are not a whole number of channels for each of {num_heads} heads")
     return rows // num_heads
-
-
-def _settings(source: nn.Module) -> dict[str, Any]:
-    """Constructor arguments that an attention module's attributes tell: dropout rates, and what the zoo's own carry."""
-    found: dict[str, Any] = {}
-    for name in ("attn_drop", "proj_drop"):
-        value = getattr(source, name, None)
-        if isinstance(value := getattr(value, "p", value), float):
-            found[name] = value
-    if isinstance(source, AttentionModule):
-        found.update(is_causal=source.is_causal, rope_layout=source.rope_layout)
-    return found

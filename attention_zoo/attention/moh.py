@@ -30,7 +30,7 @@ from attention_zoo.attention.base import (
     resolve_head_dim,
     split_heads,
 )
-from attention_zoo.attention.gqa import _settings, _split_projections
+from attention_zoo.attention.conversion import refuse_tensors, source_settings, split_projections
 from attention_zoo.registry import PATTERNS, register_attention
 
 __all__ = ["MoHAttention", "load_balance_loss", "set_routed_topk", "top_k_mask"]
@@ -233,7 +233,7 @@ class MoHAttention(AttentionModule):
             ValueError: head counts that do not divide, an order that is no permutation or splits a group, or tensors that are
                 missing or have no place here; all of them are listed.
         """
-        state = _split_projections(source.state_dict() if isinstance(source, nn.Module) else source)
+        state = split_projections(source.state_dict() if isinstance(source, nn.Module) else source)
         (inner, dim), (kv_inner, context_dim) = state["q.weight"].shape, state["k.weight"].shape
         num_heads = _source_heads(source, inner) if num_heads is None else num_heads
         head_dim = inner // num_heads if num_heads > 0 and inner % num_heads == 0 else 0
@@ -360,12 +360,7 @@ class MoHAttention(AttentionModule):
         own = self.state_dict()
         routers = {name for name in own if name.split(".")[0] in ("router", "shared_router", "balance")}
         missing, unknown = sorted(own.keys() - routers - loaded.keys()), sorted(loaded.keys() - own.keys())
-        if missing or unknown:
-            raise ValueError(
-                "source and MoHAttention do not have the same tensors"
-                + (f"; missing: {', '.join(missing)}" if missing else "")
-                + (f"; without a place: {', '.join(unknown)}" if unknown else "")
-            )
+        refuse_tensors(type(self).__name__, missing, unknown)
         self.load_state_dict({**{name: torch.zeros_like(own[name]) for name in routers}, **loaded})
 
 
@@ -499,7 +494,7 @@ def _source_heads(source: nn.Module | Mapping[str, Tensor], inner: int) -> int:
 def _source_settings(source: nn.Module) -> dict[str, Any]:
     """What the source's attributes tell, causality also of modules that are not the zoo's."""
     is_causal = getattr(source, "is_causal", None)
-    return {**_settings(source), **({"is_causal": is_causal} if isinstance(is_causal, bool) else {})}
+    return {**source_settings(source), **({"is_causal": is_causal} if isinstance(is_causal, bool) else {})}
 
 
 def _split_name(name: str) -> str:

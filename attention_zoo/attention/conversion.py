@@ -1,0 +1,67 @@
+"""Starting from a softmax attention: what every mechanism's `from_softmax_attention` reads from the layer that it replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from attention_zoo.attention.base import AttentionModule
+
+__all__ = ["refuse_tensors", "source_settings", "split_projections"]
+
+# Names of the projections elsewhere, in order q, k, v, proj; fused ones have the rows [q; k; v] and [k; v].
+_LAYOUTS: tuple[dict[str, tuple[str, ...]], ...] = (
+    {"qkv": ("q", "k", "v"), "proj": ("proj",)},
+    {"q": ("q",), "kv": ("k", "v"), "proj": ("proj",)},
+    {"q": ("q",), "k": ("k",), "v": ("v",), "proj": ("proj",)},
+    {"q_proj": ("q",), "k_proj": ("k",), "v_proj": ("v",), "o_proj": ("proj",)},
+)
+
+
+def split_projections(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The source's tensors with separate q, k, v and proj. Raises ValueError when no known set of projections is there."""
+    layout = next((names for names in _LAYOUTS if all(f"{name}.weight" in source for name in names)), None)
+    if layout is None:
+        raise ValueError(
+            f"no attention layer of a known kind: found {', '.join(source) or 'nothing'}; expected the weights of "
+            + ", or ".join(", ".join(names) for names in _LAYOUTS)
+        )
+    inner = next(source[f"{name}.weight"].shape[1] for name, parts in layout.items() if parts == ("proj",))
+    state: dict[str, Tensor] = {}
+    for name, tensor in source.items():
+        projection, _, kind = name.rpartition(".")
+        parts = layout.get(projection)
+        if parts is None:
+            state[name] = tensor  # normalisations
+        elif len(parts) == 1:
+            state[f"{parts[0]}.{kind}"] = tensor
+        else:
+            kv_rows = (tensor.shape[0] - inner * ("q" in parts)) // 2
+            pieces = tensor.split([inner, kv_rows, kv_rows][-len(parts) :])
+            state.update({f"{part}.{kind}": piece for part, piece in zip(parts, pieces, strict=True)})
+    return state
+
+
+def source_settings(source: nn.Module) -> dict[str, Any]:
+    """Constructor arguments that an attention module's attributes tell: dropout rates, and what the zoo's own carry."""
+    found: dict[str, Any] = {}
+    for name in ("attn_drop", "proj_drop"):
+        value = getattr(source, name, None)
+        if isinstance(value := getattr(value, "p", value), float):
+            found[name] = value
+    if isinstance(source, AttentionModule):
+        found.update(is_causal=source.is_causal, rope_layout=source.rope_layout)
+    return found
+
+
+def refuse_tensors(name: str, missing: Iterable[str], unknown: Iterable[str]) -> None:
+    """Raise ValueError, listing them all, if the source lacks tensors that the mechanism `name` needs or has others."""
+    missing, unknown = list(missing), list(unknown)
+    if missing or unknown:
+        raise ValueError(
+            f"source and {name} do not have the same tensors"
+            + (f"; missing: {', '.join(missing)}" if missing else "")
+            + (f"; without a place: {', '.join(unknown)}" if unknown else "")
+        )
