@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from attention_zoo import ops
+from attention_zoo.ops.engines.sdpa import cudnn_first
 from tests.ops.problems import Call, calls
 
 
@@ -110,3 +111,12 @@ def test_compiled_in_one_graph_equals_eager(dynamic: bool | None) -> None:
         torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-5)
         gradients, expected_gradients = (torch.autograd.grad(sum(p.sum() for p in r), (q, k, bias)) for r in (results, expected))
         torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_cudnn_comes_first_only_within() -> None:
+    before = torch._C._get_sdp_priority_order()
+    with cudnn_first():
+        within = torch._C._get_sdp_priority_order()
+    assert within[0] == torch.nn.attention.SDPBackend.CUDNN_ATTENTION.value
+    assert sorted(within) == sorted(before)
+    assert torch._C._get_sdp_priority_order() == before

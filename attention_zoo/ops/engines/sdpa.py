@@ -7,6 +7,9 @@ without a key) goes in as one mask.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -43,15 +46,30 @@ class TorchEngine(Engine):
 
 
 def _unmasked(q: Tensor, k: Tensor, v: Tensor, problem: Problem, is_causal: bool) -> Tensor:
-    gqa = is_grouped(q, k)
-    if q.is_cuda and q.dtype in HALF and compute_capability(q.device) >= (9, 0):
-        with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
-            return F.scaled_dot_product_attention(
-                q, k, v, dropout_p=problem.dropout_p, is_causal=is_causal, scale=problem.scale, enable_gqa=gqa
-            )
-    return F.scaled_dot_product_attention(
-        q, k, v, dropout_p=problem.dropout_p, is_causal=is_causal, scale=problem.scale, enable_gqa=gqa
-    )
+    prefer_cudnn = q.is_cuda and q.dtype in HALF and compute_capability(q.device) >= (9, 0)
+    with cudnn_first() if prefer_cudnn else nullcontext():
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=problem.dropout_p, is_causal=is_causal, scale=problem.scale, enable_gqa=is_grouped(q, k)
+        )
+
+
+def cudnn_first() -> AbstractContextManager[None]:
+    """SDPA tries its cuDNN kernel before the others; each of them still decides for itself whether it serves the call."""
+    if torch.compiler.is_compiling() or not hasattr(torch._C, "_set_sdp_priority_order"):
+        return sdpa_kernel(_CUDNN_FIRST, set_priority=True)
+    return _CudnnFirst()
+
+
+class _CudnnFirst(AbstractContextManager[None]):
+    """The same as torch's public context manager, which takes some 40 microseconds, in less than one."""
+
+    def __enter__(self) -> None:
+        self.order = torch._C._get_sdp_priority_order()
+        cudnn = SDPBackend.CUDNN_ATTENTION.value
+        torch._C._set_sdp_priority_order([cudnn, *(backend for backend in self.order if backend != cudnn)])
+
+    def __exit__(self, *_: object) -> None:
+        torch._C._set_sdp_priority_order(self.order)
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, problem: Problem) -> Tensor:
