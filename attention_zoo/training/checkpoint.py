@@ -56,7 +56,7 @@ class Description:
         return InputConfig.from_dict(self.input)
 
 
-def build_model(recipe: ModelRecipe, num_classes: int) -> nn.Module:
+def build_model(recipe: ModelRecipe, num_classes: int) -> Any:
     """The recipe's model with `num_classes` outputs, its weights loaded where the recipe names a source."""
     kwargs = dict(recipe.kwargs)
     options: dict[str, Any] = {"attention": recipe.attention, "attention_kwargs": recipe.attention_kwargs or None}

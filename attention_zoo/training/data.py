@@ -206,7 +206,7 @@ class _OrderedBatches(Sampler[list[int]]):
 
 
 class _Transformed(Dataset):
-    """Images as tensors, a batch at a time. Keys are (epoch, index) where a seed makes the augmentation repeatable, else indices."""
+    """Images as tensors, a batch at a time. Keys: (epoch, index) where a seed makes the augmentation repeatable, else indices."""
 
     def __init__(self, images: Any, transform: Callable[[Image.Image], Tensor], mode: str, seed: int | None) -> None:
         self.images, self.transform, self.mode, self.seed = images, transform, mode, seed

@@ -150,7 +150,7 @@ class Trainer:
 
     def _build(self) -> None:
         recipe, accelerator = self.recipe, self.accelerator
-        self.module: Any = build_model(recipe.model, len(self.class_names))
+        self.module = build_model(recipe.model, len(self.class_names))
         kwargs = recipe.model.kwargs
         self.input = input_config(self.module, recipe.data, img_size=kwargs.get("img_size"), in_chans=kwargs.get("in_chans"))
         if recipe.engine.grad_checkpointing:
