@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from attention_zoo.training.checkpoint import build_model
+from attention_zoo.training.optim import create_optimizer
 from attention_zoo.training.recipe import (
     Recipe,
     RecipeError,
@@ -121,6 +123,18 @@ def test_the_zoos_recipes_are_right(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.output.name == name.rsplit("/", 1)[-1]
     assert load_recipe(name.rsplit("/", 1)[-1]) == recipe
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_the_zoos_recipes_build_their_models(name: str) -> None:
+    recipe = load_recipe(name)
+    model = build_model(recipe.model, 10)
+    assert model.num_classes == 10
+    optimizer = create_optimizer(model, recipe.optimizer, images_per_update=512)
+    assert optimizer.defaults["lr"] == recipe.optimizer.lr
+    slow = [g for g in optimizer.param_groups if g["lr_scale"] == 0.01]
+    assert bool(slow) == ("litv2" in name)  # the sampling offsets of its token merging
+    assert all(p.ndim == 4 for g in slow for p in g["params"])
 
 
 def test_every_key_is_described() -> None:
