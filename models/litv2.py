@@ -228,7 +228,7 @@ class LITv2(_Pyramid):
             raise ValueError(f"one entry for each stage, and at least one block in each; got {given}")
         _check_attention(attention)
         num_stages = len(depths)
-        self.num_classes, self.in_chans, self.drop_rate, self.attention = num_classes, in_chans, drop_rate, attention
+        self.num_classes, self.in_chans, self.attention = num_classes, in_chans, attention
         widths = [embed_dim * 2**i for i in range(num_stages)]
         self.feature_info = [
             {"num_chs": width, "reduction": patch_size * 2**i, "module": f"stages.{i}"} for i, width in enumerate(widths)
@@ -267,6 +267,7 @@ class LITv2(_Pyramid):
         self.stages = nn.ModuleList(stages)
         self.set_input_size(img_size)
         self.norm: nn.Module = nn.LayerNorm(self.num_features, **factory)
+        self.head_drop = nn.Dropout(drop_rate)
         self._create_head(num_classes, global_pool, **factory)
         self.init_weights()
 
@@ -303,9 +304,7 @@ class LITv2(_Pyramid):
 
     def _create_head(self, num_classes: int, pool_type: str, device: Any = None, dtype: Any = None) -> None:
         self.pool_type = pool_type
-        self.global_pool, self.head_drop, self.head = create_classifier(
-            self.num_features, num_classes, pool_type, drop_rate=self.drop_rate, device=device, dtype=dtype
-        )
+        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type, device=device, dtype=dtype)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The normalised map of the last stage, (B, C, H / 32, W / 32)."""

@@ -123,14 +123,14 @@ def _convert_layers(state: State, layers: Sequence[Mapping[str, Any] | None]) ->
     converted: State = {}
     blocks: dict[str, State] = {}
     for key, tensor in state.items():
-        block, found, own = key.partition(".attn.")
+        block, found, name = key.partition(".attn.")
         if found:
-            blocks.setdefault(block, {})[own] = tensor
+            blocks.setdefault(block, {})[name] = tensor
         else:
             converted[key] = tensor
     for block, own in blocks.items():
-        layer = convert_hilo(own, **(layers[int(block.split(".")[1])] or {}))
-        converted |= {f"{block}.attn.{key}": tensor for key, tensor in layer.items()}
+        layer = layers[int(block.split(".")[1])] or {}
+        converted.update({f"{block}.attn.{key}": tensor for key, tensor in convert_hilo(own, **layer).items()})
     return converted
 
 
