@@ -114,9 +114,7 @@ def _torch_is_fused(s: Signature) -> bool:
     if s.right and s.lengths != "equal" and not s.mapped:
         return False
     if s.grouped:
-        return (
-            s.half and not s.mapped and s.head_dim <= 256 and s.head_dim == s.value_dim and compute_capability(s.device) >= (8, 0)
-        )
+        return s.half and not s.mapped and s.head_dim <= 256 and s.head_dim == s.value_dim and compute_capability(s.device) >= 80
     return True
 
 

@@ -176,7 +176,7 @@ def test_a_class_of_calls_is_decided_once() -> None:
 def test_preference_on_hopper(monkeypatch: pytest.MonkeyPatch, changes: dict, first: str) -> None:
     """The first engine that serves the call when flash-attn 4, xformers and torch are all there."""
     for module in ("dispatch", "engines.flash4", "engines.flash23", "engines.xformers", "engines.sdpa"):
-        monkeypatch.setattr(f"attention_zoo.ops.{module}.compute_capability", lambda _: (9, 0))
+        monkeypatch.setattr(f"attention_zoo.ops.{module}.compute_capability", lambda _: 90)
     signature = call_class(**changes)
     serving = [n for n in _preference(signature) if n not in ("flash3", "flash2") and ENGINES[n].can_run(signature) is None]
     assert serving[0] == first
@@ -208,7 +208,7 @@ def test_preference_on_hopper(monkeypatch: pytest.MonkeyPatch, changes: dict, fi
 )
 def test_limits_of_the_engines(monkeypatch: pytest.MonkeyPatch, engine: str, changes: dict, reason: str) -> None:
     for module in ("flash4", "flash23", "xformers"):
-        monkeypatch.setattr(f"attention_zoo.ops.engines.{module}.compute_capability", lambda _: (9, 0))
+        monkeypatch.setattr(f"attention_zoo.ops.engines.{module}.compute_capability", lambda _: 90)
     assert reason in (ENGINES[engine].can_run(call_class(**changes)) or "serves it")
 
 

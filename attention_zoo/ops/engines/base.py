@@ -159,9 +159,10 @@ def _version(package: str) -> str:
 
 
 @torch.compiler.assume_constant_result
-def compute_capability(device: torch.device) -> tuple[int, int]:
-    """(major, minor) of a CUDA device."""
-    return torch.cuda.get_device_capability(device)
+def compute_capability(device: torch.device) -> int:
+    """Of a CUDA device, as one number: 90 for 9.0. (Dynamo of torch 2.11 cannot compare tuples that are such constants.)"""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 class JoinedMask(NamedTuple):

@@ -33,7 +33,7 @@ class Flash3Engine(Engine):
             return "has no dropout"
         if signature.softcap and signature.grad:
             return "softcap has no tested gradient"
-        if signature.device.type == "cuda" and compute_capability(signature.device)[0] != 9:
+        if signature.device.type == "cuda" and compute_capability(signature.device) // 10 != 9:
             return "needs compute capability 9.0"
         return _common_limits(signature)
 
@@ -64,7 +64,7 @@ class Flash2Engine(Engine):
     def can_run(self, signature: Signature) -> str | None:
         if signature.softcap and signature.dropout:
             return "has softcap or dropout, not both"
-        if signature.device.type == "cuda" and compute_capability(signature.device)[0] < 8:
+        if signature.device.type == "cuda" and compute_capability(signature.device) < 80:
             return "needs compute capability 8.0 or later"
         return _common_limits(signature)
 

@@ -43,7 +43,7 @@ class Flash4Engine(Engine):
             return "has no dropout"
         if s.empty:
             return "empty sizes are left to the reference"
-        major = compute_capability(s.device)[0]
+        major = compute_capability(s.device) // 10
         if major < 8:
             return "needs compute capability 8.0 or later"
         if s.grad and major == 8:

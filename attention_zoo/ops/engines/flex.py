@@ -20,6 +20,7 @@ from attention_zoo.ops.engines.base import Engine, Signature, is_grouped
 __all__ = ["FlexEngine"]
 
 _BLOCK = 128
+_MOST_KINDS = 256
 _DENSE_LIMIT = 2**26  # entries of the (N_q, N_k) map above which it must not be formed to find the empty blocks
 
 
@@ -60,6 +61,7 @@ class FlexEngine(Engine):
             scale=problem.scale,
             enable_gqa=is_grouped(q, k),
             return_aux=AuxRequest(lse=True) if problem.return_lse else None,
+            kernel_options=_kernel_options(q, k),
         )
         return (result[0], result[1].lse) if problem.return_lse else (result, None)
 
@@ -78,9 +80,15 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> Any:
     return _compiled(flex_attention)(q, k, v, **settings)
 
 
+def _kernel_options(q: Tensor, k: Tensor) -> dict[str, Any] | None:
+    """Keep torch from its decoding kernel where the queries of a group fill more than a tile of it: it has no choice left then."""
+    return {"BACKEND": "TRITON"} if q.is_cuda and q.shape[2] * (q.shape[1] // k.shape[1]) > 64 else None
+
+
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
+    # Each kind of call is a graph of its own: more than torch allows a function by default, after which it would run unfused.
+    return torch._dynamo.config.patch(recompile_limit=_MOST_KINDS)(torch.compile(function))
 
 
 def _score_mod(problem: Problem) -> Callable[..., Tensor] | None:

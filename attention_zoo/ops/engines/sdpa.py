@@ -46,7 +46,7 @@ class TorchEngine(Engine):
 
 
 def _unmasked(q: Tensor, k: Tensor, v: Tensor, problem: Problem, is_causal: bool) -> Tensor:
-    prefer_cudnn = q.is_cuda and q.dtype in HALF and compute_capability(q.device) >= (9, 0)
+    prefer_cudnn = q.is_cuda and q.dtype in HALF and compute_capability(q.device) >= 90
     with cudnn_first() if prefer_cudnn else nullcontext():
         return F.scaled_dot_product_attention(
             q, k, v, dropout_p=problem.dropout_p, is_causal=is_causal, scale=problem.scale, enable_gqa=is_grouped(q, k)

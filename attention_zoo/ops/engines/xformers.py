@@ -63,7 +63,7 @@ class XformersEngine(Engine):
             return f"head sizes must be multiples of {multiple} in {s.dtype}"
         flash = _flash_kernel(s.half, s.head_dim, s.value_dim, s.mapped)
         capability = compute_capability(s.device)
-        if capability < (8, 0) or (not flash and capability > (9, 0)):
+        if capability < 80 or (not flash and capability > 90):
             return "its kernels for this call need compute capability 8.0 to 9.0"
         return self._gradients(s) or (self._packed(s, flash) if s.packed else self._dense(s, flash))
 
