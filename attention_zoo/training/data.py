@@ -330,8 +330,10 @@ def _torchvision(name: str, split: str, recipe: DataRecipe) -> ImageSet:
 
 def _hugging_face(name: str, split: str, recipe: DataRecipe) -> ImageSet:
     """A set of the Hugging Face Hub (or a local folder in its format) with an image column and a class label column."""
-    import datasets
-
+    try:
+        import datasets
+    except ImportError:
+        raise RecipeError(f"data.name={recipe.name} needs the package `datasets`: pip install datasets") from None
     local = datasets.DownloadConfig(local_files_only=not recipe.download)
     try:
         rows = datasets.load_dataset(name, split=split, cache_dir=recipe.root, download_config=local)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,12 @@ def test_folder_labels_follow_the_training_classes(folder: Path) -> None:
 def test_wrong_sources_say_what_is_wrong(recipe: DataRecipe, split: str, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         open_images(recipe, split)
+
+
+def test_hugging_face_sets_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(RecipeError, match="pip install datasets"):
+        open_images(DataRecipe(name="hf/ylecun/mnist"), "train")
 
 
 def test_wrong_folders_say_what_is_wrong(folder: Path) -> None:
