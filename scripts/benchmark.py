@@ -123,6 +123,8 @@ WORKLOADS = [
     Workload("window 512 causal, D 128", is_causal=True, window_size=512),
     Workload("GQA 16:4 causal, D 128", kv_heads=4, is_causal=True),
     Workload("packed 16 x 1024 causal, D 128", batch=1, num_queries=16384, num_keys=16384, packed=16, is_causal=True),
+    Workload("ViT, 197 tokens, D 64", batch=64, heads=12, kv_heads=12, num_queries=197, num_keys=197, head_dim=64),
+    Workload("windows of 49 tokens, D 32", batch=2048, heads=4, kv_heads=4, num_queries=49, num_keys=49, head_dim=32),
     Workload("decode 1 of 4096, GQA 32:8, D 128", batch=16, heads=32, kv_heads=8, num_queries=1, is_causal=True, backward=False),
 ]
 QUICK = [
