@@ -20,7 +20,6 @@ from timm.layers import (
     PatchEmbed,
     calculate_drop_path_rates,
     create_classifier,
-    get_device_dtype,
     register_notrace_module,
     to_2tuple,
     trunc_normal_,
@@ -298,7 +297,7 @@ class LITv2(_Pyramid):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head with `num_classes` outputs (0: none); `global_pool` None keeps the pooling."""
         self.num_classes = num_classes
-        self._create_head(num_classes, self.pool_type if global_pool is None else global_pool, **get_device_dtype(self))
+        self._create_head(num_classes, self.pool_type if global_pool is None else global_pool, **_factory_of(self))
         if isinstance(self.head, nn.Linear):
             _init_linear(self.head)
 
@@ -407,7 +406,7 @@ class LITv2Features(_Pyramid):
             raise ValueError(f"out_norm must have {len(self.out_indices)} entries, one for each map; got {out_norm}")
         for i, normed in zip(self.out_indices, flags, strict=True):
             if normed:
-                self.add_module(f"norm{i}", nn.LayerNorm(model.feature_info[i]["num_chs"], **get_device_dtype(model)))
+                self.add_module(f"norm{i}", nn.LayerNorm(model.feature_info[i]["num_chs"], **_factory_of(model)))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         found = self.forward_stages(x)
@@ -422,6 +421,12 @@ class LITv2Features(_Pyramid):
 def to_map(tokens: Tensor, grid_size: Grid) -> Tensor:
     """(B, H * W, C) -> (B, C, H, W), a view."""
     return tokens.transpose(1, 2).unflatten(2, grid_size)
+
+
+def _factory_of(module: nn.Module) -> dict[str, Any]:
+    """Where a model's parameters are, for those that it gets later."""
+    parameter = next(module.parameters())
+    return {"device": parameter.device, "dtype": parameter.dtype}
 
 
 def _init_linear(module: nn.Linear) -> None:

@@ -276,9 +276,9 @@ class HiLoAttention(AttentionModule):
         """Lo-Fi: queries of x (B, N, C), keys from the windows of the image (B, H', W', C) -> (B, N, l_heads * d)."""
         s, pooled = self.window_size, x
         if s > 1:
-            pooled = _blocks(image, s).mean((2, 4)).flatten(1, 2)
+            pooled = _window_means(image, s)
         if real is not None:  # the mean over real tokens only
-            pooled = pooled / _blocks(real[None, :, :, None].to(x.dtype), s).mean((2, 4)).flatten(1, 2)
+            pooled = pooled / _window_means(real[None, :, :, None].to(x.dtype), s)
         q = split_heads(self.l_q(x), self.l_heads)
         k, v = (split_heads(t, self.l_heads) for t in self.l_kv(pooled).chunk(2, dim=-1))
         return merge_heads(attend(self, self.q_norm(q), self.k_norm(k), v, scale=self.scale))
@@ -289,15 +289,16 @@ class HiLoAttention(AttentionModule):
         return text + (f", pad_mode={self.pad_mode!r}" if self.pad_mode != "zero" else "")
 
 
-def _blocks(image: Tensor, size: int) -> Tensor:
-    """(B, H, W, C) -> (B, H / size, size, W / size, size, C), a view."""
-    height, width = image.shape[1:3]
-    return image.unflatten(2, (width // size, size)).unflatten(1, (height // size, size))
-
-
 def _to_windows(image: Tensor, size: int) -> Tensor:
     """(B, H, W, C) -> (B * windows, size^2, C), windows and the tokens inside them row-major."""
-    return _blocks(image, size).transpose(2, 3).flatten(3, 4).flatten(0, 2)
+    height, width = image.shape[1:3]
+    blocks = image.unflatten(2, (width // size, size)).unflatten(1, (height // size, size))
+    return blocks.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def _window_means(image: Tensor, size: int) -> Tensor:
+    """(B, H, W, C) -> (B, windows, C). Pooling a channels-last view is many times faster than a mean over two dimensions."""
+    return F.avg_pool2d(image.permute(0, 3, 1, 2), size).flatten(2).transpose(1, 2)
 
 
 def _source_settings(source: nn.Module | Mapping[str, Tensor], head_dim: int) -> dict[str, Any]:

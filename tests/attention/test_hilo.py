@@ -76,6 +76,7 @@ def by_formula(m: HiLoAttention, x: Tensor, height: int, width: int) -> Tensor:
 @given(
     height=st.integers(1, 5),
     width=st.integers(1, 5),
+    batch=st.integers(1, 2),
     window_size=st.integers(1, 4),
     alpha=st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]),
     pad_mode=st.sampled_from(["zero", "mask"]),
@@ -84,9 +85,9 @@ def by_formula(m: HiLoAttention, x: Tensor, height: int, width: int) -> Tensor:
     qk_norm=st.booleans(),
     qk_scale=st.sampled_from([None, 0.0, 0.7]),
 )
-def test_against_the_formula(height: int, width: int, **options: Any) -> None:
+def test_against_the_formula(height: int, width: int, batch: int, **options: Any) -> None:
     module = build(**options)
-    x = tokens((height, width)).requires_grad_()
+    x = tokens((height, width), batch=batch).requires_grad_()
     leaves = [x, *module.parameters()]
     results = []
     for out in (module(x, grid_size=(height, width)), by_formula(module, x, height, width)):
