@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from attention_case import Case, cases
@@ -14,9 +16,10 @@ ALL = [c for causal in (False, True) for c in cases(causal=causal) if not c.draw
 
 
 @pytest.fixture(autouse=True)
-def _plain_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def _plain_float32() -> Iterator[None]:
+    """No TF32 in convolutions, where torch allows it by default."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 def output_and_gradient(case: Case, device: str, autocast: bool = False, compiled: bool = False) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,10 @@ def test_no_name_of_ours_was_timms():
 
 def test_list_models_filters():
     assert az.list_models("vit_small*_gqa") == ["vit_small_patch16_224_gqa"]
-    assert az.list_models("vit_small*", exclude=["*_gqa", "*_kdgqa"]) == ["vit_small_patch16_224_dgqa", "vit_small_patch16_224_pgqa"]
+    assert az.list_models("vit_small*", exclude=["*_gqa", "*_kdgqa"]) == [
+        "vit_small_patch16_224_dgqa",
+        "vit_small_patch16_224_pgqa",
+    ]
     assert az.list_models("nothing*") == []
 
 

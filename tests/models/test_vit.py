@@ -109,7 +109,11 @@ def test_options_reach_the_mechanism():
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [(f"vit_{size}_patch16_224_{a}", m) for size, m in (("small", 20.28), ("base", 79.48), ("large", 279.14)) for a in ("gqa", "pgqa")],
+    [
+        (f"vit_{size}_patch16_224_{a}", m)
+        for size, m in (("small", 20.28), ("base", 79.48), ("large", 279.14))
+        for a in ("gqa", "pgqa")
+    ],
 )
 def test_parameter_counts_of_the_paper(name, millions):
     with torch.device("meta"):

@@ -189,6 +189,7 @@ def test_preference_on_hopper(monkeypatch: pytest.MonkeyPatch, changes: dict, fi
         ("flash4", {"head_dim": 264, "value_dim": 264}, "head size over 256"),
         ("flash4", {"head_dim": 64, "value_dim": 128}, "one size"),
         ("flash4", {"head_dim": 192, "value_dim": 128, "grouped": True, "grad": True}, "no backward"),
+        ("flash4", {"head_dim": 80, "value_dim": 80, "grad": True}, "no multiple of 32"),
         ("flash4", {"dtype": torch.float32}, "float16 and bfloat16"),
         ("flash4", {"mask": "bool"}, "no mask or bias"),
         ("flash4", {"device": torch.device("cpu")}, "CUDA tensors only"),

@@ -71,6 +71,8 @@ SHAPES_AND_SETTINGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "padding_decode": (case(1, 300, heads=8, kv_heads=2), {"attn_mask": (2, 1, 1, 300)}),
     "head_32": (case(130, 130, dim=32), {"is_causal": True}),
     "head_80": (case(130, 130, dim=80), {"is_causal": True}),
+    "head_96": (case(130, 130, dim=96), {"is_causal": True}),
+    "head_160": (case(130, 130, dim=160), {"is_causal": True}),
     "head_128": (case(257, 257, dim=128), {"is_causal": True}),
     "head_192_128": (case(130, 130, dim=192, value_dim=128), {}),
     "head_256": (case(130, 130, dim=256), {"is_causal": True}),
@@ -257,3 +259,21 @@ def test_strided_views_are_served_exactly() -> None:
         if report.serves:
             out = ops.attention(q, k, v, backend=report.name)
             assert (out.double() - exact).abs().max() <= budget, report.name
+
+
+@pytest.mark.parametrize("engine", ["auto", *ENGINE_NAMES])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_more_samples_than_a_grid_holds(engine: str, dtype: torch.dtype) -> None:
+    """Windowed attention puts its windows in the batch: more than the 65,535 of a CUDA grid's second and third dimension."""
+    q = torch.randn(70_000, 2, 4, 32, device="cuda", dtype=dtype, requires_grad=True)
+    if engine != "auto" and not {r.name: r for r in az.explain(q, q, q)}[engine].serves:
+        pytest.skip(f"{engine} does not serve {dtype}")
+    out = ops.attention(q, q, q, backend=engine)
+    (grad,) = torch.autograd.grad(out.float().square().sum(), q)
+    some = torch.tensor([0, 1, 32_767, 65_534, 65_535, 65_536, 69_999], device="cuda")
+    exact = q.detach()[some].double().requires_grad_()
+    right = ops.attention(exact, exact, exact, backend="reference")
+    (right_grad,) = torch.autograd.grad(right.square().sum(), exact)
+    tolerance = 0.03 if dtype == BF16 else 1e-4
+    torch.testing.assert_close(out[some].double(), right, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(grad[some].double(), right_grad, atol=5 * tolerance, rtol=5 * tolerance)

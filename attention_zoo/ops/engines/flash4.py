@@ -59,6 +59,8 @@ class Flash4Engine(Engine):
             return "grouped heads of sizes 192 and 128 have no backward" if s.grad and s.grouped else None
         if s.head_dim != s.value_dim:
             return "key and value heads must have one size (or 192 and 128)"
+        if s.grad and s.head_dim < 128 and s.head_dim % 32:
+            return "gradients of head sizes under 128 that are no multiple of 32 were found wrong in 4.0.0b36"
         most = 256 if major == 9 else 128
         if s.head_dim > most and not (s.head_dim == 256 and major in (10, 11)):
             return f"head size over {most}"

@@ -56,7 +56,7 @@ class FlexEngine(Engine):
             q,
             k,
             v,
-            score_mod=_score_mod(problem),
+            score_mod=_score_mod(problem, q.device),
             block_mask=_block_mask(q, problem),
             scale=problem.scale,
             enable_gqa=is_grouped(q, k),
@@ -91,11 +91,12 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch._dynamo.config.patch(recompile_limit=_MOST_KINDS)(torch.compile(function))
 
 
-def _score_mod(problem: Problem) -> Callable[..., Tensor] | None:
+def _score_mod(problem: Problem, device: torch.device) -> Callable[..., Tensor] | None:
     """What happens to a logit between the product and the softmax: softcap, then bias, then mask."""
-    softcap, bias, mask = problem.softcap, problem.bias, problem.attn_mask
-    if softcap is None and bias is None and mask is None:
+    bias, mask = problem.bias, problem.attn_mask
+    if problem.softcap is None and bias is None and mask is None:
         return None
+    softcap = None if problem.softcap is None else torch.full((), problem.softcap, device=device)
     boolean = mask is not None and mask.dtype == torch.bool
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -128,10 +129,11 @@ def _block_mask(q: Tensor, problem: Problem) -> Any:
 
 
 def _window_block_mask(left: int | None, right: int | None, num_queries: int, num_keys: int, device: torch.device) -> Any:
-    offset = num_keys - num_queries
+    offset = torch.full((), num_keys - num_queries, device=device)
+    bounds = _bounds(left, right, device)
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return _within(j - i - offset, left, right)
+        return _within(j - i - offset, *bounds)
 
     return _make_block_mask(mask_mod, num_queries, num_keys, device)
 
@@ -145,15 +147,23 @@ def _packed_mask_mod(problem: Problem) -> Callable[..., Tensor]:
     query_sequence, query_position = packed_positions(problem.cu_seqlens_q, problem.num_queries)
     key_sequence, key_position = packed_positions(problem.cu_seqlens_k, problem.num_keys)
     query_position = query_position + (problem.cu_seqlens_k.diff() - problem.cu_seqlens_q.diff())[query_sequence]
-    left, right = problem.window
+    bounds = _bounds(*problem.window, query_position.device)
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (query_sequence[i] == key_sequence[j]) & _within(key_position[j] - query_position[i], left, right)
+        return (query_sequence[i] == key_sequence[j]) & _within(key_position[j] - query_position[i], *bounds)
 
     return mask_mod
 
 
-def _within(distance: Tensor, left: int | None, right: int | None) -> Tensor:
+def _bounds(left: int | None, right: int | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """The window as tensors: numbers in a closure become symbols after a change, which inductor of torch 2.11 cannot lower."""
+    return (
+        None if left is None else torch.full((), left, device=device),
+        None if right is None else torch.full((), right, device=device),
+    )
+
+
+def _within(distance: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     inside = distance == distance
     if left is not None:
         inside = inside & (distance >= -left)
