@@ -9,6 +9,7 @@ A suite is a command of its own that fills a `Report`; the report knows the devi
 from __future__ import annotations
 
 import datetime
+import fnmatch
 import json
 import platform
 import statistics
@@ -212,6 +213,7 @@ def engines(
     out: Path | None = typer.Option(None, help="write the results to this JSON file"),  # noqa: B008
     quick: bool = typer.Option(False, help="tiny sizes and short timings, to try the program"),
     seconds: float = typer.Option(0.1, help="time spent on each measurement"),
+    only: str = typer.Option("*", help="workloads whose names match this wildcard"),
 ) -> None:
     """Every engine on every workload, the automatic choice against the library called directly, and the host time of a call."""
     cuda = torch.cuda.is_available()
@@ -219,6 +221,8 @@ def engines(
     seconds = 0.01 if quick else seconds
     report = Report("engines", notes={"dtype": str(dtype), "explain": {}, "auto": [], "host": []})
     for workload in WORKLOADS if cuda and not quick else QUICK:
+        if not fnmatch.fnmatchcase(workload.name, only):
+            continue
         tensors, settings = workload.tensors(device, dtype), workload.settings(device)
         explanation = az.explain(*tensors, **settings)
         report.notes["explain"][workload.name] = str(explanation)

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from attention_zoo.ops._problem import make_problem
+from attention_zoo.ops._problem import Problem, make_problem
 from attention_zoo.ops.dispatch import follow_autocast, select
-from attention_zoo.ops.engines import describe
+from attention_zoo.ops.engines import Engine, describe
 
 __all__ = ["attention", "merge_attention"]
+
+_LARGEST_BATCH = 65_535  # of a CUDA grid's second and third dimension, over which the libraries' kernels spread the samples
 
 
 def attention(
@@ -82,11 +84,30 @@ def attention(
         dropout_p=dropout_p,
         return_lse=return_lse,
     )
-    out, lse = select(describe(q, k, v, problem), backend).run(q, k, v, problem)
+    engine = select(describe(q, k, v, problem), backend)
+    if q.is_cuda and q.shape[0] > _LARGEST_BATCH:
+        out, lse = _run_in_parts(engine, q, k, v, problem)
+    else:
+        out, lse = engine.run(q, k, v, problem)
     if return_lse:
         assert lse is not None
         return out, lse
     return out
+
+
+def _run_in_parts(engine: Engine, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """The samples in groups that a kernel's grid holds; masks and biases that differ between samples go with them."""
+    outputs, lses = [], []
+    for start in range(0, q.shape[0], _LARGEST_BATCH):
+        some = slice(start, start + _LARGEST_BATCH)
+        maps = {
+            name: table if table is None or table.shape[0] == 1 else table[some]
+            for name, table in (("attn_mask", problem.attn_mask), ("bias", problem.bias))
+        }
+        out, lse = engine.run(q[some], k[some], v[some], problem._replace(**maps))
+        outputs.append(out)
+        lses.append(lse)
+    return torch.cat(outputs), torch.cat([lse for lse in lses if lse is not None]) if problem.return_lse else None
 
 
 def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

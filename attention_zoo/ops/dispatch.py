@@ -101,8 +101,8 @@ def _preference(s: Signature) -> tuple[str, ...]:
     if s.packed:  # a block mask has to be made for flex, and the whole map for torch
         return ("flash4", "flash3", "flash2", "xformers", "flex", "torch", "reference")
     if _torch_is_fused(s):
-        # torch's flash kernel is flash-attn 2; from Hopper on cuDNN is faster than it
-        return ("flash4", "flash3", "torch", "reference")
+        # torch's flash kernel is flash-attn 2; from Hopper on cuDNN is faster than it, for few keys than all others
+        return ("torch", "reference") if s.few_keys else ("flash4", "flash3", "torch", "reference")
     flex = ("flex",) if s.large else ()
     return ("flash4", "flash3", "flash2", "xformers", *flex, "torch", "reference")
 

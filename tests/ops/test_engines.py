@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 
 from attention_zoo import ops
+from attention_zoo.ops._problem import make_problem
+from attention_zoo.ops.engines import ENGINES
 from attention_zoo.ops.engines.sdpa import cudnn_first
 from tests.ops.problems import Call, calls
 
@@ -120,3 +124,18 @@ def test_cudnn_comes_first_only_within() -> None:
     assert within[0] == torch.nn.attention.SDPBackend.CUDNN_ATTENTION.value
     assert sorted(within) == sorted(before)
     assert torch._C._get_sdp_priority_order() == before
+
+
+def test_more_samples_than_a_grid_holds_are_served_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grouping itself, on the CPU with a small limit: samples, masks of each sample and shared biases stay together."""
+    module = importlib.import_module("attention_zoo.ops.attention")
+    monkeypatch.setattr(module, "_LARGEST_BATCH", 3)
+    q, k, v = (torch.randn(7, 2, 5, 8, dtype=torch.float64) for _ in range(3))
+    settings = {"attn_mask": torch.rand(7, 1, 5, 5) > 0.4, "bias": torch.randn(1, 2, 5, 5, dtype=torch.float64), "return_lse": True}
+    expected = ops.attention(q, k, v, **settings, backend="reference")
+    problem = make_problem(q, k, v, **settings)
+    torch.testing.assert_close(module._run_in_parts(ENGINES["reference"], q, k, v, problem), expected)
+    del settings["return_lse"]
+    out, lse = module._run_in_parts(ENGINES["torch"], q, k, v, make_problem(q, k, v, **settings))
+    torch.testing.assert_close(out, expected[0])
+    assert lse is None

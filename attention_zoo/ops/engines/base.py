@@ -16,6 +16,7 @@ from attention_zoo.ops._reference import visible
 __all__ = ["HALF", "Engine", "JoinedMask", "Signature", "Status", "compute_capability", "describe", "is_grouped", "join_masks"]
 
 HALF = (torch.float16, torch.bfloat16)
+_FEW_KEYS = 256
 _LARGE_MAP = 2**24  # entries of the (B, H, N_q, N_k) map from which compiling a kernel is cheaper than forming it
 
 
@@ -29,7 +30,7 @@ class Signature(NamedTuple):
         mask: "" none, "bool" or "float".
         packed: "" no, "self" (queries and keys share their offsets), "cross".
         grad: q, k or v needs a gradient; map_grad: the bias or a float mask does.
-        empty: a size is 0; large: the (B, H, N_q, N_k) map is too large to form lightly.
+        empty: a size is 0; few_keys: too few for a kernel of the flash libraries to be worth its launch; large: the (B, H, N_q, N_k) map is too large to form lightly.
     """
 
     device: torch.device
@@ -50,6 +51,7 @@ class Signature(NamedTuple):
     grad: bool
     map_grad: bool
     empty: bool
+    few_keys: bool
     large: bool
 
     @property
@@ -103,6 +105,7 @@ def describe(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Signature:
         training and (q.requires_grad or k.requires_grad or v.requires_grad),
         map_grad,
         True if size == 0 or q_shape[3] == 0 or v.shape[3] == 0 else False,  # noqa: SIM210
+        True if num_keys <= _FEW_KEYS else False,  # noqa: SIM210
         True if size >= _LARGE_MAP else False,  # noqa: SIM210
     )
 
