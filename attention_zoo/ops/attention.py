@@ -100,11 +100,8 @@ def _run_in_parts(engine: Engine, q: Tensor, k: Tensor, v: Tensor, problem: Prob
     outputs, lses = [], []
     for start in range(0, q.shape[0], _LARGEST_BATCH):
         some = slice(start, start + _LARGEST_BATCH)
-        maps = {
-            name: table if table is None or table.shape[0] == 1 else table[some]
-            for name, table in (("attn_mask", problem.attn_mask), ("bias", problem.bias))
-        }
-        out, lse = engine.run(q[some], k[some], v[some], problem._replace(**maps))
+        mask, bias = (t if t is None or t.shape[0] == 1 else t[some] for t in (problem.attn_mask, problem.bias))
+        out, lse = engine.run(q[some], k[some], v[some], problem._replace(attn_mask=mask, bias=bias))
         outputs.append(out)
         lses.append(lse)
     return torch.cat(outputs), torch.cat([lse for lse in lses if lse is not None]) if problem.return_lse else None

@@ -30,7 +30,7 @@ class Signature(NamedTuple):
         mask: "" none, "bool" or "float".
         packed: "" no, "self" (queries and keys share their offsets), "cross".
         grad: q, k or v needs a gradient; map_grad: the bias or a float mask does.
-        empty: a size is 0; few_keys: too few for a kernel of the flash libraries to be worth its launch; large: the (B, H, N_q, N_k) map is too large to form lightly.
+        empty: a size is 0; few_keys: at most `_FEW_KEYS`, where the flash libraries lose to torch; large: the (B, H, N_q, N_k) map is too large to form lightly.
     """
 
     device: torch.device
