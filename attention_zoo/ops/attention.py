@@ -9,11 +9,9 @@ from torch import Tensor
 
 from attention_zoo.ops._problem import Problem, make_problem
 from attention_zoo.ops.dispatch import follow_autocast, select
-from attention_zoo.ops.engines import Engine, describe
+from attention_zoo.ops.engines import GRID_LIMIT, Engine, describe
 
 __all__ = ["attention", "merge_attention"]
-
-_LARGEST_BATCH = 65_535  # of a CUDA grid's second and third dimension, over which the libraries' kernels spread the samples
 
 
 def attention(
@@ -85,8 +83,8 @@ def attention(
         return_lse=return_lse,
     )
     engine = select(describe(q, k, v, problem), backend)
-    if q.is_cuda and q.shape[0] > _LARGEST_BATCH:
-        out, lse = _run_in_parts(engine, q, k, v, problem)
+    if q.is_cuda and q.shape[0] * q.shape[1] > GRID_LIMIT and q.shape[0] > (most := engine.largest_batch(q.shape[1])):
+        out, lse = _run_in_parts(engine, q, k, v, problem, most)
     else:
         out, lse = engine.run(q, k, v, problem)
     if return_lse:
@@ -95,11 +93,11 @@ def attention(
     return out
 
 
-def _run_in_parts(engine: Engine, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
-    """The samples in groups that a kernel's grid holds; masks and biases that differ between samples go with them."""
+def _run_in_parts(engine: Engine, q: Tensor, k: Tensor, v: Tensor, problem: Problem, most: int) -> tuple[Tensor, Tensor | None]:
+    """Groups of at most `most` samples, one after another; masks and biases that differ between samples go with them."""
     outputs, lses = [], []
-    for start in range(0, q.shape[0], _LARGEST_BATCH):
-        some = slice(start, start + _LARGEST_BATCH)
+    for start in range(0, q.shape[0], most):
+        some = slice(start, start + most)
         mask, bias = (t if t is None or t.shape[0] == 1 else t[some] for t in (problem.attn_mask, problem.bias))
         out, lse = engine.run(q[some], k[some], v[some], problem._replace(attn_mask=mask, bias=bias))
         outputs.append(out)

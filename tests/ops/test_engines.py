@@ -126,16 +126,15 @@ def test_cudnn_comes_first_only_within() -> None:
     assert torch._C._get_sdp_priority_order() == before
 
 
-def test_more_samples_than_a_grid_holds_are_served_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The grouping itself, on the CPU with a small limit: samples, masks of each sample and shared biases stay together."""
-    module = importlib.import_module("attention_zoo.ops.attention")
-    monkeypatch.setattr(module, "_LARGEST_BATCH", 3)
+def test_more_samples_than_a_grid_holds_are_served_in_groups() -> None:
+    """The grouping itself, on the CPU in groups of 3: samples, masks of each sample and shared biases stay together."""
+    run_in_parts = importlib.import_module("attention_zoo.ops.attention")._run_in_parts
     q, k, v = (torch.randn(7, 2, 5, 8, dtype=torch.float64) for _ in range(3))
     settings = {"attn_mask": torch.rand(7, 1, 5, 5) > 0.4, "bias": torch.randn(1, 2, 5, 5, dtype=torch.float64), "return_lse": True}
     expected = ops.attention(q, k, v, **settings, backend="reference")
     problem = make_problem(q, k, v, **settings)
-    torch.testing.assert_close(module._run_in_parts(ENGINES["reference"], q, k, v, problem), expected)
+    torch.testing.assert_close(run_in_parts(ENGINES["reference"], q, k, v, problem, 3), expected)
     del settings["return_lse"]
-    out, lse = module._run_in_parts(ENGINES["torch"], q, k, v, make_problem(q, k, v, **settings))
+    out, lse = run_in_parts(ENGINES["torch"], q, k, v, make_problem(q, k, v, **settings), 3)
     torch.testing.assert_close(out, expected[0])
     assert lse is None

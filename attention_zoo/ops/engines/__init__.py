@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from attention_zoo.ops.engines.base import Engine, Signature, Status, describe
+from attention_zoo.ops.engines.base import GRID_LIMIT, Engine, Signature, Status, describe
 from attention_zoo.ops.engines.flash4 import Flash4Engine
 from attention_zoo.ops.engines.flash23 import Flash2Engine, Flash3Engine
 from attention_zoo.ops.engines.flex import FlexEngine
@@ -11,7 +11,7 @@ from attention_zoo.ops.engines.sdpa import TorchEngine
 from attention_zoo.ops.engines.triton import TritonEngine
 from attention_zoo.ops.engines.xformers import XformersEngine
 
-__all__ = ["ENGINES", "Engine", "Signature", "Status", "describe"]
+__all__ = ["ENGINES", "GRID_LIMIT", "Engine", "Signature", "Status", "describe"]
 
 ENGINES: dict[str, Engine] = {
     engine.name: engine

@@ -13,9 +13,21 @@ from torch import Tensor
 from attention_zoo.ops._problem import Problem
 from attention_zoo.ops._reference import visible
 
-__all__ = ["HALF", "Engine", "JoinedMask", "Signature", "Status", "compute_capability", "describe", "is_grouped", "join_masks"]
+__all__ = [
+    "GRID_LIMIT",
+    "HALF",
+    "Engine",
+    "JoinedMask",
+    "Signature",
+    "Status",
+    "compute_capability",
+    "describe",
+    "is_grouped",
+    "join_masks",
+]
 
 HALF = (torch.float16, torch.bfloat16)
+GRID_LIMIT = 65_535  # of a CUDA grid's second and third dimension, over which the libraries' kernels spread samples and heads
 _FEW_KEYS = 256
 _LARGE_MAP = 2**24  # entries of the (B, H, N_q, N_k) map from which compiling a kernel is cheaper than forming it
 
@@ -30,7 +42,8 @@ class Signature(NamedTuple):
         mask: "" none, "bool" or "float".
         packed: "" no, "self" (queries and keys share their offsets), "cross".
         grad: q, k or v needs a gradient; map_grad: the bias or a float mask does.
-        empty: a size is 0; few_keys: at most `_FEW_KEYS`, where the flash libraries lose to torch; large: the (B, H, N_q, N_k) map is too large to form lightly.
+        empty: a size is 0; few_keys: at most `_FEW_KEYS`, where the flash libraries lose to torch.
+        large: the (B, H, N_q, N_k) map is too large to form lightly.
     """
 
     device: torch.device
@@ -148,6 +161,10 @@ class Engine(ABC):
     @abstractmethod
     def can_run(self, signature: Signature) -> str | None:
         """Why this class of calls is not served exactly, None when it is. Does not import the library, and is traced by dynamo."""
+
+    def largest_batch(self, num_heads: int) -> int:
+        """How many samples one launch takes on CUDA."""
+        return GRID_LIMIT
 
     @abstractmethod
     def run(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attention_zoo.ops._problem import Problem
 from attention_zoo.ops._reference import packed_positions
-from attention_zoo.ops.engines.base import Engine, Signature, is_grouped
+from attention_zoo.ops.engines.base import GRID_LIMIT, Engine, Signature, is_grouped
 
 __all__ = ["FlexEngine"]
 
@@ -48,6 +48,10 @@ class FlexEngine(Engine):
         if not 16 <= s.head_dim <= 256 or not 16 <= s.value_dim <= 256:
             return "head sizes must be from 16 to 256"
         return None
+
+    def largest_batch(self, num_heads: int) -> int:
+        """Its backward kernel has samples and heads in one dimension of the grid."""
+        return GRID_LIMIT // num_heads
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
         from torch.nn.attention.flex_attention import AuxRequest
