@@ -3,15 +3,24 @@
 from attention_zoo import attention as _mechanisms  # noqa: F401 - registers them
 from attention_zoo import ops
 from attention_zoo._version import __version__
-from attention_zoo.attention import auxiliary_loss
+from attention_zoo.attention import auxiliary_loss, set_routed_topk, set_training_step
 from attention_zoo.checkpoints import CheckpointError, convert_official_state_dict
 from attention_zoo.models import create_model, list_models  # type: ignore[import-not-found]  # installed from models/
-from attention_zoo.ops import backends, explain, use_backend
-from attention_zoo.registry import AttentionInfo, attention_info, create_attention, list_attentions, register_attention
+from attention_zoo.ops import BackendError, backends, explain, use_backend
+from attention_zoo.registry import (
+    AttentionInfo,
+    UnknownNameError,
+    attention_info,
+    create_attention,
+    list_attentions,
+    register_attention,
+)
 
 __all__ = [
     "AttentionInfo",
+    "BackendError",
     "CheckpointError",
+    "UnknownNameError",
     "__version__",
     "attention_info",
     "auxiliary_loss",
@@ -24,5 +33,7 @@ __all__ = [
     "list_models",
     "ops",
     "register_attention",
+    "set_routed_topk",
+    "set_training_step",
     "use_backend",
 ]

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 import attention_zoo as az
-from attention_zoo.registry import UnknownNameError, _did_you_mean, attention_class, model_info
+from attention_zoo.registry import UnknownNameError, attention_class, did_you_mean, model_info
 from attention_zoo.training.console import user_errors
 
 __all__ = ["app"]
@@ -60,7 +60,7 @@ def list_names(
         )
         if not names:
             known = az.list_models() if models else az.list_attentions()
-            hint = f" with {', '.join(given)}" if given and wildcard == "*" else _did_you_mean(wildcard, known)
+            hint = f" with {', '.join(given)}" if given and wildcard == "*" else did_you_mean(wildcard, known)
             raise ValueError(f"no {'model' if models else 'mechanism'} is named {wildcard!r}{hint}")
     _print(_models_table(names) if models else _attentions_table(names))
 
@@ -71,7 +71,7 @@ def info(name: Annotated[str, typer.Argument(help="A mechanism or a model.")]) -
     mechanisms, presets = az.list_attentions(), model_info()
     with user_errors():
         if name not in mechanisms and name not in presets:
-            raise UnknownNameError(f"nothing is named {name!r}" + _did_you_mean(name, [*mechanisms, *presets]))
+            raise UnknownNameError(f"nothing is named {name!r}" + did_you_mean(name, [*mechanisms, *presets]))
         if name in presets:
             _print(_explain_model(name))
     if name in mechanisms:

@@ -23,6 +23,7 @@ __all__ = [
     "attention_info",
     "converter",
     "create_attention",
+    "did_you_mean",
     "list_attentions",
     "model_info",
     "register_attention",
@@ -185,7 +186,7 @@ def create_attention(name: str, *args: Any, **kwargs: Any) -> Any:
     parameters = inspect.signature(cls).parameters
     unknown = [k for k in kwargs if k not in parameters]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        hints = [f"{k!r}" + _did_you_mean(k, parameters) for k in unknown]
+        hints = [f"{k!r}" + did_you_mean(k, parameters) for k in unknown]
         raise TypeError(f"{name!r} has no option {', '.join(hints)}; its options: {', '.join(parameters)}")
     return cls(*args, **kwargs)
 
@@ -281,7 +282,7 @@ def converter(name: str) -> tuple[_Converter, dict[str, Any]]:
 
 def _lookup(table: Mapping[str, Any], name: str, kind: str) -> Any:
     if name not in table:
-        raise UnknownNameError(f"no {kind} is named {name!r}{_did_you_mean(name, table) or f'; known: {_some(table)}'}")
+        raise UnknownNameError(f"no {kind} is named {name!r}{did_you_mean(name, table) or f'; known: {_some(table)}'}")
     return table[name]
 
 
@@ -291,7 +292,7 @@ def _refuse_other(kind: str, name: str, old: Any, new: Any) -> None:
         raise ValueError(f"{kind} named {name!r} is registered already: {old.__module__}.{old.__qualname__}")
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     spelled = str(name).lower().replace("-", "_")  # names are lower case with underscores
     nearest = difflib.get_close_matches(spelled, list(known), n=4, cutoff=0.5)
     return f"; did you mean {', '.join(map(repr, nearest))}?" if nearest else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -113,9 +112,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _unknown_model(name: str) -> registry.UnknownNameError:
-    known = {*list_models(), *timm.list_models()}
-    nearest = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-    hint = f"; did you mean {', '.join(map(repr, nearest))}?" if nearest else f"; ours are {', '.join(list_models())}"
+    hint = registry.did_you_mean(name, {*list_models(), *timm.list_models()}) or f"; ours are {', '.join(list_models())}"
     return registry.UnknownNameError(f"no model is named {name!r}{hint}")
 
 
