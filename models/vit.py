@@ -157,7 +157,8 @@ def build_vit(
         raise ValueError(f"pretrained weights of {name!r} belong to its own attention; {attention!r} starts from random weights")
     _check_standard_block(name)
     model = timm.create_model(name, pretrained=pretrained, **_host_arguments(attention, attention_kwargs, kwargs))
-    model._model_args = {k: v for k, v in model._model_args.items() if k != "block_fn"} | {"attention": attention}
+    if hasattr(model, "_model_args"):  # newer timm writes these to its config files: a block function has no place there
+        model._model_args = {k: v for k, v in model._model_args.items() if k != "block_fn"} | {"attention": attention}
     return _share_grid(model)
 
 
