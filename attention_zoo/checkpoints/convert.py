@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attention_zoo import registry
 
-__all__ = ["CheckpointError", "convert_official_state_dict", "rename_keys"]
+__all__ = ["CheckpointError", "convert_official_state_dict", "parameter_keys", "rename_keys"]
 
 
 class CheckpointError(ValueError):
@@ -33,6 +33,11 @@ def convert_official_state_dict(name: str, state_dict: Mapping[str, Tensor], **k
     """
     convert, preset = registry.converter(name)
     return convert(dict(state_dict), **{**preset, **kwargs})
+
+
+def parameter_keys(*modules: str, bias: bool = True) -> list[str]:
+    """`{module}.weight` and, with `bias`, `{module}.bias` of each module."""
+    return [f"{module}.{kind}" for module in modules for kind in (("weight", "bias") if bias else ("weight",))]
 
 
 def rename_keys(

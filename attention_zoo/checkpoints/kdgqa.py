@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_zoo.checkpoints.convert import CheckpointError, rename_keys
+from attention_zoo.checkpoints.convert import CheckpointError, parameter_keys, rename_keys
 from attention_zoo.registry import attention_class, register_converter
 
 __all__ = ["convert_dgqa", "convert_gqa", "convert_kdgqa", "convert_vit_kdgqa"]
@@ -77,10 +77,10 @@ def convert_vit_kdgqa(
         raise CheckpointError(f"the official Vision Transformers have {', '.join(_LAYERS)} in their blocks, not {attention!r}")
     blocks = [f"blocks.{i}." for i in range(depth)]
     attention_keys = [*_layer_keys(layer["qkv_bias"], layer["proj_bias"]), *(["cache"] if attention == "dgqa" else [])]
-    expected = [*_keys("patch_embed.proj", "norm"), "cls_token", "pos_embed"]
-    expected += [block + key for block in blocks for key in _keys("norm1", "norm2", "mlp.fc1", "mlp.fc2")]
+    expected = [*parameter_keys("patch_embed.proj", "norm"), "cls_token", "pos_embed"]
+    expected += [block + key for block in blocks for key in parameter_keys("norm1", "norm2", "mlp.fc1", "mlp.fc2")]
     expected += [f"{block}attn.{key}" for block in blocks for key in attention_keys]
-    head = _keys("head")
+    head = parameter_keys("head")
     state = rename_keys(state_dict, (), expected=expected + (head if num_classes else []), optional=head)
     converted = {key: tensor for key, tensor in state.items() if ".attn." not in key and (num_classes or key not in head)}
     for block in blocks:
@@ -93,18 +93,14 @@ def _fuse(state: State, *, qkv_bias: bool, proj_bias: bool, **options: Any) -> S
     """The multi-head baseline's layer as timm's: rows [q; k; v]."""
     kinds = ["weight", "bias"] if qkv_bias else ["weight"]
     fused = {f"qkv.{kind}": torch.cat([state[f"{name}.{kind}"] for name in "qkv"]) for kind in kinds}
-    return {**fused, **{key: state[key] for key in _keys("proj", bias=proj_bias)}}
+    return {**fused, **{key: state[key] for key in parameter_keys("proj", bias=proj_bias)}}
 
 
 _LAYERS = {"gqa": convert_gqa, "kdgqa": convert_kdgqa, "dgqa": convert_dgqa, "pgqa": convert_gqa, "mha": _fuse}
 
 
-def _keys(*modules: str, bias: bool = True) -> list[str]:
-    return [f"{module}.{kind}" for module in modules for kind in (("weight", "bias") if bias else ("weight",))]
-
-
 def _layer_keys(qkv_bias: bool, proj_bias: bool) -> list[str]:
-    return _keys("q", "k", "v", bias=qkv_bias) + _keys("proj", bias=proj_bias)
+    return parameter_keys("q", "k", "v", bias=qkv_bias) + parameter_keys("proj", bias=proj_bias)
 
 
 def _initial_allocation(name: str, num_heads: int, num_kv_heads: int, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_zoo.checkpoints.convert import CheckpointError, rename_keys
+from attention_zoo.checkpoints.convert import CheckpointError, parameter_keys, rename_keys
 from attention_zoo.registry import attention_class, register_converter
 
 __all__ = ["convert_dtm", "convert_hilo", "convert_litv2"]
@@ -98,14 +98,14 @@ def convert_litv2(
     for i, heads in enumerate(num_heads):
         own = {"num_heads": heads, "alpha": alpha, "window_size": window_sizes[i], "qkv_bias": qkv_bias}
         layers.append({**own, **(attention_kwargs or {})} if has_attn[i] else None)
-    expected = _keys("patch_embed.proj", *(["patch_embed.norm"] if patch_norm else []))
+    expected = parameter_keys("patch_embed.proj", *(["patch_embed.norm"] if patch_norm else []))
     for i, (depth, layer) in enumerate(zip(depths, layers, strict=True)):
         expected += [f"layers.{i}.blocks.{j}.{key}" for j in range(depth) for key in _block_keys(layer)]
         expected += [f"layers.{i}.downsample.{key}" for key in _merging_keys()] if i < len(depths) - 1 else []
-    norm, head, optional = _keys("norm"), _keys("head"), []
+    norm, head, optional = parameter_keys("norm"), parameter_keys("head"), []
     if features_only:
         stages = _taken_stages(len(depths), out_indices)
-        expected += _keys(*(f"norm{i}" for i in _normed_stages(len(depths), stages, out_norm)))
+        expected += parameter_keys(*(f"norm{i}" for i in _normed_stages(len(depths), stages, out_norm)))
         optional, dropped = norm + head, [*norm, *head, *_unused(len(depths), stages)]
     else:
         expected += norm + (head if num_classes else [])
@@ -135,23 +135,23 @@ def _convert_layers(state: State, layers: Sequence[Mapping[str, Any] | None]) ->
 
 
 def _block_keys(layer: Mapping[str, Any] | None) -> list[str]:
-    keys = _keys("norm2", "mlp.fc1", "mlp.dwconv.dwconv", "mlp.fc2")
+    keys = parameter_keys("norm2", "mlp.fc1", "mlp.dwconv.dwconv", "mlp.fc2")
     if layer is None:
         return keys
     attention = _hilo_keys(layer["num_heads"], layer["alpha"], layer["window_size"], layer["qkv_bias"])
-    return [*keys, *_keys("norm1"), *(f"attn.{key}" for key in attention)]
+    return [*keys, *parameter_keys("norm1"), *(f"attn.{key}" for key in attention)]
 
 
 def _hilo_keys(num_heads: int, alpha: float, window_size: int, qkv_bias: bool) -> list[str]:
     h_heads, l_heads = attention_class("hilo").count_heads(num_heads, alpha, window_size)  # type: ignore[attr-defined]
-    high = _keys("h_qkv", bias=qkv_bias) + _keys("h_proj") if h_heads else []
-    low = _keys("l_q", "l_kv", bias=qkv_bias) + _keys("l_proj") if l_heads else []
+    high = parameter_keys("h_qkv", bias=qkv_bias) + parameter_keys("h_proj") if h_heads else []
+    low = parameter_keys("l_q", "l_kv", bias=qkv_bias) + parameter_keys("l_proj") if l_heads else []
     return high + low
 
 
 def _merging_keys() -> list[str]:
     statistics = [f"norm_layer.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")]
-    return _keys("dconv", "dconv.conv_offset", "norm_layer") + statistics
+    return parameter_keys("dconv", "dconv.conv_offset", "norm_layer") + statistics
 
 
 def _taken_stages(num_stages: int, out_indices: int | Sequence[int] | None) -> list[int]:
@@ -174,7 +174,3 @@ def _unused(num_stages: int, stages: Sequence[int]) -> list[str]:
     last = max(stages)
     after = [f"layers.{i}." for i in range(last + 1, num_stages)]
     return [f"layers.{last}.downsample.", *after]
-
-
-def _keys(*modules: str, bias: bool = True) -> list[str]:
-    return [f"{module}.{kind}" for module in modules for kind in (("weight", "bias") if bias else ("weight",))]
