@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -205,7 +204,17 @@ _SIZES = {
     "base": ({"embed_dim": 768, "depth": 12, "num_heads": 12}, 6),
     "large": ({"embed_dim": 1024, "depth": 24, "num_heads": 16}, 8),
 }
-_KDGQA_ATTENTIONS = ("gqa", "kdgqa", "dgqa", "pgqa")
+_KDGQA = ("gqa", "kdgqa", "dgqa", "pgqa")
+_PATCHES = {"img_size": 224, "patch_size": 16}
+# Name -> timm's arguments, the mechanism and its options. The bare name is the family's configurable entry point.
+_VARIANTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "vit_kdgqa": ({**_PATCHES, **_SIZES["base"][0]}, "kdgqa", {}),
+    **{
+        f"vit_{size}_patch16_224_{attention}": ({**_PATCHES, **arguments}, attention, {"num_kv_heads": num_kv_heads})
+        for size, (arguments, num_kv_heads) in _SIZES.items()
+        for attention in _KDGQA
+    },
+}
 
 
 def _cfg() -> dict[str, Any]:
@@ -228,16 +237,15 @@ def _cfg() -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({f"vit_{size}_patch16_224_{a}": _cfg() for size in _SIZES for a in _KDGQA_ATTENTIONS})
+default_cfgs = generate_default_cfgs({name: _cfg() for name in _VARIANTS})
 
 
-def _register(size: str, attention: str) -> None:
-    """Register `vit_{size}_patch16_224_{attention}` with timm, as a function of this module, and its preset with the zoo."""
-    sizes, num_kv_heads = _SIZES[size]
-    name, preset = f"vit_{size}_patch16_224_{attention}", {"img_size": 224, "patch_size": 16, **sizes}
+def _register(name: str) -> None:
+    """Register a variant with timm, as a function of this module, and its preset with the zoo."""
+    preset, mechanism, own = _VARIANTS[name]
 
-    def entry(pretrained: bool = False, attention: str = attention, attention_kwargs: Any = None, **kwargs: Any) -> Any:
-        options = {"num_kv_heads": num_kv_heads, **(attention_kwargs or {})}
+    def entry(pretrained: bool = False, attention: str = mechanism, attention_kwargs: Any = None, **kwargs: Any) -> Any:
+        options = {**(own if attention in _KDGQA else {}), **(attention_kwargs or {})}
         arguments = _host_arguments(attention, options, {**preset, **kwargs})
         model = build_model_with_cfg(
             VisionTransformer,
@@ -250,12 +258,12 @@ def _register(size: str, attention: str) -> None:
         return _share_grid(model)
 
     entry.__name__ = entry.__qualname__ = name
-    entry.__doc__ = f"ViT-{size} of 16x16 patches with {attention} and {num_kv_heads} key/value heads (arXiv 2408.08454)."
+    entry.__doc__ = f"Vision Transformer with {mechanism} (arXiv 2408.08454): {preset}, {own or 'half as many key/value heads'}."
     globals()[name] = register_model(entry)
-    register_model_info(name, "vit_kdgqa", attention=attention, attention_kwargs={"num_kv_heads": num_kv_heads}, **preset)
+    register_model_info(name, "vit_kdgqa", attention=mechanism, attention_kwargs=own, **preset)
 
 
-for _size, _attention in itertools.product(_SIZES, _KDGQA_ATTENTIONS):
-    _register(_size, _attention)
-for _size, (_sizes, _) in _SIZES.items():  # timm's own names: the paper's baseline, whose official files convert as well
-    register_model_info(f"vit_{_size}_patch16_224", "vit_kdgqa", attention="mha", img_size=224, patch_size=16, **_sizes)
+for _name in _VARIANTS:
+    _register(_name)
+for _size, (_arguments, _) in _SIZES.items():  # timm's own names: the paper's baseline, whose official files convert as well
+    register_model_info(f"vit_{_size}_patch16_224", "vit_kdgqa", attention="mha", **_PATCHES, **_arguments)

@@ -100,6 +100,14 @@ def test_causal_by_construction():
     assert not torch.equal(a[:, -1], b[:, -1])
 
 
+def test_a_named_variant_takes_another_mechanism_and_the_family_other_sizes():
+    assert (
+        type(az.create_model("vit_small_patch16_224_gqa", attention="mha", **TINY).blocks[0].attn).__name__ == "MultiHeadAttention"
+    )
+    model = az.create_model("vit_kdgqa", attention="pgqa", **{**TINY, "num_heads": 4})
+    assert model.blocks[0].attn.num_kv_heads == 2
+
+
 def test_options_reach_the_mechanism():
     model = tiny("gqa", attention_kwargs={"num_kv_heads": 1}, attn_drop_rate=0.25, proj_drop_rate=0.5)
     attn = model.blocks[0].attn
