@@ -22,6 +22,7 @@ __all__ = [
     "attend",
     "auxiliary_loss",
     "check_choice",
+    "check_context",
     "check_grid",
     "check_head_split",
     "check_tokens",
@@ -101,6 +102,14 @@ def check_tokens(x: Tensor, dim: int, name: str = "x") -> None:
     """Raise ValueError unless `x` is (B, N, dim)."""
     if x.ndim != 3 or x.shape[-1] != dim:
         raise ValueError(f"{name} must be tokens (B, N, C) with C = {dim}, got shape {tuple(x.shape)}")
+
+
+def check_context(context: Tensor | None, dim: int, context_dim: int) -> None:
+    """Raise ValueError unless `context` is (B, M, context_dim), or None where the keys may come from x, which has `dim` channels."""
+    if context is not None:
+        check_tokens(context, context_dim, "context")
+    elif context_dim != dim:
+        raise ValueError(f"this module was built for cross attention with context_dim={context_dim}: give context")
 
 
 def check_grid(x: Tensor, grid_size: tuple[int, int]) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from attention_zoo.attention.base import (
     AttentionModule,
     attend,
     check_choice,
+    check_context,
     check_head_split,
     check_tokens,
     merge_heads,
@@ -198,10 +199,7 @@ class GroupedQueryAttention(AttentionModule):
     def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, N, d) of x, k and v (B, G, M, d) of context (of x when it is None), normalised."""
         check_tokens(x, self.dim)
-        if context is not None:
-            check_tokens(context, self.context_dim, "context")
-        elif self.context_dim != self.dim:
-            raise ValueError(f"this module was built for cross attention with context_dim={self.context_dim}: give context")
+        check_context(context, self.dim, self.context_dim)
         source = x if context is None else context
         q = split_heads(self.q(x), self.num_heads)
         k, v = (split_heads(projection(source), self.num_kv_heads) for projection in (self.k, self.v))

@@ -16,6 +16,7 @@ from attention_zoo.attention.base import (
     AttentionModule,
     attend,
     check_choice,
+    check_context,
     check_tokens,
     merge_heads,
     project_qkv,
@@ -130,13 +131,10 @@ class MultiHeadAttention(AttentionModule):
         return self.proj_drop(self.proj(self.norm(merge_heads(out))))
 
     def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        if context is not None:
-            check_tokens(context, self.context_dim, "context")
+        check_context(context, self.dim, self.context_dim)
         if self.context_dim == self.dim:
             inner = self.num_heads * self.head_dim
             return project_qkv(self.qkv, x, context, (inner, inner, inner))
-        if context is None:
-            raise ValueError(f"this module was built for cross attention with context_dim={self.context_dim}: give context")
         k, v = self.kv(context).chunk(2, dim=-1)
         return self.q(x), k, v
 

@@ -23,6 +23,7 @@ from attention_zoo.attention.base import (
     AttentionModule,
     attend,
     check_choice,
+    check_context,
     check_head_split,
     check_tokens,
     merge_heads,
@@ -277,10 +278,7 @@ class MoHAttention(AttentionModule):
 
     def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, h, N, d) of x, k and v (B, h_kv, M, d) of context (of x when it is None)."""
-        if context is not None:
-            check_tokens(context, self.context_dim, "context")
-        elif self.context_dim != self.dim:
-            raise ValueError(f"this module was built for cross attention with context_dim={self.context_dim}: give context")
+        check_context(context, self.dim, self.context_dim)
         if self.fused:
             inner = self.num_heads * self.head_dim
             q, k, v = project_qkv(self.qkv, x, context, (inner, inner, inner))
