@@ -105,7 +105,7 @@ def check_tokens(x: Tensor, dim: int, name: str = "x") -> None:
 
 
 def check_context(context: Tensor | None, dim: int, context_dim: int) -> None:
-    """Raise ValueError unless `context` is (B, M, context_dim), or None where the keys may come from x, which has `dim` channels."""
+    """Raise ValueError unless `context` is (B, M, context_dim), or None where keys may come from x, which has `dim` channels."""
     if context is not None:
         check_tokens(context, context_dim, "context")
     elif context_dim != dim:
