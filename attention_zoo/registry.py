@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -25,10 +25,12 @@ __all__ = [
     "create_attention",
     "did_you_mean",
     "list_attentions",
+    "matches",
     "model_info",
     "register_attention",
     "register_converter",
     "register_model_info",
+    "some",
 ]
 
 PATTERNS = ("noncausal_self", "causal_self", "noncausal_cross", "causal_cross")
@@ -231,7 +233,7 @@ def list_attentions(
     for name, (info, _) in sorted(_attentions.items()):
         fits = all(value is None or getattr(info, key) == value for key, value in wanted.items())
         fits = fits and (pattern is None or pattern in info.patterns) and (engine is None or engine in info.engines)
-        if fits and _matches(name, filter) and not _matches(name, exclude):
+        if fits and matches(name, filter) and not matches(name, exclude):
             names.append(name)
     return names
 
@@ -282,7 +284,7 @@ def converter(name: str) -> tuple[_Converter, dict[str, Any]]:
 
 def _lookup(table: Mapping[str, Any], name: str, kind: str) -> Any:
     if name not in table:
-        raise UnknownNameError(f"no {kind} is named {name!r}{did_you_mean(name, table) or f'; known: {_some(table)}'}")
+        raise UnknownNameError(f"no {kind} is named {name!r}{did_you_mean(name, table) or f'; known: {some(sorted(table))}'}")
     return table[name]
 
 
@@ -293,17 +295,19 @@ def _refuse_other(kind: str, name: str, old: Any, new: Any) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'a', 'b'?` with the known names that are nearest, or nothing when none is near."""
     spelled = str(name).lower().replace("-", "_")  # names are lower case with underscores
     nearest = difflib.get_close_matches(spelled, list(known), n=4, cutoff=0.5)
     return f"; did you mean {', '.join(map(repr, nearest))}?" if nearest else ""
 
 
-def _some(names: Iterable[str], most: int = 20) -> str:
-    names = sorted(names)
+def some(names: Sequence[str], most: int = 20) -> str:
+    """The first names, and how many there are when that is not all of them."""
     return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
-def _matches(name: str, wildcards: str | Iterable[str]) -> bool:
+def matches(name: str, wildcards: str | Iterable[str]) -> bool:
+    """Whether `name` fits a shell-style wildcard, or one of several."""
     wildcards = [wildcards] if isinstance(wildcards, str) else list(wildcards)
     return any(fnmatch.fnmatchcase(name, w) for w in wildcards)
 

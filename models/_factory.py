@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from attention_zoo.checkpoints import CheckpointError, convert_official_state_di
 from .vit import build_vit
 
 __all__ = ["create_model", "list_models"]
+
+_some = partial(registry.some, most=12)  # keys in an error message
 
 
 def create_model(
@@ -70,14 +72,8 @@ def list_models(filter: str | Iterable[str] = "*", *, exclude: str | Iterable[st
 
     All of them are in timm's registry as well. timm's own names are listed by `timm.list_models`.
     """
-    wanted, unwanted = ([w] if isinstance(w, str) else list(w) for w in (filter, exclude))
-    return sorted(
-        name
-        for name in registry.model_info()
-        if _is_ours(name)
-        and any(fnmatch.fnmatchcase(name, w) for w in wanted)
-        and not any(fnmatch.fnmatchcase(name, w) for w in unwanted)
-    )
+    known = registry.model_info()
+    return sorted(n for n in known if _is_ours(n) and registry.matches(n, filter) and not registry.matches(n, exclude))
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, name: str, **kwargs: Any) -> None:
@@ -120,7 +116,3 @@ def _key_difference(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> s
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     parts = [f"{what}: {_some(keys)}" for what, keys in (("missing keys", missing), ("unknown keys", unknown)) if keys]
     return "; ".join(parts)
-
-
-def _some(items: list[str], most: int = 12) -> str:
-    return ", ".join(items[:most]) + (f", ... ({len(items)} in all)" if len(items) > most else "")

@@ -8,12 +8,20 @@ from typing import Any
 
 from timm.layers import register_notrace_module
 
-from attention_zoo.registry import attention_class, create_attention
+from attention_zoo.registry import AttentionInfo, attention_class, attention_info, create_attention
 
-__all__ = ["build_attention"]
+__all__ = ["build_attention", "check_attention"]
 
 # What each setting of a host is when it asks for nothing special: such a one need not exist on the mechanism.
 _NEUTRAL = {"qkv_bias": True, "qk_norm": False, "scale_norm": False, "proj_bias": True, "attn_drop": 0.0, "proj_drop": 0.0}
+
+
+def check_attention(attention: str, where: str) -> AttentionInfo:
+    """What `attention` is. Raises ValueError unless it can stand in a block of `where`, UnknownNameError for no such mechanism."""
+    info = attention_info(attention)
+    if "noncausal_self" not in info.patterns or not info.keeps_shape:
+        raise ValueError(f"{attention!r} cannot stand in {where}: that needs noncausal self attention, (B, N, C) -> (B, N, C)")
+    return info
 
 
 def build_attention(attention: str, dim: int, num_heads: int, host: Mapping[str, Any], own: Mapping[str, Any] | None = None) -> Any:

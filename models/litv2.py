@@ -29,9 +29,9 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from attention_zoo.attention import DeformableTokenMerging
-from attention_zoo.registry import attention_info, register_model_info
+from attention_zoo.registry import register_model_info
 
-from ._host import build_attention
+from ._host import build_attention, check_attention
 
 __all__ = ["LITv2", "LITv2Features"]
 
@@ -225,7 +225,7 @@ class LITv2(_Pyramid):
         if len({len(value) for value in lists.values()}) != 1 or not depths or min(depths) < 1:
             given = ", ".join(f"{name}={tuple(value)}" for name, value in lists.items())
             raise ValueError(f"one entry for each stage, and at least one block in each; got {given}")
-        _check_attention(attention)
+        check_attention(attention, "LITv2")
         num_stages = len(depths)
         self.num_classes, self.in_chans, self.attention = num_classes, in_chans, attention
         widths = [embed_dim * 2**i for i in range(num_stages)]
@@ -433,12 +433,6 @@ def _init_linear(module: nn.Linear) -> None:
     trunc_normal_(module.weight, std=0.02)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
-
-
-def _check_attention(attention: str) -> None:
-    info = attention_info(attention)
-    if "noncausal_self" not in info.patterns or not info.keeps_shape:
-        raise ValueError(f"{attention!r} cannot stand in LITv2: that needs noncausal self attention, (B, N, C) -> (B, N, C)")
 
 
 # The published variants; whatever is not said is the small one's.

@@ -21,9 +21,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from attention_zoo.registry import AttentionInfo, attention_info, register_model_info
+from attention_zoo.registry import AttentionInfo, register_model_info
 
-from ._host import build_attention
+from ._host import build_attention, check_attention
 
 __all__ = ["AttentionBlock", "build_vit"]
 
@@ -163,11 +163,7 @@ def build_vit(
 
 def _host_arguments(attention: str, attention_kwargs: dict[str, Any] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
     """timm's keyword arguments for a Vision Transformer with this attention. Raises ValueError when the two do not go together."""
-    info = attention_info(attention)
-    if "noncausal_self" not in info.patterns or not info.keeps_shape:
-        raise ValueError(
-            f"{attention!r} cannot stand in a Vision Transformer: that needs noncausal self attention, (B, N, C) -> (B, N, C)"
-        )
+    info = check_attention(attention, "a Vision Transformer")
     if info.spatial and not info.prefix_tokens:
         if kwargs.get("class_token") or kwargs.get("reg_tokens") or kwargs.get("global_pool") == "token":
             raise ValueError(

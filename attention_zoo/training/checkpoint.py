@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import attention_zoo as az
-from attention_zoo.checkpoints import CheckpointError
+from attention_zoo.checkpoints import CheckpointError, read_checkpoint
 from attention_zoo.training.data import InputConfig
 from attention_zoo.training.recipe import ModelRecipe
 
@@ -161,8 +161,6 @@ class Run:
 
     def load(self, checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Weights by file stem, and the state. Raises CheckpointError for a damaged or hostile file."""
-        from attention_zoo.checkpoints import read_checkpoint
-
         file = checkpoint / "state.pt"
         if not file.is_file():
             raise FileNotFoundError(f"{checkpoint} is not a checkpoint of a run: it has no state.pt")

@@ -22,6 +22,7 @@ __all__ = [
     "Status",
     "compute_capability",
     "describe",
+    "flash_limits",
     "is_grouped",
     "join_masks",
 ]
@@ -169,6 +170,19 @@ class Engine(ABC):
     @abstractmethod
     def run(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
         """(B, H_q, N_q, D_v), and the log-normaliser (B, H_q, N_q) float32 if it was asked for."""
+
+
+def flash_limits(s: Signature) -> str | None:
+    """What the flash-attn libraries have in common: why a class of calls is beyond all of them, None when it is not."""
+    if s.device.type != "cuda":
+        return "serves CUDA tensors only"
+    if not s.half:
+        return "serves float16 and bfloat16 only"
+    if s.mapped:
+        return "takes no mask or bias tensor"
+    if s.empty:
+        return "empty sizes are left to the reference"
+    return None
 
 
 def _version(package: str) -> str:

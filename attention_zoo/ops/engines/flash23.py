@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo.ops._problem import Problem
-from attention_zoo.ops.engines.base import Engine, Signature, compute_capability
+from attention_zoo.ops.engines.base import Engine, Signature, compute_capability, flash_limits
 
 __all__ = ["Flash2Engine", "Flash3Engine"]
 
@@ -82,20 +82,14 @@ class Flash2Engine(Engine):
 
 
 def _common_limits(s: Signature) -> str | None:
-    if s.device.type != "cuda":
-        return "serves CUDA tensors only"
-    if not s.half:
-        return "serves float16 and bfloat16 only"
-    if s.mapped:
-        return "takes no mask or bias tensor"
+    if (reason := flash_limits(s)) is not None:
+        return reason
     if s.head_dim != s.value_dim:
         return "key and value heads must have one size"
     if s.head_dim > 256 or s.head_dim % 8:
         return "head size must be a multiple of 8 up to 256"
     if s.lse and s.grad:
         return "its log-normaliser carries no gradient"
-    if s.empty:
-        return "empty sizes are left to the reference"
     return None
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo.ops._problem import Problem
-from attention_zoo.ops.engines.base import Engine, Signature, compute_capability
+from attention_zoo.ops.engines.base import Engine, Signature, compute_capability, flash_limits
 
 __all__ = ["Flash4Engine"]
 
@@ -33,16 +33,10 @@ class Flash4Engine(Engine):
 
     def can_run(self, signature: Signature) -> str | None:
         s = signature
-        if s.device.type != "cuda":
-            return "serves CUDA tensors only"
-        if not s.half:
-            return "serves float16 and bfloat16 only"
-        if s.mapped:
-            return "takes no mask or bias tensor"
+        if (reason := flash_limits(s)) is not None:
+            return reason
         if s.dropout:
             return "has no dropout"
-        if s.empty:
-            return "empty sizes are left to the reference"
         major = compute_capability(s.device) // 10
         if major < 8:
             return "needs compute capability 8.0 or later"
