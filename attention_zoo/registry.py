@@ -63,6 +63,8 @@ class AttentionInfo:
         engines: the backends of its hot path, the preferred first.
         prefix_tokens: whether a spatial mechanism accepts class or register tokens before the grid.
         keeps_shape: False for a mechanism that changes the number of tokens or channels (a downsampler).
+        static_cache: whether its cache may be preallocated (a Hugging Face StaticCache), where it has one.
+        padding_masks_only: its attention_mask is (B, N) padding; masks of single pairs of tokens have no meaning for it.
         batch_coupled: by default, a sample's output depends on the other samples of its batch, in evaluation mode as well.
         stochastic: by default, its output is random in evaluation mode as well.
         min_grid_size: the smallest (H, W) that a spatial mechanism takes.
@@ -83,6 +85,8 @@ class AttentionInfo:
     engines: tuple[str, ...] = ()
     prefix_tokens: bool = False
     keeps_shape: bool = True
+    static_cache: bool = True
+    padding_masks_only: bool = False
     batch_coupled: bool = False
     stochastic: bool = False
     min_grid_size: tuple[int, int] = (1, 1)
@@ -129,6 +133,8 @@ def register_attention(
     engines: Iterable[str] = (),
     prefix_tokens: bool = False,
     keeps_shape: bool = True,
+    static_cache: bool = True,
+    padding_masks_only: bool = False,
     batch_coupled: bool = False,
     stochastic: bool = False,
     min_grid_size: tuple[int, int] = (1, 1),
@@ -160,6 +166,8 @@ def register_attention(
             engines=tuple(engines),
             prefix_tokens=prefix_tokens,
             keeps_shape=keeps_shape,
+            static_cache=static_cache,
+            padding_masks_only=padding_masks_only,
             batch_coupled=batch_coupled,
             stochastic=stochastic,
             min_grid_size=min_grid_size,

@@ -1,6 +1,7 @@
 """The mechanisms: one file per paper, each registered under its name."""
 
 from attention_zoo.attention.base import auxiliary_loss
+from attention_zoo.attention.cache import cache_report
 from attention_zoo.attention.dtm import DeformableTokenMerging
 from attention_zoo.attention.gqa import GroupedQueryAttention
 from attention_zoo.attention.hilo import HiLoAttention
@@ -19,6 +20,7 @@ __all__ = [
     "MultiHeadAttention",
     "PerturbedGroupedQueryAttention",
     "auxiliary_loss",
+    "cache_report",
     "set_routed_topk",
     "set_training_step",
 ]

@@ -59,6 +59,11 @@ class AttentionModule(nn.Module):
         """PyTorch's own initialisation of every submodule; mechanisms whose paper starts otherwise extend it."""
         reset_children(self)
 
+    def cache_elements(self, num_tokens: int) -> int:
+        """Numbers that a cache keeps of one sequence of `num_tokens` tokens in this layer: keys and values of all heads."""
+        num_kv_heads = getattr(self, "num_kv_heads", None) or self.num_heads
+        return 2 * int(num_kv_heads) * int(self.head_dim) * num_tokens  # type: ignore[arg-type]
+
     def __getstate__(self) -> dict[str, Any]:
         """For copy and pickle: without what the last forward left behind that hangs on its graph (an auxiliary loss)."""
         state = self.__dict__.copy()

@@ -25,6 +25,7 @@ from transformers import DynamicCache, LlamaConfig, StaticCache
 
 import attention_zoo as az
 from attention_zoo.attention.base import AttentionModule
+from attention_zoo.attention.cache import cache_report, measured_cache_bytes
 
 PLAIN = cases()
 CAUSAL = cases(causal=True)
@@ -445,6 +446,12 @@ def test_causal_cross_attention_aligns_the_ends(case: Case) -> None:
 CACHED = cases(causal=True, takes="past_key_values")
 
 
+def with_caches(found: list[Case], kinds: tuple[str, ...] = ("dynamic", "static")) -> pytest.MarkDecorator:
+    """Parametrise over cases and the kinds of cache that each of them can use."""
+    pairs = [(c, kind) for c in found for kind in kinds if c.info.static_cache or kind == "dynamic"]
+    return pytest.mark.parametrize(("case", "kind"), pairs, ids=[f"{c}-{kind}" for c, kind in pairs])
+
+
 def make_cache(kind: str, length: int) -> Any:
     if kind == "dynamic":
         return DynamicCache()
@@ -462,8 +469,7 @@ def decode(
     return torch.cat(out, 1)
 
 
-@each(CACHED)
-@pytest.mark.parametrize("kind", ["dynamic", "static", "static-exact"])
+@with_caches(CACHED, ("dynamic", "static", "static-exact"))
 @pytest.mark.parametrize("chunks", CHUNKINGS.values(), ids=CHUNKINGS)
 def test_decoding_with_a_cache_equals_the_full_forward(case: Case, chunks: tuple[int, ...], kind: str) -> None:
     module = case.build()
@@ -474,9 +480,8 @@ def test_decoding_with_a_cache_equals_the_full_forward(case: Case, chunks: tuple
     assert int(cache.get_seq_length(0)) == 9
 
 
-@each([c for c in CACHED if c.takes("position_embeddings")])
+@with_caches([c for c in CACHED if c.takes("position_embeddings")])
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_decoding_rotates_by_position(case: Case, kind: str, layout: str) -> None:
     module = case.build(rope_layout=layout)
     x, kwargs = case.inputs(length=9)
@@ -493,8 +498,7 @@ def test_decoding_rotates_by_position(case: Case, kind: str, layout: str) -> Non
         close(got, want)
 
 
-@each([c for c in CACHED if c.takes("attention_mask")])
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@with_caches([c for c in CACHED if c.takes("attention_mask")])
 @pytest.mark.parametrize("full_width", [False, True], ids=["mask-of-seen", "mask-of-cache"])
 def test_decoding_behind_left_padding(case: Case, kind: str, full_width: bool) -> None:
     """Prompts of different lengths, padded on the left: each continues as if it stood alone."""
@@ -532,6 +536,29 @@ def test_decoding_after_reordering_the_cache(case: Case) -> None:
 
 
 @each(CACHED)
+@pytest.mark.parametrize("length", [1, 7, 40])
+def test_the_cache_is_as_large_as_it_says(case: Case, length: int) -> None:
+    """`cache_report` against the tensors that a cache really holds, after a prefill and after decoding."""
+    module = case.build()
+    x, kwargs = case.inputs(length=length)
+    at_once, stepwise = DynamicCache(), DynamicCache()
+    decode(copy.deepcopy(module), x, (length,), at_once, lambda start, stop: kwargs)
+    decode(copy.deepcopy(module), x, (1,) * length, stepwise, lambda start, stop: kwargs)
+    report = cache_report(module, length)
+    for cache in (at_once, stepwise):
+        assert measured_cache_bytes(cache) == 2 * report.cache_bytes, "2 samples"
+    assert report.cache_bytes_per_token * length == report.cache_bytes
+    assert case.name in str(report)
+
+
+@each([c for c in CACHED if not c.info.static_cache])
+def test_a_static_cache_is_refused_where_it_cannot_serve(case: Case) -> None:
+    x, kwargs = case.inputs(length=3)
+    with pytest.raises(ValueError, match="static cache"):
+        case.build()(x, past_key_values=make_cache("static", 12), **kwargs)
+
+
+@each(CACHED)
 def test_a_cache_needs_the_layer(case: Case) -> None:
     module = case.build()
     module.layer_idx = None
@@ -550,6 +577,7 @@ def test_a_cache_does_not_go_with_context(case: Case) -> None:
 # --- masks, context, rotations ----------------------------------------------------------------------------------------------------
 
 MASKED = [c for c in BOTH if c.takes("attention_mask")]
+PAIR_MASKED = [c for c in MASKED if not c.info.padding_masks_only]
 
 
 @each(MASKED)
@@ -585,8 +613,10 @@ def test_padding_equals_leaving_the_tokens_out(case: Case) -> None:
     close(padded, run(module, x[:, :5], **kwargs))
 
 
-@each(MASKED)
-@pytest.mark.parametrize("form", ["padding", "bool", "float", "finfo-min"])
+MASK_FORMS = [(c, f) for c in MASKED for f in ("padding", "bool", "float", "finfo-min") if f == "padding" or c in PAIR_MASKED]
+
+
+@pytest.mark.parametrize(("case", "form"), MASK_FORMS, ids=[f"{c}-{f}" for c, f in MASK_FORMS])
 def test_fully_masked_rows_are_finite(case: Case, form: str) -> None:
     module = case.build().train()
     x, kwargs = case.inputs(length=5)
@@ -616,6 +646,8 @@ def test_forms_of_a_mask_agree(case: Case) -> None:
     want = call(attention_mask=padding)
     for dtype in (torch.bool, torch.int32, torch.uint8):
         close(call(attention_mask=padding.to(dtype)), want, msg=f"padding as {dtype}")
+    if case.info.padding_masks_only:
+        return
 
     allowed = torch.rand(2, 1, 6, 6) > 0.3
     allowed |= torch.eye(6, dtype=torch.bool)
@@ -628,7 +660,7 @@ def test_forms_of_a_mask_agree(case: Case) -> None:
     close(call(attention_mask=bias), call(attention_mask=bias[None, None]), msg="2-D and 4-D float")
 
 
-@each([c for c in MASKED if not (c.coupled or c.draws)])  # those take statistics over the real tokens besides
+@each([c for c in PAIR_MASKED if not (c.coupled or c.draws)])  # those take statistics over the real tokens besides
 def test_padding_is_a_mask_over_the_keys(case: Case) -> None:
     module = case.build()
     x, kwargs = case.inputs(length=6)
@@ -636,7 +668,7 @@ def test_padding_is_a_mask_over_the_keys(case: Case) -> None:
     close(run(module, x, attention_mask=padding, **kwargs), run(module, x, attention_mask=padding[:, None, None], **kwargs))
 
 
-@each([c for c in CAUSAL if c.takes("attention_mask")])
+@each([c for c in CAUSAL if c in PAIR_MASKED])
 def test_a_mask_adds_to_causality(case: Case) -> None:
     module = case.build()
     x, kwargs = case.inputs(length=6)
@@ -797,7 +829,7 @@ def test_compiles_with_a_mask(case: Case) -> None:
     close(got, want)
 
 
-@each([c for c in CACHED if c.takes("position_embeddings")])
+@each([c for c in CACHED if c.takes("position_embeddings") and c.info.static_cache])
 def test_decoding_compiles(case: Case) -> None:
     """A decoding step with a static cache is one graph: its shapes do not change."""
     torch._dynamo.reset()
