@@ -15,15 +15,7 @@ from functools import partial
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import (
-    DropPath,
-    PatchEmbed,
-    calculate_drop_path_rates,
-    create_classifier,
-    register_notrace_module,
-    to_2tuple,
-    trunc_normal_,
-)
+from timm.layers import DropPath, PatchEmbed, calculate_drop_path_rates, register_notrace_module, to_2tuple
 from timm.models import FeatureInfo, build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -32,10 +24,9 @@ from attention_zoo.attention import DeformableTokenMerging
 from attention_zoo.registry import register_model_info
 
 from ._host import build_attention, check_attention
+from ._pyramid import Grid, PyramidClassifier, factory_of, init_linear, to_map
 
 __all__ = ["LITv2", "LITv2Features"]
-
-Grid = tuple[int, int]
 
 register_notrace_module(DeformableTokenMerging)  # a leaf for torch.fx, as the attentions are
 
@@ -163,7 +154,7 @@ class _Pyramid(nn.Module):
         self.stages[last].downsample = None
 
 
-class LITv2(_Pyramid):
+class LITv2(_Pyramid, PyramidClassifier):
     """LITv2 classifier.
 
     Args:
@@ -226,7 +217,7 @@ class LITv2(_Pyramid):
             given = ", ".join(f"{name}={tuple(value)}" for name, value in lists.items())
             raise ValueError(f"one entry for each stage, and at least one block in each; got {given}")
         check_attention(attention, "LITv2")
-        num_stages = len(depths)
+        self.num_stages = num_stages = len(depths)
         self.num_classes, self.in_chans, self.attention = num_classes, in_chans, attention
         widths = [embed_dim * 2**i for i in range(num_stages)]
         self.feature_info = [
@@ -275,7 +266,7 @@ class LITv2(_Pyramid):
         foreign = {m for block in self._blocks() if block.has_attn and self.attention != "hilo" for m in block.attn.modules()}
         for module in self.modules():
             if isinstance(module, nn.Linear) and module not in foreign:
-                _init_linear(module)
+                init_linear(module)
             elif isinstance(module, ConvMlp):
                 nn.init.normal_(module.dwconv.weight, std=math.sqrt(2 / 9))
                 nn.init.zeros_(module.dwconv.bias)  # type: ignore[arg-type]
@@ -290,87 +281,6 @@ class LITv2(_Pyramid):
             least = (2**halvings - 1) * max(patch) + 1
             raise ValueError(f"img_size={size} leaves nothing of the grid after {halvings} halvings; it must be at least {least}")
         self.img_size = size
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head with `num_classes` outputs (0: none); `global_pool` None keeps the pooling."""
-        self.num_classes = num_classes
-        self._create_head(num_classes, self.pool_type if global_pool is None else global_pool, **_factory_of(self))
-        if isinstance(self.head, nn.Linear):
-            _init_linear(self.head)
-
-    def _create_head(self, num_classes: int, pool_type: str, device: Any = None, dtype: Any = None) -> None:
-        self.pool_type = pool_type
-        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type, device=device, dtype=dtype)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The normalised map of the last stage, (B, C, H / 32, W / 32)."""
-        x, grid_size = self.forward_stages(x)[-1]
-        return to_map(self.norm(x), grid_size)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps of the stages before their downsampling, and the final features.
-
-        Args:
-            x: image (B, in_chans, H, W).
-            indices: which stages; the last n if a number, all if None.
-            norm: apply the final norm to the last stage's map.
-            stop_early: leave out the stages after the last of `indices`; the final features are then that stage's.
-            output_fmt: "NCHW" or "NHWC".
-            intermediates_only: return the maps only.
-
-        Raises:
-            ValueError: another format.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        take, last = feature_take_indices(len(self.stages), indices)
-        found = self.forward_stages(x, last + 1 if stop_early else None)
-        maps = []
-        for i in take:
-            tokens, grid_size = found[i]
-            tokens = self._final_norm(tokens) if norm and i == len(self.stages) - 1 else tokens
-            maps.append(to_map(tokens, grid_size) if output_fmt == "NCHW" else tokens.unflatten(1, grid_size))
-        if intermediates_only:
-            return maps
-        tokens, grid_size = found[-1]
-        return to_map(self._final_norm(tokens) if len(found) == len(self.stages) else tokens, grid_size), maps
-
-    def _final_norm(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.norm(tokens)
-        return out
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the maps of `indices` do not need; the norm and the head go with the last stage. Returns the stages taken."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        shortened = last < len(self.stages) - 1
-        self.prune_stages(last)
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return list(take)
 
 
 class LITv2Features(_Pyramid):
@@ -406,7 +316,7 @@ class LITv2Features(_Pyramid):
             raise ValueError(f"out_norm must have {len(self.out_indices)} entries, one for each map; got {out_norm}")
         for i, normed in zip(self.out_indices, flags, strict=True):
             if normed:
-                self.add_module(f"norm{i}", nn.LayerNorm(model.feature_info[i]["num_chs"], **_factory_of(model)))
+                self.add_module(f"norm{i}", nn.LayerNorm(model.feature_info[i]["num_chs"], **factory_of(model)))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         found = self.forward_stages(x)
@@ -416,23 +326,6 @@ class LITv2Features(_Pyramid):
             norm = getattr(self, f"norm{i}", None)
             maps.append(to_map(tokens if norm is None else norm(tokens), grid_size))
         return maps
-
-
-def to_map(tokens: Tensor, grid_size: Grid) -> Tensor:
-    """(B, H * W, C) -> (B, C, H, W), a view."""
-    return tokens.transpose(1, 2).unflatten(2, grid_size)
-
-
-def _factory_of(module: nn.Module) -> dict[str, Any]:
-    """Where a model's parameters are, for those that it gets later."""
-    parameter = next(module.parameters())
-    return {"device": parameter.device, "dtype": parameter.dtype}
-
-
-def _init_linear(module: nn.Linear) -> None:
-    trunc_normal_(module.weight, std=0.02)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 # The published variants; whatever is not said is the small one's.
