@@ -68,6 +68,7 @@ class AttentionInfo:
         batch_coupled: by default, a sample's output depends on the other samples of its batch, in evaluation mode as well.
         stochastic: by default, its output is random in evaluation mode as well.
         min_grid_size: the smallest (H, W) that a spatial mechanism takes.
+        grid_multiple: by default, H and W of its grid must be multiples of these.
         causal_options: constructor options that `is_causal=True` needs, where the defaults would let a token see the future.
         summary: first line of the class's docstring.
         equation: the equation of the class's docstring (its first indented block), or "".
@@ -90,6 +91,7 @@ class AttentionInfo:
     batch_coupled: bool = False
     stochastic: bool = False
     min_grid_size: tuple[int, int] = (1, 1)
+    grid_multiple: tuple[int, int] = (1, 1)
     causal_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     summary: str = ""
     equation: str = ""
@@ -138,6 +140,7 @@ def register_attention(
     batch_coupled: bool = False,
     stochastic: bool = False,
     min_grid_size: tuple[int, int] = (1, 1),
+    grid_multiple: tuple[int, int] = (1, 1),
     causal_options: Mapping[str, Any] | None = None,
 ) -> Callable[[_Class], _Class]:
     """Class decorator that registers a mechanism under `name`; the arguments are the fields of `AttentionInfo`.
@@ -171,6 +174,7 @@ def register_attention(
             batch_coupled=batch_coupled,
             stochastic=stochastic,
             min_grid_size=min_grid_size,
+            grid_multiple=grid_multiple,
             causal_options=dict(causal_options or {}),
             summary=summary,
             equation=equation,

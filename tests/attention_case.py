@@ -83,11 +83,15 @@ class Case:
     def inputs(
         self, batch: int = 2, length: int = 15, grid: tuple[int, int] | None = None, **like: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        """x (B, N, C) and what forward cannot do without. A spatial mechanism gets `grid` (its own N), `length` otherwise."""
+        """x (B, N, C) and what forward cannot do without. A spatial mechanism gets `grid` (its own N), `length` otherwise.
+
+        Where the mechanism wants multiples, the next larger grid of them stands for `grid`.
+        """
         generator = torch.Generator().manual_seed(1)
         kwargs: dict[str, Any] = {}
         if self.info.spatial:
-            grid = grid or GRID
+            height, width = (-(-side // m) * m for side, m in zip(grid or GRID, self.info.grid_multiple, strict=True))
+            grid = (height, width)
             kwargs["grid_size"], length = grid, grid[0] * grid[1]
         if self.takes("context") and not self.info.patterns & {"noncausal_self", "causal_self"}:
             kwargs["context"] = torch.randn(batch, length + 2, DIM, generator=generator).to(**like)

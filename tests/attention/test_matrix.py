@@ -228,8 +228,9 @@ def test_shapes(case: Case) -> None:
 def test_grid_is_row_major_height_first(case: Case) -> None:
     """A grid and its transpose are different questions: (H, W) must not be read as (W, H)."""
     module = case.build()
-    x, _ = case.inputs(grid=(3, 8))
-    a, b = (run(module, x, grid_size=grid) for grid in ((3, 8), (8, 3)))
+    tall, wide = case.info.grid_multiple
+    x, _ = case.inputs(grid=(3 * tall, 8 * wide))
+    a, b = (run(module, x, grid_size=grid) for grid in ((3 * tall, 8 * wide), (8 * tall, 3 * wide)))
     assert a.shape != b.shape or not torch.allclose(a, b, atol=1e-4)
 
 
@@ -775,6 +776,11 @@ def test_wrong_grids_are_errors(case: Case) -> None:
         if min(grid) > 0:
             with pytest.raises(ValueError, match=rf"{height}.*{width}"):
                 module(*case.inputs(grid=grid)[:1], grid_size=grid)
+    height, width = case.info.grid_multiple
+    for grid in ((height + 1, width), (height, width + 1)):
+        if (height, width) != (1, 1):
+            with pytest.raises(ValueError, match=rf"grid_size.*{height}.*{width}"):
+                module(torch.randn(2, grid[0] * grid[1], DIM), grid_size=grid)
 
 
 @each(PLAIN)
@@ -879,7 +885,7 @@ def test_capabilities_are_plausible(case: Case) -> None:
     assert info.engines
     assert set(info.engines) <= {"reference", "torch", "flash", "xformers", "flex", "triton"}
     assert not info.kv_cache or info.causal
-    assert info.spatial or info.min_grid_size == (1, 1)
+    assert info.spatial or info.min_grid_size == info.grid_multiple == (1, 1)
     assert re.fullmatch(r"[a-z][a-z0-9_]*", info.name)
 
 
