@@ -1,0 +1,109 @@
+"""Official checkpoints of Agent Attention (LeapLabTHU/Agent-Attention): single layers, Agent-DeiT, Agent-PVT; other resolutions.
+
+Names are ours already. A checkpoint of another image size than the model is built for is resampled on the way, as the official
+loader does: `resize_state`, which the converters of the other Agent backbones use as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from attention_zoo.checkpoints.convert import rename_keys
+from attention_zoo.registry import create_attention, register_converter
+
+__all__ = ["convert_agent", "fit_projections", "refit_head", "resize_state"]
+
+State = dict[str, Tensor]
+Grid = tuple[int, int]
+
+
+@register_converter("agent")
+def convert_agent(state_dict: State, **kwargs: Any) -> State:
+    """The state dict of one official layer -> `AgentAttention(**kwargs)`'s.
+
+    Fused and separate projections are turned into each other, and tables of another grid are resampled to `window_size`.
+
+    Raises:
+        CheckpointError: unknown or missing keys.
+    """
+    own = create_attention("agent", **{**kwargs, "device": "meta"}).state_dict()
+    state = fit_projections(state_dict, own)
+    return resize_state(rename_keys(state, (), expected=own), own)
+
+
+def fit_projections(state: Mapping[str, Tensor], wanted: Mapping[str, Any]) -> State:
+    """Fuse `q` and `kv` to `qkv`, or split it, wherever `wanted` (our keys) has the other form; all other tensors stay."""
+    fitted = dict(state)
+    for key in wanted:
+        module, _, kind = key.rpartition(".")
+        layer, _, name = module.rpartition(".")
+        q, kv, qkv = (f"{layer}.{projection}.{kind}".lstrip(".") for projection in ("q", "kv", "qkv"))
+        if name == "qkv" and qkv not in fitted and q in fitted and kv in fitted:
+            fitted[qkv] = torch.cat([fitted.pop(q), fitted.pop(kv)])
+        elif name == "q" and q not in fitted and kv in wanted and qkv in fitted:
+            fused = fitted.pop(qkv)
+            rows = fused.shape[0] // 3
+            fitted[q], fitted[kv] = fused.split([rows, 2 * rows])
+    return fitted
+
+
+def resize_state(
+    state: Mapping[str, Tensor], wanted: Mapping[str, Any], *, grids: Mapping[str, Grid] | None = None, num_prefix_tokens: int = 0
+) -> State:
+    """Resample what depends on the image size, as the official loader does; all other tensors, and those that fit, stay.
+
+    Row and column tables (`ah_bias`, `aw_bias`, `ha_bias`, `wa_bias`) linearly; `pos_embed*` and `absolute_pos_embed` (1, P + N, C),
+    whose P first rows are kept, and `relative_position_bias_table` (L, h) bicubically; align_corners=False.
+
+    Args:
+        state: our keys.
+        wanted: tensors (or anything with a `shape`) of the model's sizes, by our keys; keys may be missing.
+        grids: the model's grid (H, W) of each position embedding that is not square.
+        num_prefix_tokens: P.
+    """
+    resized = {}
+    for key, tensor in state.items():
+        shape = tuple(wanted[key].shape) if key in wanted else tuple(tensor.shape)
+        if shape != tuple(tensor.shape):
+            tensor = _resize(key.rpartition(".")[2], tensor, shape, (grids or {}).get(key), num_prefix_tokens)
+        resized[key] = tensor
+    return resized
+
+
+def _resize(name: str, tensor: Tensor, shape: tuple[int, ...], grid: Grid | None, num_prefix_tokens: int) -> Tensor:
+    if name in {"ah_bias", "aw_bias"}:  # (1, h, n, H, 1), (1, h, n, 1, W)
+        return _resample(tensor[0], (shape[3], shape[4]), "bilinear")[None]
+    if name in {"ha_bias", "wa_bias"}:  # (1, h, H, 1, n), (1, h, 1, W, n)
+        return _resample(tensor[0].permute(0, 3, 1, 2), (shape[2], shape[3]), "bilinear").permute(0, 2, 3, 1)[None].contiguous()
+    if name == "relative_position_bias_table":  # (L, h)
+        side, wanted = math.isqrt(tensor.shape[0]), math.isqrt(shape[0])
+        image = tensor.T.unflatten(1, (side, side))[None]
+        return _resample(image, (wanted, wanted), "bicubic")[0].flatten(1).T.contiguous()
+    if name.startswith("pos_embed") or name == "absolute_pos_embed":  # (1, P + N, C)
+        prefix, positions = tensor.tensor_split([num_prefix_tokens], dim=1)
+        side, wanted = math.isqrt(positions.shape[1]), math.isqrt(shape[1] - num_prefix_tokens)
+        image = positions.transpose(1, 2).unflatten(2, (side, side))
+        return torch.cat([prefix, _resample(image, grid or (wanted, wanted), "bicubic").flatten(2).transpose(1, 2)], dim=1)
+    return tensor  # loading tells what does not fit
+
+
+def _resample(image: Tensor, size: Grid, mode: str) -> Tensor:
+    work = torch.promote_types(image.dtype, torch.float32)
+    return F.interpolate(image.to(work), size=size, mode=mode, align_corners=False).to(image.dtype)
+
+
+def refit_head(state: Mapping[str, Tensor], num_classes: int, name: str = "head") -> State:
+    """A head of another number of classes starts anew at zero, as in the official loader; with num_classes=0 there is none."""
+    fitted = dict(state)
+    for key in (f"{name}.weight", f"{name}.bias"):
+        if key in fitted and not num_classes:
+            del fitted[key]
+        elif key in fitted and fitted[key].shape[0] != num_classes:
+            fitted[key] = fitted[key].new_zeros(num_classes, *fitted[key].shape[1:])
+    return fitted
