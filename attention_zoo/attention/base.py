@@ -23,6 +23,7 @@ __all__ = [
     "auxiliary_loss",
     "check_choice",
     "check_context",
+    "check_cross",
     "check_grid",
     "check_head_split",
     "check_tokens",
@@ -32,6 +33,7 @@ __all__ = [
     "reset_children",
     "resolve_attention_mask",
     "resolve_head_dim",
+    "resolve_visibility",
     "select_heads",
     "split_heads",
 ]
@@ -190,26 +192,39 @@ def attend(
     Raises:
         ValueError: rotary tables or a cache with cross attention, or a mask of another shape.
     """
-    if cross and (position_embeddings is not None or past_key_values is not None):
-        raise ValueError("cross attention takes neither position_embeddings nor past_key_values: its keys come from context")
+    check_cross(cross, position_embeddings, past_key_values)
     if position_embeddings is not None:
         q, k = (apply_rotary(t, position_embeddings, module.rope_layout) for t in (q, k))
-    is_causal, static = module.is_causal, None
+    static = None
     if past_key_values is not None:
         k, v, static = extend_cache(module, past_key_values, k, v)
-        if static is not None and attention_mask is not None:
-            attention_mask = _pad_keys(attention_mask, k.shape[2])
     if head_map is not None:
         k, v = (select_heads(t, head_map) for t in (k, v))
-    mask = resolve_attention_mask(attention_mask, q.shape[2], k.shape[2])
-    if static is not None:
-        is_causal = False  # the bound counts from the end of the keys, which a static cache pads
-        mask = static if mask is None else static & mask if mask.dtype == torch.bool else mask.masked_fill(~static, -torch.inf)
+    mask, is_causal = resolve_visibility(module, attention_mask, static, q.shape[2], k.shape[2])
     out = ops.attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, dropout_p=module.attn_drop if module.training else 0.0
     )
     assert isinstance(out, Tensor)  # no log-normaliser was asked for
     return out
+
+
+def check_cross(cross: bool, position_embeddings: tuple[Tensor, Tensor] | None, past_key_values: Any) -> None:
+    """Raise ValueError for rotary tables or a cache in cross attention."""
+    if cross and (position_embeddings is not None or past_key_values is not None):
+        raise ValueError("cross attention takes neither position_embeddings nor past_key_values: its keys come from context")
+
+
+def resolve_visibility(
+    module: AttentionModule, attention_mask: Tensor | None, static: Tensor | None, num_queries: int, num_keys: int
+) -> tuple[Tensor | None, bool]:
+    """The mask and the causal flag of a call of `ops.attention`, from the user's mask and a static cache's (`extend_cache`)."""
+    if static is not None and attention_mask is not None:
+        attention_mask = _pad_keys(attention_mask, num_keys)
+    mask = resolve_attention_mask(attention_mask, num_queries, num_keys)
+    if static is None:
+        return mask, module.is_causal
+    mask = static if mask is None else static & mask if mask.dtype == torch.bool else mask.masked_fill(~static, -torch.inf)
+    return mask, False  # the causal bound counts from the end of the keys, which a static cache pads; it is in the mask
 
 
 def resolve_attention_mask(attention_mask: Tensor | None, num_queries: int, num_keys: int) -> Tensor | None:
