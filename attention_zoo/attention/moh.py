@@ -34,9 +34,78 @@ from attention_zoo.attention.base import (
 from attention_zoo.attention.conversion import refuse_tensors, source_settings, split_projections
 from attention_zoo.registry import PATTERNS, register_attention
 
-__all__ = ["MoHAttention", "load_balance_loss", "set_routed_topk", "top_k_mask"]
+__all__ = ["MixtureOfHeads", "MoHAttention", "load_balance_loss", "set_routed_topk", "top_k_mask"]
 
 _GATES = {"linear": "soft", "query_norm": "hard"}  # the kind of gate that each router makes
+
+
+class MixtureOfHeads(AttentionModule):
+    """What every Mixture-of-Head layer has, whatever its heads compute: shared and routed heads, linear routers, gates, the loss.
+
+    A subclass calls `_set_heads` and `_create_routers` in its constructor, multiplies its heads' outputs by the gates of
+    `_route_linearly`, and calls `_keep_statistics` once in every forward.
+    """
+
+    debug: bool = False
+    aux_loss: Tensor | None = None
+    last_head_load: Tensor | None = None
+    num_heads: int
+    shared_heads: int
+    routed_heads: int
+    routed_topk: int
+
+    def _set_heads(self, num_heads: int, shared: int | None, topk: int | None, active: int | None = None) -> None:
+        """Set `num_heads`, `shared_heads`, `routed_heads` and `routed_topk`. Raises ValueError when they do not go together."""
+        self.num_heads = num_heads
+        self.shared_heads, self.routed_topk = _resolve_heads(num_heads, shared, topk, active)
+        self.routed_heads = num_heads - self.shared_heads
+
+    def _create_routers(self, dim: int, **factory: Any) -> None:
+        if self.routed_heads > 0:
+            self.router = nn.Linear(dim, self.routed_heads, bias=False, **factory)
+        if self.shared_heads > 1:
+            self.shared_router = nn.Linear(dim, self.shared_heads, bias=False, **factory)
+        if self.routed_heads > 0 and self.shared_heads > 0:
+            self.balance = nn.Linear(dim, 2, bias=False, **factory)
+
+    def set_topk(self, routed_topk: int) -> None:
+        """Let each token choose `routed_topk` heads from now on: 1 to h_r, or 0 when every head is shared. Raises ValueError."""
+        _check_topk(self.num_heads, self.shared_heads, routed_topk)
+        self.routed_topk = routed_topk
+
+    def _route_linearly(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gates (B, N, h), shared heads first; scores p and 0/1 choice m, each (B, N, h_r), or None without routed heads.
+
+        All in float32 at least: gates that are rounded to half precision choose other heads.
+        """
+        shared = None
+        if self.shared_heads > 1:
+            shared = self.shared_heads * _softmax(self.shared_router(x))
+        elif self.shared_heads == 1:  # a softmax over one head
+            shared = torch.ones_like(x[..., :1], dtype=_work_dtype(x))
+        if self.routed_heads == 0:
+            assert shared is not None  # some head there is
+            return shared, None, None
+        scores = _softmax(self.router(x))
+        chosen = top_k_mask(scores, self.routed_topk)
+        kept = scores * chosen
+        routed = self.routed_topk * kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).eps)
+        if shared is None:
+            return routed, scores, chosen
+        balance = 2 * _softmax(self.balance(x))
+        return torch.cat([balance[..., :1] * shared, balance[..., 1:] * routed], -1), scores, chosen
+
+    @property
+    def _wants_statistics(self) -> bool:
+        return self.training or self.debug
+
+    def _keep_statistics(self, scores: Tensor | None, chosen: Tensor | None, real: Tensor | None = None) -> None:
+        """Set `aux_loss` and `last_head_load` for this forward; `real` (B, N) or broadcastable says which tokens count."""
+        aux_loss, load = None, None
+        if self._wants_statistics and scores is not None and chosen is not None:
+            aux_loss, load = load_balance_loss(scores, chosen, real)
+        self.aux_loss = aux_loss if self.training else None
+        self.last_head_load = load if self.debug else None
 
 
 @register_attention(
@@ -50,7 +119,7 @@ _GATES = {"linear": "soft", "query_norm": "hard"}  # the kind of gate that each 
     cost="O(N^2 d h), of which (h_s + K) / h is used",
     engines=("flash", "torch", "xformers", "flex"),
 )
-class MoHAttention(AttentionModule):
+class MoHAttention(MixtureOfHeads):
     """Mixture-of-Head attention: each token mixes h_s shared heads with the K best of the other h_r = h - h_s, weighted per token.
 
         y = concat_i(g_i o_i) W_o,   o_i = softmax(q_i k_i^T / sqrt(d)) v_i,   g = [a_0 s, a_1 r]
@@ -103,10 +172,6 @@ class MoHAttention(AttentionModule):
             tokens or masks of another shape.
     """
 
-    debug: bool = False
-    aux_loss: Tensor | None = None
-    last_head_load: Tensor | None = None
-
     def __init__(
         self,
         dim: int,
@@ -135,11 +200,10 @@ class MoHAttention(AttentionModule):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         check_choice("rope_layout", rope_layout, ROPE_LAYOUTS)
-        self.dim, self.num_heads, self.head_dim = dim, num_heads, resolve_head_dim(dim, num_heads, head_dim)
+        self.dim, self.head_dim = dim, resolve_head_dim(dim, num_heads, head_dim)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_head_split(num_heads, self.num_kv_heads)
-        self.shared_heads, self.routed_topk = _resolve_heads(num_heads, shared_heads, routed_topk, active_heads)
-        self.routed_heads = num_heads - self.shared_heads
+        self._set_heads(num_heads, shared_heads, routed_topk, active_heads)
         _check_router(router, gate, router_grad, self.routed_heads)
         self.router_kind, self.router_grad = router, router_grad
         self.is_causal, self.rope_layout = is_causal, rope_layout
@@ -162,12 +226,7 @@ class MoHAttention(AttentionModule):
             self.o_proj = nn.Linear(inner, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
         if router == "linear":
-            if self.routed_heads > 0:
-                self.router = nn.Linear(dim, self.routed_heads, bias=False, **factory)
-            if self.shared_heads > 1:
-                self.shared_router = nn.Linear(dim, self.shared_heads, bias=False, **factory)
-            if self.routed_heads > 0 and self.shared_heads > 0:
-                self.balance = nn.Linear(dim, 2, bias=False, **factory)
+            self._create_routers(dim, **factory)
 
     def forward(
         self,
@@ -192,14 +251,13 @@ class MoHAttention(AttentionModule):
             past_key_values=past_key_values,
         )
         heads = heads * gates.transpose(1, 2).unsqueeze(-1).to(heads.dtype)  # with `attend` above: what a skipping kernel replaces
-        self._keep_statistics(scores, chosen, None if context is not None else attention_mask, past_key_values)
+        real = None  # read after `attend`, which has checked the mask
+        if self._wants_statistics and attention_mask is not None and context is None:
+            start = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx) - x.shape[1]
+            real = _real_tokens(attention_mask, x.shape[1], start)
+        self._keep_statistics(scores, chosen, real)
         output = self.proj if self.fused else self.o_proj
         return self.proj_drop(output(merge_heads(heads)))
-
-    def set_topk(self, routed_topk: int) -> None:
-        """Let each token choose `routed_topk` heads from now on: 1 to h_r, or 0 when every head is shared. Raises ValueError."""
-        _check_topk(self.num_heads, self.shared_heads, routed_topk)
-        self.routed_topk = routed_topk
 
     @classmethod
     def from_softmax_attention(
@@ -288,28 +346,8 @@ class MoHAttention(AttentionModule):
         return split_heads(q, self.num_heads), split_heads(k, self.num_kv_heads), split_heads(v, self.num_kv_heads)
 
     def _route(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gates (B, N, h), shared heads first; scores p and 0/1 choice m, each (B, N, h_r), or None without routed heads.
-
-        All in float32 at least: gates that are rounded to half precision choose other heads.
-        """
-        if self.router_kind == "query_norm":
-            return self._route_by_query_norm(q)
-        shared = None
-        if self.shared_heads > 1:
-            shared = self.shared_heads * _softmax(self.shared_router(x))
-        elif self.shared_heads == 1:  # a softmax over one head
-            shared = torch.ones_like(x[..., :1], dtype=_work_dtype(x))
-        if self.routed_heads == 0:
-            assert shared is not None  # some head there is
-            return shared, None, None
-        scores = _softmax(self.router(x))
-        chosen = top_k_mask(scores, self.routed_topk)
-        kept = scores * chosen
-        routed = self.routed_topk * kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).eps)
-        if shared is None:
-            return routed, scores, chosen
-        balance = 2 * _softmax(self.balance(x))
-        return torch.cat([balance[..., :1] * shared, balance[..., 1:] * routed], -1), scores, chosen
+        """Gates, scores and choice, as `_route_linearly` returns them."""
+        return self._route_by_query_norm(q) if self.router_kind == "query_norm" else self._route_linearly(x)
 
     def _route_by_query_norm(self, q: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         norms = torch.linalg.vector_norm(q, dim=-1, dtype=_work_dtype(q)).transpose(1, 2)  # (B, N, h); rotation keeps them
@@ -322,24 +360,6 @@ class MoHAttention(AttentionModule):
         scores = _standardised_softmax(norms) if through or self._wants_statistics else None
         gates = chosen + (scores - scores.detach()) * chosen if through and scores is not None else chosen
         return torch.cat([shared, gates], -1), scores, chosen
-
-    @property
-    def _wants_statistics(self) -> bool:
-        return self.training or self.debug
-
-    def _keep_statistics(
-        self, scores: Tensor | None, chosen: Tensor | None, attention_mask: Tensor | None, past_key_values: Any
-    ) -> None:
-        """Set `aux_loss` and `last_head_load` for this forward; called after `attend`, which has checked the mask."""
-        aux_loss, load = None, None
-        if self._wants_statistics and scores is not None and chosen is not None:
-            real = None
-            if attention_mask is not None:
-                start = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx) - scores.shape[1]
-                real = _real_tokens(attention_mask, scores.shape[1], start)
-            aux_loss, load = load_balance_loss(scores, chosen, real)
-        self.aux_loss = aux_loss if self.training else None
-        self.last_head_load = load if self.debug else None
 
     def _load_projections(self, state: dict[str, Tensor], source: nn.Module | Mapping[str, Tensor]) -> None:
         """Load q, k, v, proj and normalisations, whatever they are called here, and set the routers to zero. Raises ValueError."""
@@ -368,7 +388,7 @@ def set_routed_topk(model: nn.Module, routed_topk: int | Sequence[int]) -> None:
     Raises:
         ValueError: a number that a layer cannot have, or another count of numbers than of layers; no layer is changed then.
     """
-    layers = [m for m in model.modules() if isinstance(m, MoHAttention) and m.routed_heads > 0]
+    layers = [m for m in model.modules() if isinstance(m, MixtureOfHeads) and m.routed_heads > 0]
     numbers = [routed_topk] * len(layers) if isinstance(routed_topk, int) else list(routed_topk)
     if len(numbers) != len(layers):
         raise ValueError(f"routed_topk has {len(numbers)} numbers, the model {len(layers)} layers with routed heads")
