@@ -65,6 +65,7 @@ class AttentionInfo:
         keeps_shape: False for a mechanism that changes the number of tokens or channels (a downsampler).
         static_cache: whether its cache may be preallocated (a Hugging Face StaticCache), where it has one.
         padding_masks_only: its attention_mask is (B, N) padding; masks of single pairs of tokens have no meaning for it.
+        cross_equals_self: whether cross attention to the tokens themselves is its self attention, where it does both.
         batch_coupled: by default, a sample's output depends on the other samples of its batch, in evaluation mode as well.
         stochastic: by default, its output is random in evaluation mode as well.
         min_grid_size: the smallest (H, W) that a spatial mechanism takes.
@@ -88,6 +89,7 @@ class AttentionInfo:
     keeps_shape: bool = True
     static_cache: bool = True
     padding_masks_only: bool = False
+    cross_equals_self: bool = True
     batch_coupled: bool = False
     stochastic: bool = False
     min_grid_size: tuple[int, int] = (1, 1)
@@ -109,11 +111,15 @@ class AttentionInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model name: the family whose entry point builds it, and the keyword arguments that make it this variant."""
+    """A model name: the family whose entry point builds it, and the keyword arguments that make it this variant.
+
+    `builder(name, family, **kwargs)` builds the models that timm's registry does not hold (decoders); None: timm's entry point.
+    """
 
     name: str
     family: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    builder: Callable[..., Any] | None = None
 
 
 _attentions: dict[str, tuple[AttentionInfo, type]] = {}
@@ -137,6 +143,7 @@ def register_attention(
     keeps_shape: bool = True,
     static_cache: bool = True,
     padding_masks_only: bool = False,
+    cross_equals_self: bool = True,
     batch_coupled: bool = False,
     stochastic: bool = False,
     min_grid_size: tuple[int, int] = (1, 1),
@@ -171,6 +178,7 @@ def register_attention(
             keeps_shape=keeps_shape,
             static_cache=static_cache,
             padding_masks_only=padding_masks_only,
+            cross_equals_self=cross_equals_self,
             batch_coupled=batch_coupled,
             stochastic=stochastic,
             min_grid_size=min_grid_size,
@@ -250,9 +258,12 @@ def list_attentions(
     return names
 
 
-def register_model_info(name: str, family: str, **kwargs: Any) -> None:
-    """Record that the model `name` is `family` built with `kwargs`. Raises ValueError when the name is taken."""
-    info = ModelInfo(name, family, dict(kwargs))
+def register_model_info(name: str, family: str, *, builder: Callable[..., Any] | None = None, **kwargs: Any) -> None:
+    """Record that the model `name` is `family` built with `kwargs`. Raises ValueError when the name is taken.
+
+    `builder(name, family, **kwargs)` builds it where timm's registry does not.
+    """
+    info = ModelInfo(name, family, dict(kwargs), builder)
     if _models.setdefault(name, info) != info:
         raise ValueError(f"a model named {name!r} is registered already")
 

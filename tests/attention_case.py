@@ -81,14 +81,18 @@ class Case:
         return module.eval()
 
     def inputs(
-        self, batch: int = 2, length: int = 15, grid: tuple[int, int] | None = None, **like: Any
+        self, batch: int = 2, length: int | None = None, grid: tuple[int, int] | None = None, **like: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         """x (B, N, C) and what forward cannot do without. A spatial mechanism gets `grid` (its own N), `length` otherwise.
 
-        Where the mechanism wants multiples, the next larger grid of them stands for `grid`.
+        Where the mechanism wants multiples, the next larger grid of them stands for `grid`. A spatial mechanism that takes masks,
+        which tests write for a `length`, stands on a single row of so many tokens.
         """
         generator = torch.Generator().manual_seed(1)
         kwargs: dict[str, Any] = {}
+        if self.info.spatial and length is not None and self.takes("attention_mask"):
+            grid = grid or (1, length)
+        length = 15 if length is None else length
         if self.info.spatial:
             height, width = (-(-side // m) * m for side, m in zip(grid or GRID, self.info.grid_multiple, strict=True))
             grid = (height, width)

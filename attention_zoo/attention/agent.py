@@ -5,8 +5,8 @@ Agent Attention: On the Integration of Softmax and Linear Attention, arXiv 2312.
 models is in `agent_sd`.
 Deviations: any grid and any agent grid on the same tables (`grid_size`, `agent_grid`), equal sizes being the official classifiers;
 padding masks, cross attention, grouped key/value heads, query/key normalisation, learned agents, several prefix tokens and
-sequences without a grid (`window_size=None`) are options; a mask also keeps tokens out of the pooling and of the convolution; biases
-are not repeated over the batch; the softmaxes are float32.
+sequences without a grid (`window_size=None`) are options; a mask also keeps tokens out of the pooling and of the convolution;
+biases are not repeated over the batch; the softmaxes are float32.
 """
 
 from __future__ import annotations
@@ -74,8 +74,10 @@ def agent_attention(
     agents = agents.expand(q.shape[0], -1, -1, -1)
     mask = None if key_mask is None else key_mask[:, None, None, :]
     read = ops.attention(agents, k, v, bias=key_bias, attn_mask=mask, scale=scale, dropout_p=dropout_p)
-    out = ops.attention(q, agents, read, bias=query_bias, scale=scale if query_scale is None else query_scale, dropout_p=dropout_p)
-    assert isinstance(out, Tensor)  # no log-normaliser was asked for
+    assert isinstance(read, Tensor)  # no log-normaliser was asked for
+    query_scale = scale if query_scale is None else query_scale
+    out = ops.attention(q, agents, read, bias=query_bias, scale=query_scale, dropout_p=dropout_p)
+    assert isinstance(out, Tensor)
     return out
 
 
@@ -105,7 +107,7 @@ def _pool(x: Tensor, grid_size: Grid | None, agent_grid: Grid) -> Tensor:
 
 
 def resize_grid(image: Tensor, size: Grid) -> Tensor:
-    """Bilinear resampling of the last two axes of (B, C, H, W), align_corners=False, at least in float32; the same size: as it is."""
+    """Bilinear resampling of (B, C, H, W), align_corners=False, at least in float32; nothing is done where the size is the same."""
     if image.shape[-2:] == size:
         return image
     work = torch.promote_types(image.dtype, torch.float32)
@@ -127,6 +129,12 @@ class AgentTables(AttentionModule):
 
     has_tables: bool = False
     agent_side: int
+    an_bias: Tensor
+    na_bias: Tensor
+    ah_bias: Tensor
+    aw_bias: Tensor
+    ha_bias: Tensor
+    wa_bias: Tensor
 
     def create_tables(
         self,
@@ -140,7 +148,7 @@ class AgentTables(AttentionModule):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        """Allocate the tables for queries on a grid `window_size`, keys on `key_window` (None: the same); they are not filled yet."""
+        """Allocate the tables for queries on a grid `window_size` and keys on `key_window` (None: the same); not filled yet."""
         (rows, columns), (key_rows, key_columns) = window_size, key_window or window_size
         shapes = {
             "an_bias": (num_heads, agent_num, bias_grid, bias_grid),
@@ -205,6 +213,7 @@ class AgentTables(AttentionModule):
     patterns={"noncausal_self", "noncausal_cross"},
     spatial=True,
     padding_masks_only=True,
+    cross_equals_self=False,
     cost="O(N n C)",
     engines=("torch", "flash", "xformers", "flex"),
 )
@@ -255,8 +264,8 @@ class AgentAttention(AgentTables):
         scale: factor of the logits of both softmaxes; None: 1 / sqrt(d).
         bias_grid: side of the square tables.
 
-    Shape: x (B, P + N, C), N = H * W row-major, context (B, M, C) -> (B, P + N, C). `grid_size` may be left out where N is the size of
-    `window_size`. `attention_mask` (B, P + N), or (B, M) with a context: true or 1 for real tokens.
+    Shape: x (B, P + N, C), N = H * W row-major, context (B, M, C) -> (B, P + N, C). `grid_size` may be left out where N is the
+    size of `window_size`. `attention_mask` (B, P + N), or (B, M) with a context: true or 1 for real tokens.
 
     Raises:
         ValueError: heads that do not divide `dim`, a number of agents that is no square, options that do not go together, a grid
@@ -322,10 +331,15 @@ class AgentAttention(AgentTables):
             self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio, **factory)
             self.norm = nn.LayerNorm(dim, eps=1e-5, **factory)
         if use_bias and self.window_size is not None:
-            height, width = self.window_size
-            key_window = (height // sr_ratio, width // sr_ratio)
-            tables = {"key_window": key_window, "num_prefix_tokens": num_prefix_tokens, "bias_grid": bias_grid}
-            self.create_tables(num_heads, agent_num, self.window_size, **tables, **factory)
+            self.create_tables(
+                num_heads,
+                agent_num,
+                self.window_size,
+                key_window=(self.window_size[0] // sr_ratio, self.window_size[1] // sr_ratio),
+                num_prefix_tokens=num_prefix_tokens,
+                bias_grid=bias_grid,
+                **factory,
+            )
         if agent_source == "learned":
             self.agent_tokens = nn.Parameter(torch.empty(1, agent_num, inner, **factory))
         self.dwc: nn.Module | None = None
@@ -356,7 +370,8 @@ class AgentAttention(AgentTables):
                 )
             if min(self.window_size) < self.sr_ratio:
                 raise ValueError(
-                    f"window_size={self.window_size} leaves no key with sr_ratio={self.sr_ratio}; the largest is {min(self.window_size)}"
+                    f"window_size={self.window_size} leaves no key with sr_ratio={self.sr_ratio}; the largest that does is "
+                    f"{min(self.window_size)}"
                 )
 
     def reset_parameters(self) -> None:
@@ -412,8 +427,8 @@ class AgentAttention(AgentTables):
         if grid_size is None:
             if tokens.shape[1] != math.prod(self.window_size):
                 raise TypeError(
-                    f"grid_size is needed: x has {tokens.shape[1]} tokens besides the prefix, not the {math.prod(self.window_size)} of "
-                    f"window_size={self.window_size}"
+                    f"grid_size is needed: x has {tokens.shape[1]} tokens after its prefix, and window_size={self.window_size} "
+                    f"stands for {math.prod(self.window_size)}"
                 )
             return self.window_size
         height, width = check_grid(tokens, grid_size)
@@ -494,9 +509,9 @@ class AgentAttention(AgentTables):
     ) -> Self:
         """Build agent attention from the weights of a multi-head attention: q, k, v and proj are kept, everything else is new.
 
-        Not function-preserving: a head's map has rank n at most. Position biases start at zero and the convolution gives nothing, so
-        that the layer starts as pure agent attention, to be fine-tuned. Memory is not shared with the source. From a module,
-        its dropout rates, scale and train mode are taken over.
+        Not function-preserving: a head's map has rank n at most. Position biases and the convolution start at zero, so that the
+        layer starts as pure agent attention, to be fine-tuned. Memory is not shared with the source. From a module, its dropout
+        rates, scale and train mode are taken over.
 
         Args:
             source: an attention module or its state dict: fused `qkv` and `proj`, or separate projections; grouped key/value heads

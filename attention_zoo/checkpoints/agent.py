@@ -58,8 +58,8 @@ def resize_state(
 ) -> State:
     """Resample what depends on the image size, as the official loader does; all other tensors, and those that fit, stay.
 
-    Row and column tables (`ah_bias`, `aw_bias`, `ha_bias`, `wa_bias`) linearly; `pos_embed*` and `absolute_pos_embed` (1, P + N, C),
-    whose P first rows are kept, and `relative_position_bias_table` (L, h) bicubically; align_corners=False.
+    Row and column tables (`ah_bias`, `aw_bias`, `ha_bias`, `wa_bias`) linearly; `pos_embed*` and `absolute_pos_embed`,
+    (1, P + N, C) of which the P first rows are kept, and `relative_position_bias_table` (L, h) bicubically; align_corners=False.
 
     Args:
         state: our keys.
