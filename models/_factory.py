@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ def create_model(
     name: str,
     pretrained: bool = False,
     checkpoint_path: str | Path | None = None,
-    attention: str | None = None,
-    attention_kwargs: Mapping[str, Any] | None = None,
+    attention: str | Sequence[str] | None = None,
+    attention_kwargs: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Build a model by name: timm's `create_model` with two more arguments.
@@ -40,7 +40,9 @@ def create_model(
         attention_kwargs: options of the mechanism.
         kwargs: the model's own arguments, `num_classes`, `img_size`, `features_only`, `drop_path_rate`, ...
 
-    Returns: a timm model.
+    Returns: a timm model, or, for the names of decoders, a Hugging Face `PreTrainedModel`; those take the fields of its configuration
+        as further arguments (`hidden_size`, `num_hidden_layers`, ...), and `attention` and `attention_kwargs` may be lists, one entry
+        for each layer.
 
     Raises:
         UnknownNameError: no such model or mechanism; the nearest names are listed.
@@ -52,8 +54,13 @@ def create_model(
         raise _unknown_model(name)
     if pretrained and ours:
         raise ValueError(f"no weights of {name!r} can be fetched; get the official file (see its page) and give checkpoint_path")
-    options = dict(attention_kwargs) if attention_kwargs is not None else None
-    if ours:
+    builder = registry.model_info(name).builder if ours else None
+    if builder is None and not (isinstance(attention, str | None) and isinstance(attention_kwargs, Mapping | None)):
+        raise ValueError(f"{name!r} has one mechanism for all its blocks: attention is a name, attention_kwargs a dict")
+    options: Any = dict(attention_kwargs) if isinstance(attention_kwargs, Mapping) else attention_kwargs
+    if builder is not None:
+        model = builder(name, registry.model_info(name).family, attention=attention, attention_kwargs=options, **kwargs)
+    elif ours:
         chosen = {"attention": attention, "attention_kwargs": options}
         model = timm.create_model(name, **{k: v for k, v in chosen.items() if v is not None}, **kwargs)
     elif attention is not None:
@@ -70,7 +77,7 @@ def create_model(
 def list_models(filter: str | Iterable[str] = "*", *, exclude: str | Iterable[str] = ()) -> list[str]:
     """Names of our models, sorted; `filter` and `exclude` are shell-style wildcards, one or several.
 
-    All of them are in timm's registry as well. timm's own names are listed by `timm.list_models`.
+    The vision models are in timm's registry as well. timm's own names are listed by `timm.list_models`.
     """
     known = registry.model_info()
     return sorted(n for n in known if _is_ours(n) and registry.matches(n, filter) and not registry.matches(n, exclude))
@@ -104,6 +111,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, name: str, **kwargs: Any
 
 
 def _is_ours(name: str) -> bool:
+    if registry.model_info(name).builder is not None:
+        return True
     return timm.is_model(name) and model_entrypoint(name).__module__.startswith("attention_zoo.")
 
 
