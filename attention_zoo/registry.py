@@ -26,8 +26,10 @@ __all__ = [
     "did_you_mean",
     "list_attentions",
     "matches",
+    "model_builder",
     "model_info",
     "register_attention",
+    "register_builder",
     "register_converter",
     "register_model_info",
     "some",
@@ -37,6 +39,7 @@ PATTERNS = ("noncausal_self", "causal_self", "noncausal_cross", "causal_cross")
 
 _Class = TypeVar("_Class", bound=type)
 _Converter = Callable[..., dict[str, Any]]
+_Builder = TypeVar("_Builder", bound=Callable[..., Any])
 
 
 class UnknownNameError(KeyError, ValueError):
@@ -111,19 +114,16 @@ class AttentionInfo:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model name: the family whose entry point builds it, and the keyword arguments that make it this variant.
-
-    `builder(name, family, **kwargs)` builds the models that timm's registry does not hold (decoders); None: timm's entry point.
-    """
+    """A model name: the family whose entry point builds it, and the keyword arguments that make it this variant."""
 
     name: str
     family: str
     kwargs: Mapping[str, Any] = field(default_factory=dict)
-    builder: Callable[..., Any] | None = None
 
 
 _attentions: dict[str, tuple[AttentionInfo, type]] = {}
 _models: dict[str, ModelInfo] = {}
+_builders: dict[str, Callable[..., Any]] = {}
 _converters: dict[str, _Converter] = {}
 
 
@@ -258,12 +258,31 @@ def list_attentions(
     return names
 
 
-def register_model_info(name: str, family: str, *, builder: Callable[..., Any] | None = None, **kwargs: Any) -> None:
-    """Record that the model `name` is `family` built with `kwargs`. Raises ValueError when the name is taken.
+def register_builder(*families: str) -> Callable[[_Builder], _Builder]:
+    """Decorator: `function(name, family, **kwargs)` builds the models of these families, which timm's registry does not hold.
 
-    `builder(name, family, **kwargs)` builds it where timm's registry does not.
+    Raises:
+        ValueError: when another function is registered for one of them.
     """
-    info = ModelInfo(name, family, dict(kwargs), builder)
+
+    def register(function: _Builder) -> _Builder:
+        for family in families:
+            if family in _builders:
+                _refuse_other("a builder", family, _builders[family], function)
+            _builders[family] = function
+        return function
+
+    return register
+
+
+def model_builder(name: str) -> Callable[..., Any] | None:
+    """What builds the model `name` as `builder(name, family, **kwargs)`; None: timm's entry point. Raises UnknownNameError."""
+    return _builders.get(model_info(name).family)
+
+
+def register_model_info(name: str, family: str, **kwargs: Any) -> None:
+    """Record that the model `name` is `family` built with `kwargs`. Raises ValueError when the name is taken."""
+    info = ModelInfo(name, family, dict(kwargs))
     if _models.setdefault(name, info) != info:
         raise ValueError(f"a model named {name!r} is registered already")
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from attention_zoo import registry
 from attention_zoo.checkpoints import CheckpointError, convert_official_state_dict, read_checkpoint
 
+from .halonet import build_halonet, holds_halo_attention
 from .vit import build_vit
 
 __all__ = ["create_model", "list_models"]
@@ -33,16 +34,16 @@ def create_model(
 
     Args:
         name: one of ours (`list_models()`) or any of timm's.
-        pretrained: load timm's weights (timm's names only; with `attention`, only "mha" can take them).
+        pretrained: load timm's weights (timm's names only; with `attention`, only timm's own kind can take them: "mha", "halo").
         checkpoint_path: weights to load, ours or the official ones (detected and converted): `.safetensors` or a PyTorch file.
         attention: a registered mechanism for every block. Our own models put it where their paper has its own; of timm's models,
-            the Vision Transformers of its standard block can take it.
+            the Vision Transformers of its standard block and the networks with halo attention can take it.
         attention_kwargs: options of the mechanism.
         kwargs: the model's own arguments, `num_classes`, `img_size`, `features_only`, `drop_path_rate`, ...
 
-    Returns: a timm model, or, for the names of decoders, a Hugging Face `PreTrainedModel`; those take the fields of its configuration
-        as further arguments (`hidden_size`, `num_hidden_layers`, ...), and `attention` and `attention_kwargs` may be lists, one entry
-        for each layer.
+    Returns: a timm model, or, for the names of decoders, a Hugging Face `PreTrainedModel`; those take the fields of its
+        configuration as further arguments (`hidden_size`, `num_hidden_layers`, ...), and `attention` and `attention_kwargs` may be
+        lists, one entry for each layer.
 
     Raises:
         UnknownNameError: no such model or mechanism; the nearest names are listed.
@@ -54,17 +55,18 @@ def create_model(
         raise _unknown_model(name)
     if pretrained and ours:
         raise ValueError(f"no weights of {name!r} can be fetched; get the official file (see its page) and give checkpoint_path")
-    builder = registry.model_info(name).builder if ours else None
-    if builder is None and not (isinstance(attention, str | None) and isinstance(attention_kwargs, Mapping | None)):
-        raise ValueError(f"{name!r} has one mechanism for all its blocks: attention is a name, attention_kwargs a dict")
     options: Any = dict(attention_kwargs) if isinstance(attention_kwargs, Mapping) else attention_kwargs
+    builder = registry.model_builder(name) if ours else None
     if builder is not None:
         model = builder(name, registry.model_info(name).family, attention=attention, attention_kwargs=options, **kwargs)
+    elif not (isinstance(attention, str | None) and isinstance(options, dict | None)):
+        raise ValueError(f"{name!r} has one mechanism for all its blocks: attention is a name, attention_kwargs a dict")
     elif ours:
         chosen = {"attention": attention, "attention_kwargs": options}
         model = timm.create_model(name, **{k: v for k, v in chosen.items() if v is not None}, **kwargs)
     elif attention is not None:
-        model = build_vit(name, attention, options, pretrained=pretrained, **kwargs)
+        build = build_halonet if holds_halo_attention(name) else build_vit
+        model = build(name, attention, options, pretrained=pretrained, **kwargs)
     elif options is not None:
         raise ValueError(f"attention_kwargs without attention: {name!r} is timm's own model")
     else:
@@ -111,7 +113,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, name: str, **kwargs: Any
 
 
 def _is_ours(name: str) -> bool:
-    if registry.model_info(name).builder is not None:
+    if registry.model_builder(name) is not None:
         return True
     return timm.is_model(name) and model_entrypoint(name).__module__.startswith("attention_zoo.")
 

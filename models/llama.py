@@ -39,7 +39,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from attention_zoo.attention.base import AttentionModule, auxiliary_loss
-from attention_zoo.registry import attention_class, attention_info, create_attention, register_model_info
+from attention_zoo.registry import attention_class, attention_info, create_attention, register_builder, register_model_info
 
 from ._hf_attention import NAME, register_zoo_attention
 from .polynorm import PolyNorm
@@ -90,7 +90,7 @@ class ZooLlamaConfig(LlamaConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """Llama's check, that heads divide the width, does not hold here: heads may be of any width. The mechanism checks its own."""
+        """Llama's check, that heads divide the width, does not hold here: heads may be of any width; mechanisms check their own."""
 
     def layer_attention(self, layer_idx: int) -> tuple[str, dict[str, Any]]:
         """Name and options of one layer's mechanism."""
@@ -130,7 +130,7 @@ def _resolve_heads(config: ZooLlamaConfig) -> None:
             if heads is not None:
                 raise
             module = _on_meta(config, name, options, given)
-        found.append((getattr(module, "num_kv_heads", config.num_attention_heads), module.head_dim))
+        found.append((int(getattr(module, "num_kv_heads", config.num_attention_heads)), int(module.head_dim)))
     of_kv_heads, of_head_dims = ({pair[i] for pair in found} for i in (0, 1))
     if heads is None:
         config.num_key_value_heads = of_kv_heads.pop() if len(of_kv_heads) == 1 else config.num_attention_heads
@@ -253,7 +253,7 @@ class ZooLlamaPreTrainedModel(LlamaPreTrainedModel):
 
 
 def _reset_own_parameters(module: AttentionModule) -> None:
-    """Initialise what the mechanism itself holds (not its projections and norms, which are the decoder's) and no checkpoint gave."""
+    """Initialise what the mechanism itself holds, not its projections and norms, which are the decoder's, where no file gave it."""
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     fresh = [t for t in own if not getattr(t, "_is_hf_initialized", False)]
     if not fresh:
@@ -434,6 +434,7 @@ def _family_attention(family: str, config: Mapping[str, Any]) -> tuple[str, dict
     return "gqa", {}
 
 
+@register_builder("llama", "moh_llama", "llama_cca", "diffllama", "motif")
 def build_llama(
     name: str,
     family: str,
@@ -492,4 +493,4 @@ _GENERAL_FIELDS = (
 
 for _family, _presets in _PRESETS.items():
     for _name, _preset in _presets.items():
-        register_model_info(_name, _family, builder=build_llama, **_preset)
+        register_model_info(_name, _family, **_preset)

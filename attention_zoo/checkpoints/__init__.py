@@ -1,6 +1,7 @@
 """Official checkpoints: safe reading of the files, and the mapping of their keys to ours, one file per family."""
 
 from attention_zoo.checkpoints import agent as _agent  # noqa: F401 - registers its converters
+from attention_zoo.checkpoints import halonet as _halonet  # noqa: F401 - registers its converters
 from attention_zoo.checkpoints import kdgqa as _kdgqa  # noqa: F401 - registers its converters
 from attention_zoo.checkpoints import litv2 as _litv2  # noqa: F401 - registers its converters
 from attention_zoo.checkpoints import llama as _llama  # noqa: F401 - registers its converters

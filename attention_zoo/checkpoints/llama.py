@@ -1,7 +1,7 @@
 """Checkpoints of Llama-style decoders: Hugging Face's own Llama, and Mixture-of-Head Llama (SkyworkAI/MoH).
 
-Every decoder has Hugging Face's names outside its attention. Checkpoints of Llama itself load into `llama` with `gqa` or `mha`, whose
-projections are called otherwise; MoH-LLaMA3 adds no parameter, so its names stay.
+Every decoder has Hugging Face's names outside its attention. Checkpoints of Llama itself load into `llama` with `gqa` or `mha`,
+whose projections are called otherwise; MoH-LLaMA3 adds no parameter, so its names stay.
 """
 
 from __future__ import annotations
