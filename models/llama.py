@@ -130,7 +130,7 @@ def _resolve_heads(config: ZooLlamaConfig) -> None:
             if heads is not None:
                 raise
             module = _on_meta(config, name, options, given)
-        found.append((int(getattr(module, "num_kv_heads", config.num_attention_heads)), int(module.head_dim)))
+        found.append((module.num_kv_heads if "num_kv_heads" in vars(module) else config.num_attention_heads, module.head_dim))
     of_kv_heads, of_head_dims = ({pair[i] for pair in found} for i in (0, 1))
     if heads is None:
         config.num_key_value_heads = of_kv_heads.pop() if len(of_kv_heads) == 1 else config.num_attention_heads
