@@ -22,7 +22,7 @@ MANUAL = {
     "dgqa/ema_train_w2": "tests/attention/test_kdgqa.py::test_dgqa_sequences",
     "gqa/convert_h6kv3": "tests/attention/test_gqa.py::test_conversion",
 }
-RETURNED = {"tokens", "out", "logits"}  # stored outputs that forward returns, besides feature maps
+RETURNED = {"tokens", "out", "x", "logits"}  # stored outputs that forward returns, besides feature maps
 
 
 def close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
@@ -37,9 +37,14 @@ def test_case(case: ParityCase) -> None:
     outputs = _named_outputs(case, result)
     stored = case.group("output")
     for name, got in outputs.items():
-        close(got, stored[name], case.tolerance, f"output {name}")
+        close(got, laid_out(stored[name], got), case.tolerance, f"output {name}")
     _check_side_results(case, module, stored)
     _check_gradients(case, module, x, outputs)
+
+
+def laid_out(stored: Tensor, like: Tensor) -> Tensor:
+    """A stored map (B, C, H, W) as the tokens (B, N, C) that ours takes and returns."""
+    return stored.flatten(2).transpose(1, 2) if stored.ndim == 4 and like.ndim == 3 else stored
 
 
 def _named_outputs(case: ParityCase, result: Any) -> dict[str, Tensor]:
@@ -48,7 +53,7 @@ def _named_outputs(case: ParityCase, result: Any) -> dict[str, Tensor]:
     if isinstance(result, (list, tuple)):
         assert len(result) == sum(name.startswith("feat") and name[4:].isdigit() for name in stored)
         return {f"feat{i}": feature_map for i, feature_map in enumerate(result)}
-    names = ["logits"] if case.target == "model" else [n for n in ("tokens", "out") if n in stored]
+    names = ["logits"] if case.target == "model" else [n for n in ("tokens", "out", "x") if n in stored]
     return dict.fromkeys(names, result)
 
 
@@ -81,13 +86,13 @@ def _check_gradients(case: ParityCase, module: nn.Module, x: Tensor, outputs: di
         return
     if {"tokens", "out"} <= set(cotangents):
         outputs = {k: v for k, v in outputs.items() if k != "out"}  # the same output under two names
-    terms = [(outputs[name] * cotangents[name]).sum() for name in outputs if name in cotangents]
+    terms = [(outputs[name] * laid_out(cotangents[name], outputs[name])).sum() for name in outputs if name in cotangents]
     assert terms
     if "aux_loss" in cotangents:
         terms.append(az.auxiliary_loss(module) * cotangents["aux_loss"])
     torch.stack(terms).sum().backward()
     assert x.grad is not None
-    close(x.grad, case.tensors["grad.input"], case.gradient_tolerance, "gradient by the input")
+    close(x.grad, laid_out(case.tensors["grad.input"], x.grad), case.gradient_tolerance, "gradient by the input")
 
     if stored := case.group("grad.state"):
         # A converter maps keys and moves rows, so it takes gradients to our names as well; NaN marks what is not stored.

@@ -2,5 +2,17 @@
 
 from attention_zoo.ops.attention import attention, merge_attention
 from attention_zoo.ops.dispatch import BACKENDS, BackendError, backends, explain, use_backend
+from attention_zoo.ops.halo import halo_attention
+from attention_zoo.ops.routed import routed_attention
 
-__all__ = ["BACKENDS", "BackendError", "attention", "backends", "explain", "merge_attention", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "BackendError",
+    "attention",
+    "backends",
+    "explain",
+    "halo_attention",
+    "merge_attention",
+    "routed_attention",
+    "use_backend",
+]

@@ -1,0 +1,320 @@
+"""Halo attention: each block of pixels attends to itself and a margin around it, with learned relative positions.
+
+Scaling Local Self-Attention for Parameter Efficient Visual Backbones, arXiv 2103.12731, 2021. No official code exists; timm's
+`HaloAttn` (huggingface/pytorch-image-models) is followed, whose weights load unchanged.
+Deviations: `mask_padding` keeps what lies outside the image out of the softmax and allows grids of any size, where timm attends to
+zeros and needs whole blocks; an output projection (`out_proj`); tokens before the grid (`num_prefix_tokens`); dropout; biases start
+at zero; the softmax is float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from timm.layers import make_divisible
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attention_zoo import ops
+from attention_zoo.attention.base import AttentionModule, check_grid, check_tokens, merge_heads, resolve_head_dim, split_heads
+from attention_zoo.attention.conversion import refuse_tensors, source_settings, split_projections
+from attention_zoo.registry import register_attention
+
+__all__ = ["HaloAttention"]
+
+
+class RelativePositions(nn.Module):
+    """Two tables of relative positions, rows (2 win - 1) by channels of a head."""
+
+    def __init__(self, win_size: int, head_dim: int, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.height_rel = nn.Parameter(torch.empty(2 * win_size - 1, head_dim, device=device, dtype=dtype))
+        self.width_rel = nn.Parameter(torch.empty(2 * win_size - 1, head_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for table in (self.height_rel, self.width_rel):
+            nn.init.trunc_normal_(table, std=table.shape[1] ** -0.5)
+
+
+@register_attention(
+    "halo",
+    title="Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
+    arxiv="2103.12731",
+    year=2021,
+    repository=None,
+    patterns={"noncausal_self"},
+    spatial=True,
+    grid_multiple=(8, 8),
+    cost="O(N (b + 2h)^2 C)",
+    engines=("reference",),
+)
+class HaloAttention(AttentionModule):
+    """Halo attention: the b x b queries of a block share the (b + 2h) x (b + 2h) keys in and around it.
+
+        y = W_o concat_heads(o),   o(i, j) = sum_rc p(i, j, r, c) v(r, c)      cells (r, c) of the window, win = b + 2h a side
+        p(i, j) = softmax_rc(q k(r, c) / sqrt(d) + q (R_h[r - i + win - 1] + R_w[c - j + win - 1]))
+
+    | paper | here |
+    |---|---|
+    | b, h | `block_size`, `halo_size` |
+    | win = b + 2h | `win_size` |
+    | number of heads; d of q and k; width of a head's values | `num_heads`, `head_dim`, `value_dim` |
+    | W_q | `q`, rows (head, d) |
+    | W_k, W_v | `kv`: for each head d rows of keys, then its rows of values |
+    | relative positions R_h, R_w, of all heads | `pos_embed.height_rel`, `pos_embed.width_rel` |
+    | W_o, ours | `proj` |
+
+    (i, j) counts the queries of a block and (r, c) the cells of its window, which starts h cells above and left of it; the first
+    rows of both tables are never read. With stride 2 and an even b, the queries are every second pixel and (i, j) counts those; with
+    an odd b or `avg_down`, the output of stride 1 is averaged over 2 x 2 pixels.
+
+    Args:
+        dim: channels C of the tokens.
+        num_heads: number of heads.
+        head_dim: channels d of a head's queries and keys; None: make_divisible(dim_out * qk_ratio, 8) / num_heads, rounded down.
+        dim_out: channels of the output, a multiple of num_heads; None: dim.
+        block_size: side b of the blocks.
+        halo_size: width h of the margin.
+        stride: 1, or 2 to halve the grid.
+        qk_ratio: width of queries and keys over dim_out, where head_dim is None.
+        qkv_bias: whether `q` and `kv` have a bias.
+        avg_down: halve the grid by averaging, whatever b.
+        scale_pos_embed: divide the position term by sqrt(d) as well.
+        mask_padding: what lies outside the image is not attended to, and the grid may be of any size. False, as in timm: keys and
+            values of zero stand there and count in the softmax; b must divide H and W.
+        num_prefix_tokens: class or register tokens before the grid. They attend to all tokens, and all patches to them besides their
+            window, without positions.
+        out_proj: whether there is an output projection.
+        attn_drop, proj_drop: dropout rates on the attention weights and on the output.
+
+    Shape: x (B, P + N, C), N = H * W row-major -> (B, P + N / stride^2, dim_out); or, without prefix tokens, x (B, C, H, W) ->
+    (B, dim_out, H / stride, W / stride). Halves are rounded up where queries are strided, down where outputs are averaged.
+
+    Raises:
+        ValueError: numbers that do not go together, a grid that b does not divide (without `mask_padding`) or that is not N tokens.
+        TypeError: tokens without grid_size.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        head_dim: int | None = None,
+        dim_out: int | None = None,
+        block_size: int = 8,
+        halo_size: int = 3,
+        stride: int = 1,
+        qk_ratio: float = 1.0,
+        qkv_bias: bool = False,
+        avg_down: bool = False,
+        scale_pos_embed: bool = False,
+        mask_padding: bool = False,
+        num_prefix_tokens: int = 0,
+        out_proj: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        _check_numbers(dim, block_size, halo_size, stride, num_prefix_tokens)
+        self.dim, self.dim_out, self.num_heads = dim, dim if dim_out is None else dim_out, num_heads
+        self.value_dim = resolve_head_dim(self.dim_out, num_heads)
+        self.head_dim = _resolve_query_dim(self.dim_out, num_heads, head_dim, qk_ratio)
+        self.block_size, self.halo_size, self.stride = block_size, halo_size, stride
+        self.win_size = block_size + 2 * halo_size
+        self.averages = stride == 2 and (avg_down or block_size % 2 == 1)
+        self.query_stride = 1 if self.averages else stride
+        self.scale_pos_embed, self.mask_padding, self.num_prefix_tokens = scale_pos_embed, mask_padding, num_prefix_tokens
+        inner = num_heads * self.head_dim
+        self.q = nn.Conv2d(dim, inner, 1, stride=self.query_stride, bias=qkv_bias, **factory)
+        self.kv = nn.Conv2d(dim, inner + self.dim_out, 1, bias=qkv_bias, **factory)
+        self.pos_embed = RelativePositions(self.win_size, self.head_dim, **factory)
+        self.proj = nn.Linear(self.dim_out, self.dim_out, **factory) if out_proj else nn.Identity()
+        self.attn_drop = attn_drop
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """timm's initialisation; biases are zero."""
+        layers = [(self.q, self.dim**-0.5), (self.kv, self.dim**-0.5), (self.proj, 0.02)]
+        for layer, std in layers:
+            if not isinstance(layer, nn.Identity):
+                nn.init.trunc_normal_(layer.weight, std=std)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        self.pos_embed.reset_parameters()
+
+    @classmethod
+    def from_softmax_attention(
+        cls, source: nn.Module | Mapping[str, Tensor], *, num_heads: int | None = None, **options: Any
+    ) -> Self:
+        """Build halo attention from the weights of a multi-head attention, with position tables of zero.
+
+        The result is the source restricted to the windows (with mask_padding=True, which is the default here); it computes what the
+        source does when one block holds the whole grid. Start with a large halo and shrink it. Memory is not shared with the source.
+        From a module, its dropout rates and train mode are taken over.
+
+        Args:
+            source: an attention module or its state dict: timm's or the zoo's fused `qkv` and `proj`, or separate projections.
+            num_heads: heads of the source; needed for a state dict, and for modules without a `num_heads`.
+            options: further constructor arguments; they win over the settings of the source.
+
+        Raises:
+            ValueError: a causal or grouped source, one with another scale of the logits or heads that do not make up its width, or
+                tensors that are missing or have no place here; all of them are listed.
+        """
+        state = split_projections(source.state_dict() if isinstance(source, nn.Module) else source)
+        num_heads = getattr(source, "num_heads", None) if num_heads is None else num_heads
+        if num_heads is None:
+            raise ValueError("the weights do not say how many heads they are: give num_heads")
+        (inner, dim), kv_shape = state["q.weight"].shape, tuple(state["k.weight"].shape)
+        if inner != dim or kv_shape != (dim, dim) or dim % num_heads:
+            raise ValueError(
+                f"halo attention needs as many key/value heads as query heads, which together have the width of the tokens: with "
+                f"{num_heads} heads, q.weight is {(inner, dim)} and k.weight {kv_shape}"
+            )
+        settings = {
+            "head_dim": dim // num_heads,
+            "qkv_bias": "q.bias" in state,
+            "mask_padding": True,
+            "device": state["q.weight"].device,
+            "dtype": state["q.weight"].dtype,
+            **_source_settings(source, dim // num_heads),
+        }
+        module = cls(dim, num_heads, **{**settings, **options})
+        module._load_softmax_attention(state)
+        return module.train(source.training) if isinstance(source, nn.Module) else module
+
+    def _load_softmax_attention(self, state: Mapping[str, Tensor]) -> None:
+        """Copy q, k, v and proj; the tables become zero."""
+        tables = {f"pos_embed.{n}": torch.zeros_like(p) for n, p in self.pos_embed.named_parameters()}
+        own = {n: t for n, t in state.items() if n.partition(".")[0] not in {"q", "k", "v", "proj"}}
+        for kind in ("weight", "bias"):
+            if f"q.{kind}" in state:
+                q, k, v = (state[f"{name}.{kind}"].unflatten(0, (self.num_heads, -1)) for name in "qkv")
+                maps = {"q": q.flatten(0, 1), "kv": torch.cat([k, v], 1).flatten(0, 1)}  # keys and values head by head
+                own |= {f"{n}.{kind}": t[..., None, None] if kind == "weight" else t for n, t in maps.items()}
+        own["proj.weight"] = state["proj.weight"]
+        own["proj.bias"] = state.get("proj.bias", own["proj.weight"].new_zeros(self.dim_out))
+        expected = self.state_dict()
+        refuse_tensors(type(self).__name__, expected.keys() - own.keys() - tables.keys(), own.keys() - expected.keys())
+        self.load_state_dict({**own, **tables})
+
+    def forward(self, x: Tensor, *, grid_size: tuple[int, int] | None = None) -> Tensor:
+        if x.ndim == 4:
+            self._check_map(x, grid_size)
+            out, _ = self._attend(x)
+            return self.proj_drop(self.proj(out.movedim(1, -1))).movedim(-1, 1)
+        check_tokens(x, self.dim)
+        if grid_size is None:
+            raise TypeError("forward() of tokens needs grid_size=(H, W)")
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        image = patches.transpose(1, 2).unflatten(2, check_grid(patches, grid_size))
+        out, prefix_out = self._attend(image, prefix if self.num_prefix_tokens else None)
+        tokens = out.flatten(2).transpose(1, 2)
+        if prefix_out is not None:
+            tokens = torch.cat([prefix_out, tokens], 1)
+        return self.proj_drop(self.proj(tokens))
+
+    def _attend(self, image: Tensor, prefix: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B, C, H, W) and (B, P, C) -> (B, dim_out, H / stride, W / stride) and (B, P, dim_out), before the output projection."""
+        q = _split_map(self.q(image), self.num_heads)
+        k, v = _split_map(self.kv(image), self.num_heads).split([self.head_dim, self.value_dim], -1)
+        result = ops.halo_attention(
+            q,
+            k,
+            v,
+            self.pos_embed.height_rel,
+            self.pos_embed.width_rel,
+            block_size=self.block_size,
+            halo_size=self.halo_size,
+            query_stride=self.query_stride,
+            scale_positions=self.scale_pos_embed,
+            mask_padding=self.mask_padding,
+            dropout_p=self._dropout,
+            return_lse=prefix is not None,
+        )
+        if prefix is None:
+            out, prefix_out = result, None
+        else:
+            out, prefix_out = self._attend_with_prefix(prefix, q, k, v, *result)
+        out = out.permute(0, 1, 4, 2, 3).flatten(1, 2)  # type: ignore[union-attr]  # channels (head, d)
+        return F.avg_pool2d(out, 2) if self.averages else out, prefix_out
+
+    def _attend_with_prefix(
+        self, prefix: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Add the prefix keys to the softmax of the patches (`out`, `lse`), and let the prefix queries attend to all tokens."""
+        column = prefix.transpose(1, 2).unsqueeze(-1)  # (B, C, P, 1)
+        q_prefix = self.q(column.repeat_interleave(self.query_stride, 2)).flatten(2).transpose(1, 2)
+        kv_prefix = split_heads(self.kv(column).flatten(2).transpose(1, 2), self.num_heads)
+        k_prefix, v_prefix = kv_prefix.split([self.head_dim, self.value_dim], -1)
+        extra = ops.attention(q.flatten(2, 3), k_prefix, v_prefix, dropout_p=self._dropout, return_lse=True)
+        merged, _ = ops.merge_attention([out.flatten(2, 3), extra[0]], [lse.flatten(2, 3), extra[1]])
+        keys, values = (torch.cat([a, b.flatten(2, 3)], 2) for a, b in ((k_prefix, k), (v_prefix, v)))
+        prefix_out = ops.attention(split_heads(q_prefix, self.num_heads), keys, values, dropout_p=self._dropout)
+        assert isinstance(prefix_out, Tensor)  # no log-normaliser was asked for
+        return merged.unflatten(2, q.shape[2:4]), merge_heads(prefix_out)
+
+    @property
+    def _dropout(self) -> float:
+        return self.attn_drop if self.training else 0.0
+
+    def _check_map(self, x: Tensor, grid_size: tuple[int, int] | None) -> None:
+        """Raise ValueError unless `x` is (B, dim, H, W) that this module can take."""
+        if x.shape[1] != self.dim:
+            raise ValueError(f"x must be (B, N, C) or (B, C, H, W) with C = {self.dim}, got shape {tuple(x.shape)}")
+        if self.num_prefix_tokens:
+            raise ValueError(f"a map (B, C, H, W) has no place for num_prefix_tokens={self.num_prefix_tokens}: give tokens (B, N, C)")
+        if grid_size is not None and tuple(grid_size) != tuple(x.shape[2:]):
+            raise ValueError(f"grid_size={tuple(grid_size)} is not that of x {tuple(x.shape)}; leave it out")
+
+    def extra_repr(self) -> str:
+        text = f"num_heads={self.num_heads}, head_dim={self.head_dim}, block_size={self.block_size}, halo_size={self.halo_size}"
+        text += f", stride={self.stride}, mask_padding={self.mask_padding}"
+        return text + (f", num_prefix_tokens={self.num_prefix_tokens}" if self.num_prefix_tokens else "")
+
+
+def _split_map(x: Tensor, num_heads: int) -> Tensor:
+    """(B, heads * d, H, W) -> (B, heads, H, W, d)."""
+    return x.unflatten(1, (num_heads, -1)).permute(0, 1, 3, 4, 2)
+
+
+def _resolve_query_dim(dim_out: int, num_heads: int, head_dim: int | None, qk_ratio: float) -> int:
+    """Channels of a head's queries and keys: `head_dim`, else the width rounded to a multiple of 8, shared out. Raises ValueError."""
+    if head_dim is None:
+        head_dim = make_divisible(dim_out * qk_ratio, 8) // num_heads
+        if head_dim < 1 or qk_ratio <= 0:
+            raise ValueError(
+                f"qk_ratio={qk_ratio} gives {num_heads} heads of dim_out={dim_out} no queries; give head_dim, or at least "
+                f"qk_ratio={num_heads / dim_out:g}"
+            )
+    return resolve_head_dim(dim_out, num_heads, head_dim)
+
+
+def _check_numbers(dim: int, block_size: int, halo_size: int, stride: int, num_prefix_tokens: int) -> None:
+    least = {"dim": (dim, 1), "block_size": (block_size, 1), "halo_size": (halo_size, 0), "num_prefix_tokens": (num_prefix_tokens, 0)}
+    for name, (value, smallest) in least.items():
+        if value != int(value) or value < smallest:
+            raise ValueError(f"{name} must be a whole number from {smallest}, got {value}; the nearest is {max(smallest, round(value))}")
+    if stride not in (1, 2):
+        raise ValueError(f"stride must be 1 or 2, got {stride}; the nearest is {1 if stride < 2 else 2}")
+
+
+def _source_settings(source: nn.Module | Mapping[str, Tensor], head_dim: int) -> dict[str, Any]:
+    """Constructor arguments that the source's attributes tell. Raises ValueError for a source that halo attention cannot be."""
+    if not isinstance(source, nn.Module):
+        return {}
+    if getattr(source, "is_causal", False):
+        raise ValueError("the source is causal: halo attention attends both ways over a grid of image patches")
+    scale = getattr(source, "scale", None)
+    if isinstance(scale, float) and not math.isclose(scale, head_dim**-0.5):
+        raise ValueError(f"the source scales its logits by {scale:g}; halo attention has 1 / sqrt(head_dim) = {head_dim**-0.5:g}")
+    return {name: value for name, value in source_settings(source).items() if name in {"attn_drop", "proj_drop"}}
