@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attention_zoo.attention.base import AttentionModule
 
-__all__ = ["refuse_tensors", "source_settings", "split_projections"]
+__all__ = ["refuse_tensors", "source_heads", "source_settings", "split_projections"]
 
 # Names of the projections elsewhere, in order q, k, v, proj; fused ones have the rows [q; k; v] and [k; v].
 _LAYOUTS: tuple[dict[str, tuple[str, ...]], ...] = (
@@ -54,6 +54,15 @@ def source_settings(source: nn.Module) -> dict[str, Any]:
     if isinstance(source, AttentionModule):
         found.update(is_causal=source.is_causal, rope_layout=source.rope_layout)
     return found
+
+
+def source_heads(source: nn.Module | Mapping[str, Tensor], inner: int) -> int:
+    """Query heads of an attention module: its `num_heads`, or what its `head_dim` tells of `inner` channels. Raises ValueError."""
+    if isinstance(num_heads := getattr(source, "num_heads", None), int):
+        return num_heads
+    if isinstance(head_dim := getattr(source, "head_dim", None), int):
+        return inner // head_dim
+    raise ValueError("the weights do not say how many heads they are: give num_heads")
 
 
 def refuse_tensors(name: str, missing: Iterable[str], unknown: Iterable[str]) -> None:

@@ -31,7 +31,7 @@ from attention_zoo.attention.base import (
     resolve_head_dim,
     split_heads,
 )
-from attention_zoo.attention.conversion import refuse_tensors, source_settings, split_projections
+from attention_zoo.attention.conversion import refuse_tensors, source_heads, source_settings, split_projections
 from attention_zoo.registry import PATTERNS, register_attention
 
 __all__ = ["MixtureOfHeads", "MoHAttention", "load_balance_loss", "set_routed_topk", "top_k_mask"]
@@ -294,7 +294,7 @@ class MoHAttention(MixtureOfHeads):
         """
         state = split_projections(source.state_dict() if isinstance(source, nn.Module) else source)
         (inner, dim), (kv_inner, context_dim) = state["q.weight"].shape, state["k.weight"].shape
-        num_heads = _source_heads(source, inner) if num_heads is None else num_heads
+        num_heads = source_heads(source, inner) if num_heads is None else num_heads
         head_dim = inner // num_heads if num_heads > 0 and inner % num_heads == 0 else 0
         if head_dim == 0 or kv_inner % head_dim:
             raise ValueError(f"q.weight has {inner} rows, k.weight {kv_inner}: no whole number of heads; is num_heads={num_heads}?")
@@ -498,15 +498,6 @@ def _real_tokens(attention_mask: Tensor, num_tokens: int, start: int | Tensor) -
     if allowed.shape[1] in (1, num_tokens):
         return allowed
     return allowed.index_select(1, torch.arange(num_tokens, device=allowed.device) + start)
-
-
-def _source_heads(source: nn.Module | Mapping[str, Tensor], inner: int) -> int:
-    """Query heads of an attention module: its `num_heads`, or what its `head_dim` tells of `inner` channels."""
-    if isinstance(num_heads := getattr(source, "num_heads", None), int):
-        return num_heads
-    if isinstance(head_dim := getattr(source, "head_dim", None), int):
-        return inner // head_dim
-    raise ValueError("the weights do not say how many heads they are: give num_heads")
 
 
 def _source_settings(source: nn.Module) -> dict[str, Any]:
