@@ -1,6 +1,19 @@
 """Backbones: one file per family, registered with timm's registry. Installed as `attention_zoo.models`."""
 
-from . import halonet, litv2, llama, vit
+from . import agent_deit, agent_pvt, agent_swin, biformer, biformer_stl, halonet, litv2, llama, moh_transnext, vit
 from ._factory import create_model, list_models
 
-__all__ = ["create_model", "list_models", "halonet", "litv2", "llama", "vit"]
+__all__ = [
+    "agent_deit",
+    "agent_pvt",
+    "agent_swin",
+    "biformer",
+    "biformer_stl",
+    "create_model",
+    "halonet",
+    "list_models",
+    "litv2",
+    "llama",
+    "moh_transnext",
+    "vit",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -92,9 +93,13 @@ def load_checkpoint(model: nn.Module, path: str | Path, name: str, **kwargs: Any
         CheckpointError: the file fits neither way; the model's weights are then untouched.
     """
     state, own = read_checkpoint(path), model.state_dict()
+    said = {k: v for k, v in kwargs.items() if v is not None}
+    if state.keys() == own.keys() and any(state[k].shape != own[k].shape for k in own):
+        with contextlib.suppress(registry.UnknownNameError, CheckpointError):  # of other sizes: some converters resample
+            state = convert_official_state_dict(name, state, **said)
     if state.keys() != own.keys():
         try:
-            state = convert_official_state_dict(name, state, **{k: v for k, v in kwargs.items() if v is not None})
+            state = convert_official_state_dict(name, state, **said)
         except registry.UnknownNameError:
             raise CheckpointError(f"{path} does not fit {name!r}: {_key_difference(state, own)}") from None
         except CheckpointError as error:

@@ -21,11 +21,11 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from attention_zoo.registry import AttentionInfo, register_model_info
+from attention_zoo.registry import AttentionInfo, attention_info, register_model_info
 
 from ._host import build_attention, check_attention
 
-__all__ = ["AttentionBlock", "build_vit"]
+__all__ = ["AttentionBlock", "build_vit", "share_grid"]
 
 
 class _NoAttention(nn.Identity):
@@ -39,6 +39,7 @@ class AttentionBlock(Block):
         dim, num_heads: as for `timm.models.vision_transformer.Block`, which takes all other keyword arguments.
         attention: name of the mechanism.
         attention_kwargs: its own options; they win over what the host model says (`qkv_bias`, `num_heads`, ...).
+        num_prefix_tokens: class and register tokens before the patches, for the spatial mechanisms that have a place for them.
 
     Shape: x (B, N, C) -> (B, N, C). `grid_size` must be set before the first forward if the mechanism is spatial; `build_vit`'s
     models set it whenever the patch embedding runs.
@@ -54,6 +55,7 @@ class AttentionBlock(Block):
         *,
         attention: str,
         attention_kwargs: dict[str, Any] | None = None,
+        num_prefix_tokens: int = 0,
         qkv_bias: bool = False,
         qk_norm: bool = False,
         scale_attn_norm: bool = False,
@@ -87,6 +89,7 @@ class AttentionBlock(Block):
             "attn_drop": attn_drop,
             "proj_drop": proj_drop,
             "norm_layer": norm_layer,
+            "num_prefix_tokens": num_prefix_tokens,
             "device": device,
             "dtype": dtype,
         }
@@ -155,13 +158,17 @@ def build_vit(
     if pretrained and attention != "mha":
         raise ValueError(f"pretrained weights of {name!r} belong to its own attention; {attention!r} starts from random weights")
     _check_standard_block(name)
-    model = timm.create_model(name, pretrained=pretrained, **_host_arguments(attention, attention_kwargs, kwargs))
+    num_prefix_tokens = _count_prefix_tokens(name, kwargs) if attention_info(attention).prefix_tokens else 0
+    arguments = _host_arguments(attention, attention_kwargs, kwargs, num_prefix_tokens)
+    model = timm.create_model(name, pretrained=pretrained, **arguments)
     if hasattr(model, "_model_args"):  # newer timm writes these to its config files: a block function has no place there
         model._model_args = {k: v for k, v in model._model_args.items() if k != "block_fn"} | {"attention": attention}
-    return _share_grid(model)
+    return share_grid(model)
 
 
-def _host_arguments(attention: str, attention_kwargs: dict[str, Any] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _host_arguments(
+    attention: str, attention_kwargs: dict[str, Any] | None, kwargs: dict[str, Any], num_prefix_tokens: int
+) -> dict[str, Any]:
     """timm's keyword arguments for a Vision Transformer with this attention. Raises ValueError when the two do not go together."""
     info = check_attention(attention, "a Vision Transformer")
     if info.spatial and not info.prefix_tokens:
@@ -171,7 +178,17 @@ def _host_arguments(attention: str, attention_kwargs: dict[str, Any] | None, kwa
                 "and reg_tokens, and pool with global_pool='avg'"
             )
         kwargs = {"global_pool": "avg", **kwargs, "class_token": False, "reg_tokens": 0}
-    return {**kwargs, "block_fn": functools.partial(AttentionBlock, attention=attention, attention_kwargs=attention_kwargs)}
+    block = functools.partial(
+        AttentionBlock, attention=attention, attention_kwargs=attention_kwargs, num_prefix_tokens=num_prefix_tokens
+    )
+    return {**kwargs, "block_fn": block}
+
+
+def _count_prefix_tokens(name: str, kwargs: dict[str, Any]) -> int:
+    """Class and register tokens of timm's model `name`, built with these arguments."""
+    said = {k: kwargs[k] for k in ("class_token", "reg_tokens", "global_pool") if k in kwargs}
+    with torch.device("meta"):
+        return int(timm.create_model(name, **said).num_prefix_tokens)
 
 
 @functools.cache
@@ -185,7 +202,7 @@ def _check_standard_block(name: str) -> None:
         )
 
 
-def _share_grid(model: nn.Module) -> nn.Module:
+def share_grid(model: nn.Module) -> nn.Module:
     """Let the blocks of a Vision Transformer (or of timm's feature wrapper around one) follow the grid of the patch embedding."""
     for vit in [m for m in model.modules() if isinstance(m, VisionTransformer)]:
         blocks = [b for b in vit.blocks if isinstance(b, AttentionBlock)]
@@ -242,7 +259,8 @@ def _register(name: str) -> None:
 
     def entry(pretrained: bool = False, attention: str = mechanism, attention_kwargs: Any = None, **kwargs: Any) -> Any:
         options = {**(own if attention in _KDGQA else {}), **(attention_kwargs or {})}
-        arguments = _host_arguments(attention, options, {**preset, **kwargs})
+        num_prefix_tokens = int(kwargs.get("class_token", True)) + kwargs.get("reg_tokens", 0)
+        arguments = _host_arguments(attention, options, {**preset, **kwargs}, num_prefix_tokens)
         model = build_model_with_cfg(
             VisionTransformer,
             name,
@@ -251,7 +269,7 @@ def _register(name: str) -> None:
             feature_cfg={"out_indices": arguments.pop("out_indices", 3), "feature_cls": "getter"},
             **arguments,
         )
-        return _share_grid(model)
+        return share_grid(model)
 
     entry.__name__ = entry.__qualname__ = name
     entry.__doc__ = f"Vision Transformer with {mechanism} (arXiv 2408.08454): {preset}, {own or 'half as many key/value heads'}."

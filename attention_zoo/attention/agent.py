@@ -163,7 +163,18 @@ class AgentTables(AttentionModule):
             shapes["ca_bias"] = (1, num_heads, num_prefix_tokens, agent_num)
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-        self.has_tables, self.agent_side = True, math.isqrt(agent_num)
+        self.has_tables = True
+
+    def resize_tables(self, window_size: Grid, key_window: Grid | None = None) -> None:
+        """Resample the row and column tables to another grid for good, as the official loader does; a forward there is the same."""
+        (rows, columns), (key_rows, key_columns) = window_size, key_window or window_size
+        sizes = {"ah_bias": (key_rows, 1), "aw_bias": (1, key_columns), "ha_bias": (rows, 1), "wa_bias": (1, columns)}
+        for name, size in sizes.items():
+            table = getattr(self, name)
+            agents_first = table.detach()[0] if name in {"ah_bias", "aw_bias"} else table.detach()[0].permute(0, 3, 1, 2)
+            resized = resize_grid(agents_first, size).to(table.dtype)
+            resized = resized if name in {"ah_bias", "aw_bias"} else resized.permute(0, 2, 3, 1)
+            self.register_parameter(name, nn.Parameter(resized[None].contiguous(), table.requires_grad))
 
     def reset_tables(self, std: float = 0.02) -> None:
         """Truncated normal values, zeros if `std` is 0."""
@@ -213,6 +224,7 @@ class AgentTables(AttentionModule):
     patterns={"noncausal_self", "noncausal_cross"},
     spatial=True,
     padding_masks_only=True,
+    prefix_tokens=True,
     cross_equals_self=False,
     cost="O(N n C)",
     engines=("torch", "flash", "xformers", "flex"),
@@ -385,6 +397,14 @@ class AgentAttention(AgentTables):
         self.reset_tables()
         if self.agent_source == "learned":
             trunc_normal_(self.agent_tokens, std=0.02)
+
+    def set_window_size(self, window_size: int | Grid) -> None:
+        """Resample the tables to another grid. Raises ValueError for one that is not positive, or for a sequence's module."""
+        if self.window_size is None:
+            raise ValueError("window_size=None is for sequences without a grid: there is nothing to resize")
+        self.window_size = rows, columns = _positive_grid("window_size", window_size)
+        if self.has_tables:
+            self.resize_tables((rows, columns), (rows // self.sr_ratio, columns // self.sr_ratio))
 
     # --- forward ------------------------------------------------------------------------------------------------------------------
 

@@ -7,17 +7,17 @@ loader does: `resize_state`, which the converters of the other Agent backbones u
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attention_zoo.checkpoints.convert import rename_keys
+from attention_zoo.checkpoints.convert import CheckpointError, parameter_keys, rename_keys
 from attention_zoo.registry import create_attention, register_converter
 
-__all__ = ["convert_agent", "fit_projections", "refit_head", "resize_state"]
+__all__ = ["convert_agent", "convert_agent_deit", "convert_agent_pvt", "fit_projections", "refit_head", "resize_state"]
 
 State = dict[str, Tensor]
 Grid = tuple[int, int]
@@ -107,3 +107,125 @@ def refit_head(state: Mapping[str, Tensor], num_classes: int, name: str = "head"
         elif key in fitted and fitted[key].shape[0] != num_classes:
             fitted[key] = fitted[key].new_zeros(num_classes, *fitted[key].shape[1:])
     return fitted
+
+
+@register_converter("agent_deit")
+def convert_agent_deit(
+    state_dict: State,
+    *,
+    img_size: int | Grid = 224,
+    patch_size: int | Grid = 16,
+    num_classes: int = 1000,
+    embed_dim: int = 192,
+    depth: int = 12,
+    num_heads: int = 3,
+    qkv_bias: bool = True,
+    agent_layer: int = -1,
+    attention: str = "agent",
+    attention_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> State:
+    """A whole Agent-DeiT; arguments as for `create_model`, `options` are those that change no key.
+
+    A checkpoint of another image size is resampled, a head of another number of classes starts at zero.
+
+    Raises:
+        CheckpointError: another mechanism than the official one, unknown or missing keys.
+    """
+    _refuse_other_mechanism(attention, "Agent-DeiT")
+    height, width = (side // patch for side, patch in zip(_pair(img_size), _pair(patch_size), strict=True))
+    expected = parameter_keys("patch_embed.proj", "norm") + ["cls_token"]
+    wanted = {"pos_embed": _sized(1, 1 + height * width, embed_dim)}
+    for i in range(depth):
+        expected += [f"blocks.{i}.{key}" for key in _BLOCK_KEYS]
+        if 0 <= agent_layer <= i:
+            attn = parameter_keys("attn.qkv", bias=qkv_bias) + parameter_keys("attn.proj")
+            expected += [f"blocks.{i}.{key}" for key in attn]
+            continue
+        own = {"window_size": (height, width), "num_prefix_tokens": 1, "qkv_bias": qkv_bias, **(attention_kwargs or {})}
+        wanted |= _layer_tensors(state_dict, f"blocks.{i}.attn.", embed_dim, num_heads, own)
+    state = _fit(state_dict, [*expected, *wanted], num_classes, wanted)
+    return resize_state(state, wanted, grids={"pos_embed": (height, width)}, num_prefix_tokens=1)
+
+
+@register_converter("agent_pvt")
+def convert_agent_pvt(
+    state_dict: State,
+    *,
+    img_size: int | Grid = 224,
+    patch_size: int = 4,
+    num_classes: int = 1000,
+    embed_dims: Sequence[int] = (64, 128, 320, 512),
+    depths: Sequence[int] = (2, 2, 2, 2),
+    num_heads: Sequence[int] = (1, 2, 5, 8),
+    qkv_bias: bool = True,
+    sr_ratios: Sequence[int] = (8, 4, 2, 1),
+    agent_sr_ratios: str | Sequence[int] = "1111",
+    attn_type: str = "AAAA",
+    attention: str = "agent",
+    attention_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> State:
+    """A whole Agent-PVT; arguments as for `create_model`, `options` are those that change no key.
+
+    A checkpoint of another image size is resampled, a head of another number of classes starts at zero; with
+    attention_kwargs=dict(split_qkv=False) the projections are fused.
+
+    Raises:
+        CheckpointError: another mechanism than the official one, unknown or missing keys.
+    """
+    _refuse_other_mechanism(attention, "Agent-PVT")
+    expected: list[str] = []
+    wanted: dict[str, Any] = {}
+    grids: dict[str, Grid] = {}
+    for i, depth in enumerate(depths):
+        expected += parameter_keys(f"patch_embed{i + 1}.proj", f"patch_embed{i + 1}.norm")
+        height, width = (side // patch_size // 2**i for side in _pair(img_size))
+        grids[f"pos_embed{i + 1}"] = (height, width)
+        wanted[f"pos_embed{i + 1}"] = _sized(1, height * width, embed_dims[i])
+        for block in (f"block{i + 1}.{j}." for j in range(depth)):
+            expected += [block + key for key in _BLOCK_KEYS]
+            if attn_type[i] == "B":
+                attn = parameter_keys("q", "kv", bias=qkv_bias) + parameter_keys(
+                    "proj", *(("sr", "norm") if sr_ratios[i] > 1 else ())
+                )
+                expected += [f"{block}attn.{key}" for key in attn]
+                continue
+            own = {"window_size": (height, width), "sr_ratio": int(agent_sr_ratios[i]), "split_qkv": True, "qkv_bias": qkv_bias}
+            own |= attention_kwargs or {}
+            wanted |= _layer_tensors(state_dict, f"{block}attn.", embed_dims[i], num_heads[i], own)
+    state = _fit(state_dict, [*expected, *wanted], num_classes, wanted)
+    return resize_state(state, wanted, grids=grids)
+
+
+_BLOCK_KEYS = parameter_keys("norm1", "norm2", "mlp.fc1", "mlp.fc2")
+
+
+def _pair(size: int | Grid) -> Grid:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _sized(*shape: int) -> Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def _refuse_other_mechanism(attention: str, where: str) -> None:
+    if attention != "agent":
+        raise CheckpointError(f"official {where} checkpoints have agent attention in their blocks, not {attention!r}")
+
+
+def _layer_tensors(state: Mapping[str, Tensor], prefix: str, dim: int, num_heads: int, options: Mapping[str, Any]) -> State:
+    """Names and sizes of one agent layer, with as many agents as the checkpoint has."""
+    table = state.get(f"{prefix}an_bias")
+    agents = {} if table is None else {"agent_num": table.shape[1]}
+    layer = create_attention("agent", dim=dim, num_heads=num_heads, **{**agents, **options, "device": "meta"})
+    return {prefix + key: tensor for key, tensor in layer.state_dict().items()}
+
+
+def _fit(state_dict: State, expected: Sequence[str], num_classes: int, wanted: Mapping[str, Any]) -> State:
+    """Check the keys, and bring projections and head to the model's form."""
+    head = parameter_keys("head")
+    state = rename_keys(
+        fit_projections(state_dict, wanted), (), expected=[*expected, *(head if num_classes else [])], optional=head
+    )
+    return refit_head(state, num_classes)
