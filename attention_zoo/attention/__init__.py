@@ -5,7 +5,10 @@ from attention_zoo.attention.agent_cswin import AgentCSwinAttention
 from attention_zoo.attention.base import auxiliary_loss
 from attention_zoo.attention.bra import BiLevelRoutingAttention
 from attention_zoo.attention.cache import cache_report
+from attention_zoo.attention.cca import CoreContextAttention
+from attention_zoo.attention.diff import DiffAttention
 from attention_zoo.attention.dtm import DeformableTokenMerging
+from attention_zoo.attention.gda import GroupedDiffAttention
 from attention_zoo.attention.gqa import GroupedQueryAttention
 from attention_zoo.attention.halo import HaloAttention
 from attention_zoo.attention.hilo import HiLoAttention
@@ -20,8 +23,11 @@ __all__ = [
     "AgentAttention",
     "AgentCSwinAttention",
     "BiLevelRoutingAttention",
+    "CoreContextAttention",
     "DeformableTokenMerging",
+    "DiffAttention",
     "DynamicGroupedQueryAttention",
+    "GroupedDiffAttention",
     "GroupedQueryAttention",
     "HaloAttention",
     "HiLoAttention",
