@@ -1,9 +1,10 @@
 """Backbones: one file per family, registered with timm's registry. Installed as `attention_zoo.models`."""
 
-from . import agent_deit, agent_pvt, agent_swin, biformer, biformer_stl, halonet, litv2, llama, moh_transnext, vit
+from . import agent_cswin, agent_deit, agent_pvt, agent_swin, biformer, biformer_stl, halonet, litv2, llama, moh_transnext, vit
 from ._factory import create_model, list_models
 
 __all__ = [
+    "agent_cswin",
     "agent_deit",
     "agent_pvt",
     "agent_swin",

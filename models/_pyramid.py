@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import create_classifier, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-__all__ = ["Grid", "PyramidClassifier", "factory_of", "init_linear", "to_map"]
+__all__ = ["Grid", "PyramidClassifier", "block_types", "check_stages", "factory_of", "init_linear", "to_map"]
 
 Grid = tuple[int, int]
 
@@ -55,7 +56,7 @@ class PyramidClassifier(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """The normalised map of the last stage, (B, C, H', W')."""
         x, grid_size = self.forward_stages(x)[-1]
-        return to_map(self.norm(x), grid_size)
+        return to_map(self._final_norm(x), grid_size)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.head_drop(self.global_pool(x))
@@ -119,6 +120,44 @@ class PyramidClassifier(nn.Module):
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return list(take)
+
+
+def check_stages(depths: Sequence[int], **lists: Sequence[Any]) -> None:
+    """Raise ValueError unless every list has an entry for each stage, and every stage a block."""
+    lists = {"depths": depths, **lists}
+    if len({len(value) for value in lists.values()}) != 1 or not depths or min(depths) < 1:
+        given = ", ".join(f"{name}={tuple(value)}" for name, value in lists.items())
+        raise ValueError(f"one entry for each stage, and at least one block in each; got {given}")
+
+
+def block_types(attn_type: str, depths: Sequence[int], letters: str = "AB") -> list[str]:
+    """The kind of every block, a string for each stage.
+
+    Args:
+        attn_type: a letter for each stage, one of the two `letters` or M: the first k blocks of the first kind, the others of the
+            second; k stands after all letters, as in "AAMB2".
+        depths: blocks of each stage.
+
+    Raises:
+        ValueError: letters that say nothing, or a k without M, or M without k.
+    """
+    first, second = letters
+    stages, number = attn_type[: len(depths)], attn_type[len(depths) :]
+    if (
+        len(stages) != len(depths)
+        or set(stages) - {first, second, "M"}
+        or ("M" in stages) != number.isdecimal()
+        or (number and not number.isdecimal())
+    ):
+        raise ValueError(
+            f"attn_type must have {len(depths)} letters, one for each stage, of {first}, {second} and M, and then, where one is M, "
+            f"how many of its blocks are {first}, as in {(first * len(depths))[:-1] + 'M2'!r}; got {attn_type!r}"
+        )
+    mixed = int(number or 0)
+    return [
+        first * min(mixed, depth) + second * max(depth - mixed, 0) if letter == "M" else letter * depth
+        for letter, depth in zip(stages, depths, strict=True)
+    ]
 
 
 def to_map(tokens: Tensor, grid_size: Grid) -> Tensor:

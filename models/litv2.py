@@ -24,7 +24,7 @@ from attention_zoo.attention import DeformableTokenMerging
 from attention_zoo.registry import register_model_info
 
 from ._host import build_attention, check_attention
-from ._pyramid import Grid, PyramidClassifier, factory_of, init_linear, to_map
+from ._pyramid import Grid, PyramidClassifier, check_stages, factory_of, init_linear, to_map
 
 __all__ = ["LITv2", "LITv2Features"]
 
@@ -212,10 +212,7 @@ class LITv2(_Pyramid, PyramidClassifier):
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        lists = {"depths": depths, "num_heads": num_heads, "window_sizes": window_sizes, "has_attn": has_attn}
-        if len({len(value) for value in lists.values()}) != 1 or not depths or min(depths) < 1:
-            given = ", ".join(f"{name}={tuple(value)}" for name, value in lists.items())
-            raise ValueError(f"one entry for each stage, and at least one block in each; got {given}")
+        check_stages(depths=depths, num_heads=num_heads, window_sizes=window_sizes, has_attn=has_attn)
         check_attention(attention, "LITv2")
         self.num_stages = num_stages = len(depths)
         self.num_classes, self.in_chans, self.attention = num_classes, in_chans, attention

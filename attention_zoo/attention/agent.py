@@ -149,6 +149,7 @@ class AgentTables(AttentionModule):
         dtype: Any = None,
     ) -> None:
         """Allocate the tables for queries on a grid `window_size` and keys on `key_window` (None: the same); not filled yet."""
+        self.agent_side = _square_root(agent_num)
         (rows, columns), (key_rows, key_columns) = window_size, key_window or window_size
         shapes = {
             "an_bias": (num_heads, agent_num, bias_grid, bias_grid),

@@ -1,0 +1,535 @@
+"""Agent-Swin: Swin Transformer whose first stages see the whole image, through agents, at the cost of windows.
+
+Agent Attention: On the Integration of Softmax and Linear Attention, arXiv 2312.08874, 2023; official code
+LeapLabTHU/Agent-Attention. A letter says what the blocks of a stage are: A agent attention, in windows as large as the map in all
+published models; B Swin's softmax attention in shifted windows with relative positions; M the first few A, the rest B. Parameters
+are named as the official ones.
+Deviations: images of any size run on the same weights, as in the official detection code: agents see the whole map, whatever it is,
+with their tables resampled; B windows stay, and the map is filled up with zeros for them. `attention` puts another mechanism in
+place of the agents. Training recipe: AdamW at 5e-4 * batch / 512, weight decay 0.05, 20 warm-up epochs of 300, gradients
+clipped at 5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    DropPath,
+    Mlp,
+    PatchEmbed,
+    calculate_drop_path_rates,
+    register_notrace_function,
+    register_notrace_module,
+    to_2tuple,
+    trunc_normal_,
+)
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model, swin_transformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from attention_zoo import ops
+from attention_zoo.attention.base import merge_heads, split_heads
+from attention_zoo.registry import register_model_info
+
+from ._host import build_attention, check_attention
+from ._pyramid import Grid, PyramidClassifier, block_types, check_stages, init_linear
+
+__all__ = ["AgentSwin", "AgentSwinBlock", "WindowAttention"]
+
+
+class WindowAttention(swin_transformer.WindowAttention):
+    """Swin's softmax attention in windows: logits get a bias by the relative position, and -100 across the seams of a shift.
+
+    Parameters and buffers are timm's; the computation goes through our engines.
+
+    Shape: windows (B * windows, w * w, C), mask (windows, w * w, w * w) -> (B * windows, w * w, C).
+    """
+
+    def set_window_size(self, window_size: int | Grid) -> None:
+        """Resample the table (bicubic) to other windows, as the official loader does."""
+        table, wanted = self.relative_position_bias_table, to_2tuple(window_size)
+        old, new = (tuple(2 * side - 1 for side in window) for window in (self.window_size, wanted))
+        with torch.no_grad():
+            resized = fit_positions(table[None], old, new)[0].contiguous()
+        self.window_size, self.window_area = wanted, math.prod(wanted)
+        self.relative_position_bias_table = nn.Parameter(resized, table.requires_grad)
+        index = swin_transformer.get_relative_position_index(*wanted, device=table.device)
+        self.register_buffer("relative_position_index", index, persistent=False)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(x).chunk(3, dim=-1))
+        bias, windows = self._get_rel_pos_bias(), 1
+        if mask is not None:  # windows stand beside the heads, so that no bias is repeated over the batch
+            windows = mask.shape[0]
+            bias = (bias + mask[:, None]).flatten(0, 1)[None]  # (1, windows * heads, w * w, w * w)
+            q, k, v = (t.unflatten(0, (-1, windows)).flatten(1, 2) for t in (q, k, v))
+        out = ops.attention(q, k, v, bias=bias, dropout_p=self.attn_drop.p if self.training else 0.0)
+        assert isinstance(out, Tensor)  # no log-normaliser was asked for
+        if mask is not None:
+            out = out.unflatten(1, (windows, self.num_heads)).flatten(0, 1)
+        out = self.proj_drop(self.proj(merge_heads(out)))
+        assert isinstance(out, Tensor)
+        return out
+
+
+register_notrace_module(WindowAttention)  # a leaf for torch.fx, as the mechanisms are
+
+
+class AgentSwinBlock(nn.Module):
+    """Pre-norm block: attention over the whole map or in its windows, then the MLP.
+
+    A window that covers the map, or is larger, becomes the map. A smaller one is moved by `shift_size`, which wraps around: B
+    blocks mask what does not belong together, A blocks do not (as in the official code; no published model shifts A blocks).
+
+    Args:
+        dim, num_heads: width and heads.
+        input_resolution: (H, W) of the map that it is meant for.
+        window_size: side of the windows; None: the map.
+        shift_size: how far they are shifted.
+        attn_type: "A" for `attention`, "B" for Swin's.
+        attention, attention_kwargs: the mechanism of A blocks and its options.
+        mlp_ratio: hidden width of the MLP over its width.
+        qkv_bias: whether the projections of queries, keys and values have a bias.
+        attn_drop, proj_drop, drop_path: dropout rates.
+
+    Shape: x (B, H * W, C) -> (B, H * W, C).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        input_resolution: Grid,
+        num_heads: int,
+        window_size: int | None = 7,
+        shift_size: int = 0,
+        *,
+        attn_type: str = "A",
+        attention: str = "agent",
+        attention_kwargs: Mapping[str, Any] | None = None,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        host = {"qkv_bias": qkv_bias, "attn_drop": attn_drop, "proj_drop": proj_drop, **factory}
+        self.uses_agents = attn_type == "A" and attention == "agent"
+        self.softmax_windows = attn_type == "B"
+        self._set_window(input_resolution, window_size, shift_size)
+        self.norm1 = nn.LayerNorm(dim, **factory)
+        self.attn: Any
+        if self.softmax_windows:
+            self.attn = WindowAttention(dim, num_heads, window_size=self.window_size, **host)
+        else:
+            own = {"window_size": self.window_size or tuple(input_resolution)} if self.uses_agents else {}
+            self.attn = build_attention(attention, dim, num_heads, host, {**own, **(attention_kwargs or {})})
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, **factory)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def _set_window(self, input_resolution: Grid, window_size: int | None, shift_size: int) -> None:
+        """Side of the windows, None where they are the map itself."""
+        self.input_resolution, self.shift_size = tuple(input_resolution), shift_size
+        window = max(input_resolution) if window_size is None else window_size
+        whole = window >= max(input_resolution) and not self.softmax_windows
+        self.window_size = None if whole else min(window, *input_resolution)
+
+    def set_input_size(self, input_resolution: Grid, window_size: int | None, shift_size: int) -> None:
+        """Another map, and windows on it; tables are resampled to their size."""
+        self._set_window(input_resolution, window_size, shift_size)
+        if self.softmax_windows:
+            self.attn.set_window_size(self.window_size)
+        elif self.uses_agents:
+            self.attn.set_window_size(to_2tuple(self.window_size or self.input_resolution))
+
+    def forward(self, x: Tensor, grid_size: Grid) -> Tensor:
+        x = x + self.drop_path1(self._attend(self.norm1(x), grid_size))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+    def _attend(self, x: Tensor, grid_size: Grid) -> Tensor:
+        if self.window_size is None:
+            return self._mechanism(x, grid_size)
+        shift = fit_shift(grid_size, self.window_size, self.shift_size)
+        if self.softmax_windows:  # the table has the size of its window, whatever the grid
+            windows = to_windows(x, grid_size, self.window_size, shift)
+            windows = self.attn(windows, shift_mask(x, grid_size, self.window_size, shift))
+            return from_windows(windows, grid_size, self.window_size, shift)
+        window = fit_window(grid_size, self.window_size)
+        windows = self._mechanism(to_windows(x, grid_size, window, shift), (window, window))
+        return from_windows(windows, grid_size, window, shift)
+
+    def _mechanism(self, x: Tensor, grid_size: Grid) -> Tensor:
+        out: Tensor = self.attn(x, **({"grid_size": grid_size} if self.attn.attention_info.spatial else {}))
+        return out
+
+
+@register_notrace_function
+def fit_window(grid_size: Grid, window: int) -> int:
+    """The largest window up to this one that a grid has room for."""
+    return min(window, *grid_size)
+
+
+@register_notrace_function
+def fit_shift(grid_size: Grid, window: int, shift: int) -> int:
+    """No shift where a window spans the grid."""
+    return 0 if min(grid_size) <= window else shift
+
+
+@register_notrace_function
+def to_windows(x: Tensor, grid_size: Grid, window: int, shift: int) -> Tensor:
+    """Tokens (B, H * W, C) -> windows (B * windows, w * w, C) of the shifted grid, filled up with zeros on the right and bottom."""
+    image = x.unflatten(1, grid_size)
+    below, right = (-side % window for side in grid_size)
+    if below or right:
+        image = F.pad(image, (0, 0, 0, right, 0, below))
+    if shift:
+        image = image.roll((-shift, -shift), (1, 2))
+    return swin_transformer.window_partition(image, (window, window)).flatten(1, 2)
+
+
+@register_notrace_function
+def from_windows(windows: Tensor, grid_size: Grid, window: int, shift: int) -> Tensor:
+    """The inverse of `to_windows`; what filled up the grid is cut off."""
+    (height, width), (rows, columns) = grid_size, (math.ceil(side / window) for side in grid_size)
+    image = windows.unflatten(1, (window, window)).unflatten(0, (windows.shape[0] // (rows * columns), rows, columns))
+    image = image.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    if shift:
+        image = image.roll((shift, shift), (1, 2))
+    return image[:, :height, :width].flatten(1, 2)
+
+
+@register_notrace_function
+def shift_mask(like: Tensor, grid_size: Grid, window: int, shift: int) -> Tensor | None:
+    """-100 where a shift brought opposite sides into one window, else 0, (windows, w * w, w * w); None without a shift."""
+    if not shift:
+        return None
+    bands = []
+    for side in grid_size:
+        place = torch.arange(-(-side // window) * window, device=like.device)
+        bands.append((place >= len(place) - window).int() + (place >= len(place) - shift).int())
+    regions = 3 * bands[0][:, None] + bands[1]
+    regions = swin_transformer.window_partition(regions[None, ..., None], (window, window)).flatten(1)
+    return -100.0 * (regions[:, :, None] != regions[:, None, :]).to(like.dtype)
+
+
+class AgentSwinStage(nn.Module):
+    """Blocks of one resolution. `downsample`, which leads to the next stage, is called by the model: features are taken before it.
+
+    Shape: x (B, H * W, C) -> (B, H * W, C).
+    """
+
+    def __init__(self, blocks: Sequence[AgentSwinBlock], downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor, grid_size: Grid) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, grid_size) if self.grad_checkpointing else block(x, grid_size)
+        return x
+
+
+class AgentSwin(PyramidClassifier):
+    """Agent-Swin classifier.
+
+    Args:
+        img_size: side or (H, W) of the images that it is meant for; tables and windows are sized by it. Others run as well.
+        patch_size: side of the patches.
+        in_chans: channels of the image.
+        num_classes: outputs of the head; 0: no head.
+        global_pool: pooling before the head ("avg", "max", ...; "" for none, without a head).
+        embed_dim: channels of stage 0; they double at each stage.
+        depths, num_heads: blocks and heads of each stage.
+        window_size: side of the windows of A blocks, cut to the map of the stage; B blocks have an eighth of it, at least 7. None:
+            the map of stage 0, so that A blocks see the whole map everywhere.
+        agent_num: agents of each stage, squares.
+        agent_grid: grid of the agents that are pooled in each stage, or None for a stage or all of them: as many as its agent_num.
+            Detection has ((9, 9), (12, 12), (14, 14), (7, 7)).
+        attn_type: a letter for each stage, A, B, or M; after them, if one is M, how many of its first blocks are A.
+        mlp_ratio: hidden width of the MLPs over their width.
+        qkv_bias: whether the attentions' projections of queries, keys and values have a bias.
+        ape: whether learned positions are added to the patches (`absolute_pos_embed`).
+        patch_norm: whether the patches are normalised.
+        attention: the mechanism of A blocks, any registered one that does noncausal self attention.
+        attention_kwargs: its options.
+        drop_rate: dropout before the head.
+        proj_drop_rate: dropout in the MLPs and after the attentions.
+        attn_drop_rate: dropout on attention weights.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+
+    Shape: x (B, in_chans, H, W) -> (B, num_classes). `forward_features` gives (B, C, H / 32, W / 32), normalised.
+
+    Raises:
+        ValueError: lists of different lengths, letters that say nothing, a mechanism that cannot stand here or lacks a setting.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Grid = 224,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int | None = None,
+        agent_num: Sequence[int] = (9, 16, 49, 49),
+        agent_grid: Sequence[Grid | None] | None = None,
+        attn_type: str = "AAAB",
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        ape: bool = False,
+        patch_norm: bool = True,
+        attention: str = "agent",
+        attention_kwargs: Mapping[str, Any] | None = None,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        agent_grid = [None] * len(depths) if agent_grid is None else agent_grid
+        check_stages(depths=depths, num_heads=num_heads, agent_num=agent_num, agent_grid=agent_grid)
+        check_attention(attention, "Agent-Swin")
+        types = block_types(attn_type, depths)
+        self.num_stages = num_stages = len(depths)
+        self.num_classes, self.in_chans, self.attention = num_classes, in_chans, attention
+        widths = [embed_dim * 2**i for i in range(num_stages)]
+        self.feature_info = [
+            {"num_chs": width, "reduction": patch_size * 2**i, "module": f"layers.{i}"} for i, width in enumerate(widths)
+        ]
+        self.num_features = self.head_hidden_size = widths[-1]
+
+        self.patch_embed = PatchEmbed(
+            img_size=None,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            norm_layer=nn.LayerNorm if patch_norm else None,
+            output_fmt="NHWC",
+            strict_img_size=False,
+            dynamic_img_pad=True,
+            **factory,
+        )
+        grids = self._plan(img_size, window_size)
+        self.absolute_pos_embed: nn.Parameter | None = None
+        if ape:
+            self.absolute_pos_embed = nn.Parameter(torch.empty(1, math.prod(grids[0]), embed_dim, **factory))
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        shared = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate, **factory}
+        layers = []
+        for i, width in enumerate(widths):
+            own = {"agent_num": agent_num[i], "agent_grid": agent_grid[i]} if attention == "agent" else {}
+            blocks = [
+                AgentSwinBlock(
+                    width,
+                    grids[i],
+                    num_heads[i],
+                    *self._window_of(letter, j),
+                    attn_type=letter,
+                    attention=attention,
+                    attention_kwargs={**own, **(attention_kwargs or {})},
+                    drop_path=rates[i][j],
+                    **shared,
+                )
+                for j, letter in enumerate(types[i])
+            ]
+            merging = swin_transformer.PatchMerging(width, **factory) if i < num_stages - 1 else None
+            layers.append(AgentSwinStage(blocks, merging))
+        self.layers = nn.ModuleList(layers)
+        self.norm: nn.Module = nn.LayerNorm(self.num_features, **factory)
+        self.head_drop = nn.Dropout(drop_rate)
+        self._create_head(num_classes, global_pool, **factory)
+        self.init_weights()
+
+    def _plan(self, img_size: int | Grid, window_size: int | None) -> list[Grid]:
+        """Note the sizes that the model is meant for; returns the grid of each stage. Raises ValueError for an impossible one."""
+        size, patch = to_2tuple(img_size), self.patch_embed.patch_size
+        grids = [tuple(math.ceil(side / p) for side, p in zip(size, patch, strict=True))]
+        for _ in range(self.num_stages - 1):
+            grids.append(tuple(math.ceil(side / 2) for side in grids[-1]))
+        if min(*size, window_size or 1) < 1:
+            raise ValueError(f"img_size and window_size must be positive, got img_size={img_size}, window_size={window_size}")
+        self.img_size, self.window_size, self.grid_size = size, window_size, grids[0]
+        return grids
+
+    def _window_of(self, letter: str, index: int) -> tuple[int | None, int]:
+        """Window and shift of a block of this kind, the `index`th of its stage."""
+        window = max(self.grid_size) if self.window_size is None else self.window_size
+        if letter == "B":
+            window = max(7, window // 8)
+        elif self.window_size is None:
+            return None, 0
+        return window, window // 2 if index % 2 else 0
+
+    def init_weights(self) -> None:
+        """The official initialisation; the mechanisms have their own."""
+        foreign = {m for layer in self.layers for block in layer.blocks if not block.softmax_windows for m in block.attn.modules()}
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module not in foreign:
+                init_linear(module)
+        if self.absolute_pos_embed is not None:
+            trunc_normal_(self.absolute_pos_embed, std=0.02)
+
+    def set_input_size(self, img_size: int | Grid, window_size: int | None = None) -> None:
+        """Resize tables, positions and windows to other images, as if the model had been built for them; what is learned stays.
+
+        Args:
+            img_size: side or (H, W).
+            window_size: of the constructor; None: as the model was built.
+
+        Raises:
+            ValueError: sizes that are not positive.
+        """
+        old_grid = self.grid_size
+        grids = self._plan(img_size, self.window_size if window_size is None else window_size)
+        if self.absolute_pos_embed is not None:
+            resized = fit_positions(self.absolute_pos_embed.detach(), old_grid, self.grid_size)
+            self.absolute_pos_embed = nn.Parameter(resized, self.absolute_pos_embed.requires_grad)
+        for layer, grid in zip(self.layers, grids, strict=False):  # a pruned model has fewer stages
+            for index, block in enumerate(layer.blocks):
+                block.set_input_size(grid, *self._window_of("B" if block.softmax_windows else "A", index))
+
+    def forward_stages(self, x: Tensor, num_stages: int | None = None) -> list[tuple[Tensor, Grid]]:
+        """Image (B, 3, H, W) -> tokens (B, N_i, C_i) and grid of each of the first stages, before their downsampling."""
+        x = self.patch_embed(x)  # (B, H, W, C)
+        grid_size, x = (x.shape[1], x.shape[2]), x.flatten(1, 2)
+        if self.absolute_pos_embed is not None:
+            x = x + fit_positions(self.absolute_pos_embed, self.grid_size, grid_size)
+        layers, found = list(self.layers)[:num_stages], []
+        for i, layer in enumerate(layers):
+            x = layer(x, grid_size)
+            found.append((x, grid_size))
+            if i < len(layers) - 1:
+                x = layer.downsample(x.unflatten(1, grid_size))
+                grid_size, x = (x.shape[1], x.shape[2]), x.flatten(1, 2)
+        return found
+
+    def prune_stages(self, last: int) -> None:
+        self.layers = self.layers[: last + 1]
+        self.layers[last].downsample = None
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for layer in self.layers:
+            layer.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Groups for layer-wise learning rates: a block each, then the stage's merging (or a stage each)."""
+        fine = [(r"^layers\.(\d+)\.blocks\.(\d+)", None), (r"^layers\.(\d+)\.downsample", (98,)), (r"^norm", (99999,))]
+        return {"stem": r"^patch_embed|^absolute_pos_embed", "blocks": r"^layers\.(\d+)" if coarse else fine}
+
+    def no_weight_decay(self) -> set[str]:
+        """The tables of relative positions and the absolute ones, as in the official recipe; the agents' tables are decayed."""
+        names = ("relative_position_bias_table", "absolute_pos_embed")
+        return {name for name, _ in self.named_parameters() if name.endswith(names)}
+
+
+@register_notrace_function
+def fit_positions(positions: Tensor, grid_size: Grid, wanted: Grid) -> Tensor:
+    """Position embeddings (1, H * W, C) of one grid, resampled (bicubic) to another."""
+    if grid_size == tuple(wanted):
+        return positions
+    image = positions.transpose(1, 2).unflatten(2, grid_size)
+    image = F.interpolate(image.float(), size=wanted, mode="bicubic", align_corners=False)
+    return image.flatten(2).transpose(1, 2).to(positions.dtype)
+
+
+# The published variants; whatever is not said is the tiny one's.
+_TINY = {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "attn_type": "AAAB", "drop_path_rate": 0.2}
+_SMALL = {**_TINY, "depths": (2, 2, 18, 2), "attn_type": "AABB", "drop_path_rate": 0.3}
+_BASE = {**_SMALL, "embed_dim": 128, "num_heads": (4, 8, 16, 32), "attn_type": "AAMB2", "drop_path_rate": 0.5}
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "agent_swin": _TINY,
+    "agent_swin_t": _TINY,
+    "agent_swin_s": _SMALL,
+    "agent_swin_s_288": {**_SMALL, "img_size": 288},
+    "agent_swin_b": _BASE,
+    "agent_swin_b_384": {**_BASE, "img_size": 384},
+}
+
+
+def _cfg(side: int) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, side, side),
+        "pool_size": (side // 32, side // 32),
+        "crop_pct": 0.875 if side == 224 else 1.0,
+        "crop_mode": "squash",
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": None,
+        "paper_ids": "arXiv:2312.08874",
+        "paper_name": "Agent Attention: On the Integration of Softmax and Linear Attention",
+        "origin_url": "https://github.com/LeapLabTHU/Agent-Attention",
+    }
+
+
+default_cfgs = generate_default_cfgs({name: _cfg(preset.get("img_size", 224)) for name, preset in _VARIANTS.items()})
+
+
+def _create_agent_swin(variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
+    """timm's builder with the variant's preset."""
+    if "out_indices" in kwargs and not kwargs.get("features_only"):
+        raise ValueError("out_indices belongs to features_only=True")
+    kwargs = {**_VARIANTS[variant], **kwargs}
+    feature_cfg = {"out_indices": tuple(range(len(kwargs["depths"]))), "feature_cls": "getter"}
+    return build_model_with_cfg(AgentSwin, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+
+@register_model
+def agent_swin(pretrained: bool = False, **kwargs: Any) -> Any:
+    """Agent-Swin of any size; Agent-Swin-T unless the arguments say otherwise."""
+    return _create_agent_swin("agent_swin", pretrained, **kwargs)
+
+
+@register_model
+def agent_swin_t(pretrained: bool = False, **kwargs: Any) -> Any:
+    """Agent-Swin-T, 28.9 M parameters, 4.5 G multiply-adds at 224."""
+    return _create_agent_swin("agent_swin_t", pretrained, **kwargs)
+
+
+@register_model
+def agent_swin_s(pretrained: bool = False, **kwargs: Any) -> Any:
+    """Agent-Swin-S, 49.7 M parameters, 8.7 G multiply-adds at 224."""
+    return _create_agent_swin("agent_swin_s", pretrained, **kwargs)
+
+
+@register_model
+def agent_swin_s_288(pretrained: bool = False, **kwargs: Any) -> Any:
+    """Agent-Swin-S for images of 288 x 288; 14.5 G multiply-adds there."""
+    return _create_agent_swin("agent_swin_s_288", pretrained, **kwargs)
+
+
+@register_model
+def agent_swin_b(pretrained: bool = False, **kwargs: Any) -> Any:
+    """Agent-Swin-B, 88.1 M parameters, 15.4 G multiply-adds at 224."""
+    return _create_agent_swin("agent_swin_b", pretrained, **kwargs)
+
+
+@register_model
+def agent_swin_b_384(pretrained: bool = False, **kwargs: Any) -> Any:
+    """Agent-Swin-B fine-tuned on images of 384 x 384; 88.3 M parameters, 46.2 G multiply-adds there."""
+    return _create_agent_swin("agent_swin_b_384", pretrained, **kwargs)
+
+
+for _name, _preset in _VARIANTS.items():
+    register_model_info(_name, "agent_swin", **_preset)
