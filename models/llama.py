@@ -422,7 +422,7 @@ _PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 def _family_attention(family: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The mechanism of a family and its options, where the caller names none."""
     if family == "moh_llama":
-        return "moh", {"router": "query_norm"}
+        return "moh", {"router": "query_norm", "split_qkv": True}
     if family == "llama_cca":
         return "cca", {"rope_theta": None}  # the decoder's tables are handed over
     if family == "diffllama":

@@ -139,7 +139,7 @@ class MoHAttention(MixtureOfHeads):
     | load-balance loss | `aux_loss`: h_r sum_e mean(p_e) mean(m_e), K when balanced |
 
     The projections are fused as timm's for the linear router with as many key/value heads as query heads and context of width dim;
-    else they are split as Hugging Face's.
+    else, and with `split_qkv`, they are split as Hugging Face's.
 
     After a forward in training mode `aux_loss` holds the layer's load-balance loss (None otherwise, and without routed heads);
     `attention_zoo.auxiliary_loss(model)` gathers it, the paper's weight is 0.01. The query-norm router's p is softmax(n / std(n)),
@@ -151,9 +151,11 @@ class MoHAttention(MixtureOfHeads):
         head_dim: channels d per head; None: dim / num_heads.
         num_kv_heads: number of key/value heads, a divisor of h; None: h. Query heads have their own gates.
         shared_heads: heads h_s that every token uses, the first ones. Without this, routed_topk and active_heads: h / 2.
-        routed_topk: routed heads K that each token chooses. Without this, shared_heads and active_heads: h / 4, at least 1.
+        routed_topk: routed heads K that each token chooses. Without this and active_heads: h / 4, at least 1, at most h_r.
         active_heads: h_s + K, instead of routed_topk.
         router: "linear", learned from x, or "query_norm", the norm of each head's query, without parameters.
+        split_qkv: whether q, k and v have projections of their own, `q_proj, k_proj, v_proj` and `o_proj`, instead of timm's fused
+            `qkv` and `proj`; None: where they cannot be fused, and with the query-norm router.
         gate: "soft" for the linear router, "hard" (0 or 1) for the query-norm router; None: the router's.
         router_grad: gradient through the query-norm router's choice, "none", or "ste": straight through to p of the chosen heads.
         qkv_bias: whether the projections of q, k and v have a bias.
@@ -183,6 +185,7 @@ class MoHAttention(MixtureOfHeads):
         routed_topk: int | None = None,
         active_heads: int | None = None,
         router: str = "linear",
+        split_qkv: bool | None = None,
         gate: str | None = None,
         router_grad: str = "none",
         qkv_bias: bool = False,
@@ -210,7 +213,12 @@ class MoHAttention(MixtureOfHeads):
         self.context_dim = dim if context_dim is None else context_dim
 
         inner, kv_inner = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.fused = router == "linear" and self.num_kv_heads == num_heads and self.context_dim == dim
+        can_fuse = self.num_kv_heads == num_heads and self.context_dim == dim
+        if split_qkv is False and not can_fuse:
+            raise ValueError(
+                "split_qkv=False needs as many key/value heads as query heads, and context of width dim; leave it None"
+            )
+        self.fused = can_fuse and router == "linear" if split_qkv is None else not split_qkv
         if self.fused:
             self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias, **factory)
         else:
@@ -427,16 +435,18 @@ def _resolve_heads(num_heads: int, shared: int | None, topk: int | None, active:
     """(shared_heads, routed_topk), checked."""
     if topk is not None and active is not None:
         raise ValueError(f"routed_topk={topk} and active_heads={active}: give one; active_heads is shared_heads + routed_topk")
-    if shared is None and topk is None and active is None:
-        return num_heads // 2, max(1, num_heads // 4)
-    shared = 0 if shared is None else shared
+    by_default = topk is None and active is None
+    if shared is None:
+        shared = num_heads // 2 if by_default else 0
     if not 0 <= shared <= num_heads:
         nearest = 0 if shared < 0 else num_heads
         raise ValueError(f"shared_heads={shared} must be from 0 to num_heads={num_heads}; the nearest is {nearest}")
     if active is not None:
         topk = active - shared
-    _check_topk(num_heads, shared, 0 if topk is None else topk, given=active)
-    return shared, topk or 0
+    elif topk is None:
+        topk = min(max(1, num_heads // 4), num_heads - shared)
+    _check_topk(num_heads, shared, topk, given=active)
+    return shared, topk
 
 
 def _check_topk(num_heads: int, shared: int, topk: int, given: int | None = None) -> None:

@@ -662,9 +662,10 @@ def test_ways_to_say_how_many_heads_are_active() -> None:
     ("options", "message"),
     [
         (
-            {"shared_heads": 2},
+            {"shared_heads": 2, "routed_topk": 0},
             r"leaves 4 routed heads: routed_topk must be from 1 to 4, got 0; the nearest is 1; to route none, share",
         ),
+        ({"num_kv_heads": 2, "split_qkv": False}, r"split_qkv=False needs as many key/value heads"),
         ({"shared_heads": 2, "routed_topk": 0}, r"routed_topk must be from 1 to 4, got 0"),
         ({"shared_heads": 2, "routed_topk": 5}, r"from 1 to 4, got 5; the nearest is 4"),
         ({"shared_heads": 2, "routed_topk": -1}, r"from 1 to 4, got -1; the nearest is 1"),
@@ -884,3 +885,22 @@ def test_conversion_needs_to_know_the_heads() -> None:
         MoHAttention.from_softmax_attention({"fc1.weight": torch.zeros(2, 2)}, num_heads=2)
     with pytest.raises(ValueError, match=r"without a place: norm\.bias, norm\.weight"):
         MoHAttention.from_softmax_attention(az.create_attention("mha", 12, 6, scale_norm=True))
+
+
+def test_split_projections_compute_the_same() -> None:
+    """`split_qkv` is a matter of names: the fused layer's rows, spread over q_proj, k_proj and v_proj."""
+    options = {"shared_heads": 1, "routed_topk": 2, "qkv_bias": True}
+    fused, split = (MoHAttention(12, 4, split_qkv=s, **options) for s in (None, True))
+    state = fused.state_dict()
+    for kind in ("weight", "bias"):
+        state.update({f"{n}_proj.{kind}": t for n, t in zip("qkv", state.pop(f"qkv.{kind}").chunk(3), strict=True)})
+        state[f"o_proj.{kind}"] = state.pop(f"proj.{kind}")
+    split.load_state_dict(state, strict=True)
+    x = torch.randn(2, 7, 12)
+    torch.testing.assert_close(split(x), fused(x))
+
+
+def test_one_number_of_heads_leaves_the_other_a_default() -> None:
+    for shared, want in ((0, (0, 2)), (2, (2, 2)), (7, (7, 1)), (8, (8, 0))):
+        module = MoHAttention(16, 8, shared_heads=shared)
+        assert (module.shared_heads, module.routed_topk) == want

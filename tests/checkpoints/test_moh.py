@@ -62,6 +62,6 @@ def test_wrong_keys_are_all_listed() -> None:
 
 def test_options_are_checked_as_the_constructor_does() -> None:
     with pytest.raises(ValueError, match="routed_topk must be from 1 to 4"):
-        az.convert_official_state_dict("moh", {}, dim=24, num_heads=8, shared_heads=4)
+        az.convert_official_state_dict("moh", {}, dim=24, num_heads=8, shared_heads=4, routed_topk=0)
     with pytest.raises(TypeError, match="no option 'routed'"):
         az.convert_official_state_dict("moh", {}, dim=24, routed=1)
