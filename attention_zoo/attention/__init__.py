@@ -10,6 +10,7 @@ from attention_zoo.attention.diff import DiffAttention
 from attention_zoo.attention.dtm import DeformableTokenMerging
 from attention_zoo.attention.gda import GroupedDiffAttention
 from attention_zoo.attention.gqa import GroupedQueryAttention
+from attention_zoo.attention.grow import grow_model, grow_signal_heads
 from attention_zoo.attention.halo import HaloAttention
 from attention_zoo.attention.hilo import HiLoAttention
 from attention_zoo.attention.kdgqa import DynamicGroupedQueryAttention, KeyDrivenGroupedQueryAttention, set_training_step
@@ -40,6 +41,8 @@ __all__ = [
     "PerturbedGroupedQueryAttention",
     "auxiliary_loss",
     "cache_report",
+    "grow_model",
+    "grow_signal_heads",
     "set_routed_topk",
     "set_training_step",
 ]

@@ -67,6 +67,10 @@ class DifferentialAttention(AttentionModule):
     """
 
     pairing: str = "interleaved"
+    lambda_q1: nn.Parameter
+    lambda_k1: nn.Parameter
+    lambda_q2: nn.Parameter
+    lambda_k2: nn.Parameter
 
     def __init__(
         self,
@@ -189,14 +193,12 @@ class DifferentialAttention(AttentionModule):
         queries = self._split_groups(q, groups)
         keys = self._split_pairs(self.k_norm(split_heads(k, 2 * self.num_kv_heads)))
         if position_embeddings is not None:
-            queries, keys = (
-                tuple(apply_rotary(t, position_embeddings, self.rope_layout) for t in pair) for pair in (queries, keys)
-            )
+            queries, keys = (self._rotate(pair, position_embeddings) for pair in (queries, keys))
         v = split_heads(v, self.num_kv_heads) if self.pairing == "interleaved" else self._join_halves(v)
         static = None
         if past_key_values is not None:
             joint, v, static = extend_cache(self, past_key_values, torch.cat(keys, dim=-1), v)
-            keys = joint.chunk(2, dim=-1)
+            keys = joint[..., : self.head_dim], joint[..., self.head_dim :]
         mask, is_causal = resolve_visibility(self, attention_mask, static, q.shape[2], v.shape[2])
         dropout = self.attn_drop if self.training else 0.0
         signal, noise = (
@@ -250,6 +252,10 @@ class DifferentialAttention(AttentionModule):
         work = torch.promote_types(self.lambda_q1.dtype, torch.float32)
         q1, k1, q2, k2 = (getattr(self, name).to(work) for name in LAMBDA_VECTORS)
         return torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + self.lambda_init
+
+    def _rotate(self, pair: tuple[Tensor, Tensor], position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        first, second = (apply_rotary(t, position_embeddings, self.rope_layout) for t in pair)
+        return first, second
 
     def _split_groups(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         """Heads (B, S + groups, N, D) -> signal (B, S, N, D) and noise (B, groups, N, D)."""
