@@ -6,6 +6,7 @@ from attention_zoo.attention.base import auxiliary_loss
 from attention_zoo.attention.bra import BiLevelRoutingAttention
 from attention_zoo.attention.cache import cache_report
 from attention_zoo.attention.cca import CoreContextAttention
+from attention_zoo.attention.combiner import CombinerAttention
 from attention_zoo.attention.diff import DiffAttention
 from attention_zoo.attention.dtm import DeformableTokenMerging
 from attention_zoo.attention.gda import GroupedDiffAttention
@@ -24,6 +25,7 @@ __all__ = [
     "AgentAttention",
     "AgentCSwinAttention",
     "BiLevelRoutingAttention",
+    "CombinerAttention",
     "CoreContextAttention",
     "DeformableTokenMerging",
     "DiffAttention",

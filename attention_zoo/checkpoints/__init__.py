@@ -4,6 +4,7 @@ from attention_zoo.checkpoints import agent as _agent  # noqa: F401 - registers 
 from attention_zoo.checkpoints import agent_swin as _agent_swin  # noqa: F401 - registers its converters
 from attention_zoo.checkpoints import biformer as _biformer  # noqa: F401 - registers its converters
 from attention_zoo.checkpoints import cca as _cca  # noqa: F401 - registers its converters
+from attention_zoo.checkpoints import combiner as _combiner  # noqa: F401 - registers its converters
 from attention_zoo.checkpoints import diff as _diff  # noqa: F401 - registers its converters
 from attention_zoo.checkpoints import gda as _gda  # noqa: F401 - registers its converters
 from attention_zoo.checkpoints import halonet as _halonet  # noqa: F401 - registers its converters

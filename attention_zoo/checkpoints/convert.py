@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attention_zoo import registry
 
-__all__ = ["CheckpointError", "convert_official_state_dict", "parameter_keys", "rename_keys"]
+__all__ = ["CheckpointError", "convert_official_state_dict", "parameter_keys", "rename_keys", "take_backbone", "taken_stages"]
 
 
 class CheckpointError(ValueError):
@@ -38,6 +38,21 @@ def convert_official_state_dict(name: str, state_dict: Mapping[str, Tensor], **k
 def parameter_keys(*modules: str, bias: bool = True) -> list[str]:
     """`{module}.weight` and, with `bias`, `{module}.bias` of each module."""
     return [f"{module}.{kind}" for module in modules for kind in (("weight", "bias") if bias else ("weight",))]
+
+
+def take_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone of a detector's or segmenter's state dict (keys under `backbone.`); another state dict as it is."""
+    inside = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    return inside or dict(state_dict)
+
+
+def taken_stages(num_stages: int, out_indices: int | Sequence[int] | None) -> list[int]:
+    """The stages whose maps a dense backbone returns, in order: timm's `out_indices`, a number for the last n, None for all."""
+    if out_indices is None:
+        return list(range(num_stages))
+    if isinstance(out_indices, int):
+        return list(range(num_stages - out_indices, num_stages))
+    return sorted(i % num_stages for i in out_indices)
 
 
 def rename_keys(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_zoo.checkpoints.convert import CheckpointError, parameter_keys, rename_keys
+from attention_zoo.checkpoints.convert import CheckpointError, parameter_keys, rename_keys, take_backbone, taken_stages
 from attention_zoo.registry import attention_class, register_converter
 
 __all__ = ["convert_dtm", "convert_hilo", "convert_litv2"]
@@ -26,7 +26,6 @@ _RULES = [
     (r"layers\.(.*)\.dwconv\.dwconv\.", r"stages.\1.dwconv."),
     (r"layers\.", "stages."),
 ]
-_DETECTOR_PREFIX = "backbone."
 
 
 @register_converter("hilo")
@@ -91,9 +90,7 @@ def convert_litv2(
         raise CheckpointError(f"official LITv2 checkpoints have HiLo in their blocks, not {attention!r}")
     if feature_cls not in (None, "getter"):
         raise CheckpointError(f"no conversion to timm's feature class {feature_cls!r}; without feature_cls, LITv2 has its own")
-    if any(key.startswith(_DETECTOR_PREFIX) for key in state_dict):
-        found = state_dict.items()
-        state_dict = {k.removeprefix(_DETECTOR_PREFIX): v for k, v in found if k.startswith(_DETECTOR_PREFIX)}
+    state_dict = take_backbone(state_dict)
     layers: list[dict[str, Any] | None] = []
     for i, heads in enumerate(num_heads):
         own = {"num_heads": heads, "alpha": alpha, "window_size": window_sizes[i], "qkv_bias": qkv_bias}
@@ -104,7 +101,7 @@ def convert_litv2(
         expected += [f"layers.{i}.downsample.{key}" for key in _merging_keys()] if i < len(depths) - 1 else []
     norm, head, optional = parameter_keys("norm"), parameter_keys("head"), []
     if features_only:
-        stages = _taken_stages(len(depths), out_indices)
+        stages = taken_stages(len(depths), out_indices)
         expected += parameter_keys(*(f"norm{i}" for i in _normed_stages(len(depths), stages, out_norm)))
         optional, dropped = norm + head, [*norm, *head, *_unused(len(depths), stages)]
     else:
@@ -152,14 +149,6 @@ def _hilo_keys(num_heads: int, alpha: float, window_size: int, qkv_bias: bool) -
 def _merging_keys() -> list[str]:
     statistics = [f"norm_layer.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")]
     return parameter_keys("dconv", "dconv.conv_offset", "norm_layer") + statistics
-
-
-def _taken_stages(num_stages: int, out_indices: int | Sequence[int] | None) -> list[int]:
-    if out_indices is None:
-        return list(range(num_stages))
-    if isinstance(out_indices, int):  # the last n
-        return list(range(num_stages - out_indices, num_stages))
-    return sorted(i % num_stages for i in out_indices)
 
 
 def _normed_stages(num_stages: int, stages: Sequence[int], out_norm: Sequence[bool] | None) -> list[int]:

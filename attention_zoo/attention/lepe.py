@@ -1,0 +1,128 @@
+"""LePE attention: every token attends to every token, and a depthwise convolution adds what stands nearby.
+
+The last stage of BiFormer: Vision Transformer with Bi-Level Routing Attention, arXiv 2303.08810, 2023; LePE, the locally enhanced
+positional encoding, is CSWin Transformer's (arXiv 2107.00652). Follows the official code (rayleizhu/BiFormer): its first
+implementation convolves the input of the attention, its later one the values.
+Deviations: dropout is an option; the softmax is float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from attention_zoo.attention.base import (
+    AttentionModule,
+    attend,
+    check_choice,
+    check_grid,
+    check_tokens,
+    merge_heads,
+    resolve_head_dim,
+    split_heads,
+)
+from attention_zoo.registry import register_attention
+
+__all__ = ["LepeAttention", "LocalPositionEncoding"]
+
+LEPE_SOURCES = ("x", "v")
+
+
+class LocalPositionEncoding(nn.Conv2d):
+    """LePE: a depthwise convolution, stride 1, that keeps the size of the map (zeros outside).
+
+    Shape: x (B, H, W, C) -> (B, H, W, C).
+
+    Raises:
+        ValueError: an even kernel, which cannot keep the size.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, *, device: Any = None, dtype: Any = None) -> None:
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(
+                f"side_dwconv is the side of a kernel that keeps the map's size, odd, or 0 for none; got {kernel_size}, "
+                f"the nearest is {max(kernel_size + 1, 0)}"
+            )
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+@register_attention(
+    "lepe_attention",
+    title="BiFormer: Vision Transformer with Bi-Level Routing Attention",
+    arxiv="2303.08810",
+    year=2023,
+    repository="rayleizhu/BiFormer",
+    patterns={"noncausal_self"},
+    spatial=True,
+    cost="O(N^2 C + N s^2 C)",
+    engines=("flash", "torch", "xformers", "flex"),
+)
+class LepeAttention(AttentionModule):
+    """LePE attention: multi-head attention over the whole grid, plus a depthwise convolution of the input or the values.
+
+        y = (concat_i(softmax(q_i k_i^T / sqrt(d)) v_i) + DWConv_s(x or v)) W_o
+
+    | paper | here |
+    |---|---|
+    | h, d | `num_heads`, `head_dim` |
+    | W_q, W_k, W_v | rows of `qkv`, in this order |
+    | LePE(.), its kernel s | `lepe`, `side_dwconv` |
+    | W_o | `proj` |
+
+    Args:
+        dim: channels C of the tokens.
+        num_heads: number of heads h; the official models have 8 whatever their width.
+        qkv_bias: whether `qkv` has a bias.
+        qk_scale: factor of the logits; None (or 0): 1 / sqrt(d).
+        side_dwconv: side s of the convolution's kernel, odd; 0: no convolution.
+        lepe_on: what is convolved, the input "x" or the values "v".
+        attn_drop, proj_drop: dropout rates on the attention weights and on the output.
+
+    Shape: x (B, N, C), N = H * W row-major -> (B, N, C).
+
+    Raises:
+        ValueError: heads that do not divide `dim`, an even kernel, an unknown `lepe_on`, a grid that is not N tokens.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        side_dwconv: int = 5,
+        lepe_on: str = "x",
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        check_choice("lepe_on", lepe_on, LEPE_SOURCES)
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, resolve_head_dim(dim, num_heads)
+        self.side_dwconv, self.lepe_on = side_dwconv, lepe_on
+        self.scale = qk_scale or self.head_dim**-0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
+        self.lepe = LocalPositionEncoding(dim, side_dwconv, **factory) if side_dwconv else None
+        self.proj = nn.Linear(dim, dim, **factory)
+        self.attn_drop = attn_drop
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, *, grid_size: tuple[int, int]) -> Tensor:
+        check_tokens(x, self.dim)
+        grid_size = check_grid(x, grid_size)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        out = merge_heads(attend(self, *(split_heads(t, self.num_heads) for t in (q, k, v)), scale=self.scale))
+        if self.lepe is not None:
+            nearby = self.lepe((x if self.lepe_on == "x" else v).unflatten(1, grid_size))
+            out = out + nearby.flatten(1, 2)
+        return self.proj_drop(self.proj(out))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, side_dwconv={self.side_dwconv}, lepe_on={self.lepe_on!r}"
