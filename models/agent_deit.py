@@ -108,6 +108,13 @@ class AgentDeiT(VisionTransformer):
         )
         share_grid(self)
 
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """Resample the position table, and the bias tables of the attentions that have some, for another image or patch size."""
+        super().set_input_size(img_size, patch_size)
+        for block in self.blocks:
+            if callable(resize := getattr(block.attn, "set_window_size", None)):
+                resize(self.patch_embed.grid_size)
+
 
 # The published variants. The bare name is the family's configurable entry point, the tiny one unless the arguments say otherwise.
 _TINY: dict[str, Any] = {"embed_dim": 192, "num_heads": 3}

@@ -14,8 +14,18 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.fx
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, PatchEmbed, calculate_drop_path_rates, register_notrace_module, to_2tuple, trunc_normal_
+from timm.layers import (
+    DropPath,
+    Mlp,
+    PatchEmbed,
+    calculate_drop_path_rates,
+    register_notrace_function,
+    register_notrace_module,
+    to_2tuple,
+    trunc_normal_,
+)
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -253,12 +263,15 @@ class AgentPVT(PyramidClassifier):
         return [(height // 2**i, width // 2**i) for i in range(self.num_stages)]
 
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
-        """Resample the position tables for another image size; bias tables stay and are resampled in forward."""
+        """Resample the position tables, and the bias tables of the attentions that have some, for another image size."""
         grids = self._grids_of(img_size)
         for i, grid in enumerate(grids):
-            table = self._stage(i)[1]
+            _, table, blocks = self._stage(i)
             resized = nn.Parameter(_resize_positions(table.detach(), self.grids[i], grid), requires_grad=table.requires_grad)
             setattr(self, f"pos_embed{i + 1}", resized)
+            for block in blocks:
+                if callable(resize := getattr(block.attn, "set_window_size", None)):
+                    resize(grid)
         self.img_size, self.grids = to_2tuple(img_size), grids
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -293,8 +306,10 @@ class AgentPVT(PyramidClassifier):
         self.grids = self.grids[: last + 1]
 
 
+@torch.fx.wrap
+@register_notrace_function
 def _resize_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
-    """(1, H * W, C) on another grid, bilinearly."""
+    """(1, H * W, C) on another grid, bilinearly; a leaf for torch.fx, since it compares sizes."""
     if old == new:
         return table
     return resize_grid(to_map(table, old), new).flatten(2).transpose(1, 2).to(table.dtype)
