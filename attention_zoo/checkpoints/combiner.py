@@ -1,0 +1,88 @@
+"""Official Combiner weights (google-research/google-research, folder combiner): layers as flax or TF1 lay them out, and flax's LM.
+
+No checkpoint was ever published; these are the layouts that the official code writes. TF's slashes may be dots. Kernels are
+(in, heads, d) or (heads, d, out) there and (out, in) here. A state dict with our own names passes through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attention_zoo.checkpoints.convert import CheckpointError, parameter_keys, rename_keys
+from attention_zoo.registry import create_attention, register_converter
+
+__all__ = ["convert_combiner"]
+
+State = dict[str, Tensor]
+
+# Our modules in the official layouts. Kernels called "out" have shape (heads, d, out), "in" (in, heads, d), "plain" (in, out).
+_FLAX_KINDS = {"weight": "kernel", "bias": "bias"}
+_FLAX = {"q": ("query", "in"), "k": ("key", "in"), "v": ("value", "in")}
+_FLAX_PLAIN = {**_FLAX, "proj": ("DenseGeneral_0", "out")}
+_FLAX_AXIAL = {
+    **_FLAX,
+    "summary_proj": ("DenseGeneral_0", "out"),
+    "summary_norm": ("LayerNorm_0", "norm"),
+    "summary_key": ("DenseGeneral_1", "in"),
+    "proj": ("DenseGeneral_2", "out"),
+}
+_TF = {
+    "q": ("q", "in"),
+    "k": ("k", "in"),
+    "v": ("v", "in"),
+    "summary_proj": ("rowmajor_param_post.dense", "out"),
+    "summary_norm": ("rowmajor_param_post.pre_norm", "norm"),
+    "summary_key": ("rowmajor_param_post.dense_1", "in"),
+    "pool_q": ("pooling_query.dense", "plain"),
+    "pool_k": ("pooling_key.dense", "plain"),
+    "proj": ("dense", "out"),
+}
+
+
+@register_converter("combiner")
+def convert_combiner(state_dict: State, **kwargs: Any) -> State:
+    """The state dict of one layer -> `CombinerAttention(**kwargs)`'s. Raises CheckpointError that lists unknown and missing keys."""
+    own = list(create_attention("combiner", **{**kwargs, "device": "meta", "dtype": None}).state_dict())
+    if "qkv.weight" in state_dict:
+        return rename_keys(state_dict, (), expected=own)
+    state = {key.replace("/", "."): tensor for key, tensor in state_dict.items()}
+    if any(key.endswith(".kernel") for key in state):
+        layout = _FLAX_AXIAL if any(key.startswith("summary_") for key in own) else _FLAX_PLAIN
+        kinds, norms = _FLAX_KINDS, {"weight": "scale", "bias": "bias"}
+    else:
+        layout, kinds, norms = _TF, {"weight": "weight", "bias": "bias"}, {"weight": "gamma", "bias": "beta"}
+    official = {}
+    for name in _split_projections(own):
+        module, _, kind = name.rpartition(".")
+        if module not in layout:
+            raise CheckpointError(f"official layers have no {name}")
+        called, shape = layout[module]
+        official[f"{called}.{(norms if shape == 'norm' else kinds)[kind]}"] = (name, shape)
+    rename_keys(state, (), expected=official)
+    split = {name: _to_linear(state[key], shape) for key, (name, shape) in official.items()}
+    fused = {kind: [split.pop(f"{part}.{kind}") for part in "qkv"] for kind in ("weight", "bias") if f"q.{kind}" in split}
+    return {**{f"qkv.{kind}": torch.cat(tensors) for kind, tensors in fused.items()}, **split}
+
+
+def _split_projections(names: Iterable[str]) -> list[str]:
+    """`qkv.*` as `q.*`, `k.*`, `v.*`."""
+    return [
+        f"{part}.{name.removeprefix('qkv.')}" if part else name
+        for name in names
+        for part in ("qkv" if name.startswith("qkv.") else [""])
+    ]
+
+
+def _to_linear(tensor: Tensor, shape: str) -> Tensor:
+    """An official kernel as `nn.Linear`'s weight; a bias, maybe of (heads, d), flat."""
+    if shape == "norm" or tensor.ndim == 1:
+        return tensor
+    if tensor.ndim == 3:
+        tensor = tensor.flatten(1) if shape == "in" else tensor.flatten(0, 1)
+    elif shape == "in":  # (heads, d)
+        return tensor.flatten()
+    return tensor.T.contiguous()
