@@ -18,11 +18,25 @@ AUTOMATIC = [c for c in CASES if c.target in {"attention", "model"}]
 
 # Cases that a single forward cannot show, and the test that holds ours to each.
 MANUAL = {
+    "agent/agentsd_attn": "tests/attention/test_agent_sd.py::test_attention_as_the_official_code",
+    "agent/agentsd_match_8x6": "tests/attention/test_agent_sd.py::test_matching_as_the_official_code",
+    "cca/decode_gqa_w4_p4": "tests/attention/test_cca.py::test_decoding_as_the_official_code",
     "dgqa/diff_train_then_eval_w3": "tests/attention/test_kdgqa.py::test_dgqa_sequences",
     "dgqa/ema_train_w2": "tests/attention/test_kdgqa.py::test_dgqa_sequences",
+    "gda/grow_x2": "tests/attention/test_grow.py::test_the_stored_growth",
     "gqa/convert_h6kv3": "tests/attention/test_gqa.py::test_conversion",
 }
 RETURNED = {"tokens", "out", "x", "logits"}  # stored outputs that forward returns, besides feature maps
+# What a mechanism computes on the way, or a model would have without it, and the test that compares it.
+ELSEWHERE = {
+    "pool_weights": "tests/attention/test_cca.py::test_core_tokens_as_the_official_code",
+    "core_k": "tests/attention/test_cca.py::test_core_tokens_as_the_official_code",
+    "core_v": "tests/attention/test_cca.py::test_core_tokens_as_the_official_code",
+    "mask": "tests/attention/test_cca.py::test_core_tokens_as_the_official_code",
+    "r_idx": "tests/attention/test_bra.py::test_routing_as_the_official_code",
+    "r_weight": "tests/attention/test_bra.py::test_routing_as_the_official_code",
+    "logits_softmax_attention": "tests/checkpoints/test_cca.py::test_before_the_swap",
+}
 
 
 def close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
@@ -33,18 +47,22 @@ def close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
 def test_case(case: ParityCase) -> None:
     module = case.build()
     x, kwargs = case.inputs()
+    leaves = case.record_embeddings(module)
     result = module(x, **case.hand_noise_to_layers(module, kwargs))
-    outputs = _named_outputs(case, result)
+    outputs = _named_outputs(case, getattr(result, "logits", result))
     stored = case.group("output")
     for name, got in outputs.items():
         close(got, laid_out(stored[name], got), case.tolerance, f"output {name}")
     _check_side_results(case, module, stored)
-    _check_gradients(case, module, x, outputs)
+    _check_gradients(case, module, leaves[0] if leaves else x, outputs)
 
 
 def laid_out(stored: Tensor, like: Tensor) -> Tensor:
-    """A stored map (B, C, H, W) as the tokens (B, N, C) that ours takes and returns."""
-    return stored.flatten(2).transpose(1, 2) if stored.ndim == 4 and like.ndim == 3 else stored
+    """A stored map (B, C, H, W) or (B, H, W, C) as the tokens (B, N, C) that ours takes and returns."""
+    if stored.ndim != 4 or like.ndim != 3:
+        return stored
+    channels_last = stored.flatten(1, 2)
+    return channels_last if channels_last.shape == like.shape else stored.flatten(2).transpose(1, 2)
 
 
 def _named_outputs(case: ParityCase, result: Any) -> dict[str, Tensor]:
@@ -75,7 +93,7 @@ def _check_side_results(case: ParityCase, module: nn.Module, stored: dict[str, T
                 features = module.forward_head(features, pre_logits=True)
             close(features, want, case.tolerance, name)
         else:
-            assert name in RETURNED or name.startswith("feat"), f"nothing compares output.{name}"
+            assert name in RETURNED | ELSEWHERE.keys() or name.startswith("feat"), f"nothing compares output.{name}"
 
 
 def _check_gradients(case: ParityCase, module: nn.Module, x: Tensor, outputs: dict[str, Tensor]) -> None:
@@ -112,13 +130,23 @@ def test_every_manual_case_is_claimed() -> None:
     manual = {str(c) for c in CASES if c.target not in {"attention", "model"}}
     assert manual == set(MANUAL)
     for case, test in MANUAL.items():
-        file, function = test.split("::")
-        path = Path(__file__).parent.parent / file
-        assert path.exists(), f"{case}: {file} does not exist"
-        source = path.read_text(encoding="utf-8")
-        functions = {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
-        assert function in functions, f"{case}: {file} has no {function}"
-        assert case.split("/")[1] in source, f"{case}: {file} does not mention it"
+        assert case.split("/")[1] in _source_of(test), f"{case}: {test} does not mention it"
+
+
+def test_what_is_compared_elsewhere_is() -> None:
+    for name, test in ELSEWHERE.items():
+        assert name in _source_of(test), f"{name}: {test} does not mention it"
+
+
+def _source_of(test: str) -> str:
+    """The file of a test `path::function`, which must have it."""
+    file, function = test.split("::")
+    path = Path(__file__).parent.parent / file
+    assert path.exists(), f"{file} does not exist"
+    source = path.read_text(encoding="utf-8")
+    functions = {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
+    assert function in functions, f"{file} has no {function}"
+    return source
 
 
 def test_there_are_cases() -> None:

@@ -412,10 +412,16 @@ class _PatchedLayer:
     """Stands in for the forward of a block's self attention; `remember` is a hook of the normalisation before it."""
 
     def __init__(self, patch: AgentSDPatch, layer: nn.Module) -> None:
-        self.patch, self.layer, self.original = patch, layer, layer.forward
+        self.patch, self.layer = patch, layer
         self.own_forward = layer.__dict__.get("forward")  # another tool's
         self.metric: Tensor | None = None
         layer.forward = self  # type: ignore[assignment]
+
+    def original(self, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = (
+            self.own_forward(*args, **kwargs) if self.own_forward else type(self.layer).forward(self.layer, *args, **kwargs)
+        )
+        return out
 
     def restore(self) -> None:
         del self.layer.forward
