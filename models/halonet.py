@@ -1,9 +1,9 @@
 """HaloNet: residual networks whose 3x3 convolutions are halo attention, in all blocks (the paper's H family) or in some (timm's).
 
-Scaling Local Self-Attention for Parameter Efficient Visual Backbones, arXiv 2103.12731, 2021. No official code or weights exist. The
-networks are timm's `ByobNet` (stem, blocks, head, the whole model interface), with the zoo's attention in its self-attention blocks,
-so that timm's weights load unchanged. `halonet_paper_h0` to `h7` are the paper's table, its head counts taken from a third-party
-reading; `build_halonet` puts a mechanism into timm's own names (`halonet26t`, ...).
+Scaling Local Self-Attention for Parameter Efficient Visual Backbones, arXiv 2103.12731, 2021. No official code or weights exist.
+The networks are timm's `ByobNet` (stem, blocks, head, the whole model interface), with the zoo's attention in its self-attention
+blocks, so that timm's weights load unchanged. `halonet_paper_h0` to `h7` are the paper's table as a third party reads it;
+`build_halonet` puts a mechanism into timm's own names (`halonet26t`, ...).
 Deviations: the H family keeps what lies outside the image out of the softmax (`mask_padding`), so images of any size run.
 """
 
@@ -50,7 +50,7 @@ class HaloBlock(SelfAttnBlock):
         width = self.self_attn.dim_out
         if width != self.conv1_1x1.conv.out_channels:
             factory = {"device": device, "dtype": dtype}
-            if not isinstance(self.post_attn, nn.Identity):
+            if block_kwargs.get("post_attn_na", True):
                 self.post_attn = layers.norm_act(width, **factory)
             self.conv3_1x1 = layers.conv_norm_act(width, out_chs, 1, apply_act=False, **factory)
 
@@ -256,9 +256,14 @@ def _create_halonet(
     own = {field.name: kwargs.pop(field.name) for field in fields(ByoModelCfg) if field.name in kwargs}
     own["self_attn_layer"] = layer if self_attn_layer == "halo" else self_attn_layer
     config = ByoModelCfg(blocks=tuple(_own_blocks(stage, layer, own["self_attn_layer"]) for stage in blocks), **own)
-    return build_model_with_cfg(
-        ByobNet, variant, pretrained, model_cfg=config, feature_cfg={"flatten_sequential": True}, **kwargs
-    )
+    feature_cfg: dict[str, Any] = {"flatten_sequential": True}
+    if kwargs.get("features_only"):  # all maps, however many stages there are
+        feature_cfg["out_indices"] = tuple(range(len(_skeleton(config, kwargs.get("img_size")).feature_info)))
+    return build_model_with_cfg(ByobNet, variant, pretrained, model_cfg=config, feature_cfg=feature_cfg, **kwargs)
+
+
+def _skeleton(config: ByoModelCfg, img_size: Any) -> Any:
+    return ByobNet(config, img_size=img_size, device="meta")
 
 
 def _own_blocks(stage: Any, layer: Any, default_layer: Any) -> tuple[ByoBlockCfg, ...]:
@@ -283,7 +288,9 @@ def _register(name: str) -> None:
 
     entry.__name__ = entry.__qualname__ = name
     if name == "halonet":
-        entry.__doc__ = "HaloNet of any layout: timm's `ByoModelCfg` as keyword arguments, `blocks` as dicts; H0 unless they say otherwise."
+        entry.__doc__ = (
+            "HaloNet of any layout: timm's `ByoModelCfg` as keyword arguments, `blocks` as dicts; H0 unless they say otherwise."
+        )
     else:
         entry.__doc__ = f"HaloNet-{name[-2:].upper()} of the paper, for images of {side} x {side}."
     globals()[name] = register_model(entry)

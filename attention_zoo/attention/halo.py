@@ -48,6 +48,7 @@ class RelativePositions(nn.Module):
     repository=None,
     patterns={"noncausal_self"},
     spatial=True,
+    prefix_tokens=True,
     grid_multiple=(8, 8),
     cost="O(N (b + 2h)^2 C)",
     engines=("reference",),
@@ -69,8 +70,8 @@ class HaloAttention(AttentionModule):
     | W_o, ours | `proj` |
 
     (i, j) counts the queries of a block and (r, c) the cells of its window, which starts h cells above and left of it; the first
-    rows of both tables are never read. With stride 2 and an even b, the queries are every second pixel and (i, j) counts those; with
-    an odd b or `avg_down`, the output of stride 1 is averaged over 2 x 2 pixels.
+    rows of both tables are never read. With stride 2 and an even b, the queries are every second pixel and (i, j) counts those;
+    with an odd b or `avg_down`, the output of stride 1 is averaged over 2 x 2 pixels.
 
     Args:
         dim: channels C of the tokens.
@@ -86,8 +87,8 @@ class HaloAttention(AttentionModule):
         scale_pos_embed: divide the position term by sqrt(d) as well.
         mask_padding: what lies outside the image is not attended to, and the grid may be of any size. False, as in timm: keys and
             values of zero stand there and count in the softmax; b must divide H and W.
-        num_prefix_tokens: class or register tokens before the grid. They attend to all tokens, and all patches to them besides their
-            window, without positions.
+        num_prefix_tokens: class or register tokens before the grid. They attend to all tokens, and all patches to them besides
+            their window, without positions.
         out_proj: whether there is an output projection.
         attn_drop, proj_drop: dropout rates on the attention weights and on the output.
 
@@ -157,9 +158,9 @@ class HaloAttention(AttentionModule):
     ) -> Self:
         """Build halo attention from the weights of a multi-head attention, with position tables of zero.
 
-        The result is the source restricted to the windows (with mask_padding=True, which is the default here); it computes what the
-        source does when one block holds the whole grid. Start with a large halo and shrink it. Memory is not shared with the source.
-        From a module, its dropout rates and train mode are taken over.
+        The result is the source restricted to the windows (with mask_padding=True, which is the default here); it computes what
+        the source does when one block holds the whole grid. Start with a large halo and shrink it. Memory is not shared with the
+        source. From a module, its dropout rates and train mode are taken over.
 
         Args:
             source: an attention module or its state dict: timm's or the zoo's fused `qkv` and `proj`, or separate projections.
@@ -272,7 +273,7 @@ class HaloAttention(AttentionModule):
         if x.shape[1] != self.dim:
             raise ValueError(f"x must be (B, N, C) or (B, C, H, W) with C = {self.dim}, got shape {tuple(x.shape)}")
         if self.num_prefix_tokens:
-            raise ValueError(f"a map (B, C, H, W) has no place for num_prefix_tokens={self.num_prefix_tokens}: give tokens (B, N, C)")
+            raise ValueError(f"a map (B, C, H, W) has no place for num_prefix_tokens={self.num_prefix_tokens}: give tokens")
         if grid_size is not None and tuple(grid_size) != tuple(x.shape[2:]):
             raise ValueError(f"grid_size={tuple(grid_size)} is not that of x {tuple(x.shape)}; leave it out")
 
@@ -288,7 +289,7 @@ def _split_map(x: Tensor, num_heads: int) -> Tensor:
 
 
 def _resolve_query_dim(dim_out: int, num_heads: int, head_dim: int | None, qk_ratio: float) -> int:
-    """Channels of a head's queries and keys: `head_dim`, else the width rounded to a multiple of 8, shared out. Raises ValueError."""
+    """Channels of a head's queries and keys: `head_dim`, else the width in multiples of 8, shared out. Raises ValueError."""
     if head_dim is None:
         head_dim = make_divisible(dim_out * qk_ratio, 8) // num_heads
         if head_dim < 1 or qk_ratio <= 0:
@@ -300,10 +301,11 @@ def _resolve_query_dim(dim_out: int, num_heads: int, head_dim: int | None, qk_ra
 
 
 def _check_numbers(dim: int, block_size: int, halo_size: int, stride: int, num_prefix_tokens: int) -> None:
-    least = {"dim": (dim, 1), "block_size": (block_size, 1), "halo_size": (halo_size, 0), "num_prefix_tokens": (num_prefix_tokens, 0)}
-    for name, (value, smallest) in least.items():
-        if value != int(value) or value < smallest:
-            raise ValueError(f"{name} must be a whole number from {smallest}, got {value}; the nearest is {max(smallest, round(value))}")
+    given = {"dim": dim, "block_size": block_size, "halo_size": halo_size, "num_prefix_tokens": num_prefix_tokens}
+    for name, value in given.items():
+        least = 1 if name in ("dim", "block_size") else 0
+        if value != int(value) or value < least:
+            raise ValueError(f"{name} must be a whole number from {least}, got {value}; the nearest is {max(least, round(value))}")
     if stride not in (1, 2):
         raise ValueError(f"stride must be 1 or 2, got {stride}; the nearest is {1 if stride < 2 else 2}")
 

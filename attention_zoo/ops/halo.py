@@ -6,6 +6,8 @@ specification that a kernel, which would read the windows from the maps and neve
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,8 +46,8 @@ def halo_attention(
         halo_size: cells that a window reaches beyond its block on each side.
         scale: factor of q k; None: 1 / sqrt(D).
         scale_positions: whether `scale` multiplies the position term too.
-        mask_padding: what stands outside the image. False: keys and values of zero, which are attended to; H and W must be multiples
-            of `block_size`. True: nothing; any H and W, the last blocks are cut off.
+        mask_padding: what stands outside the image. False: keys and values of zero, which are attended to; H and W must be
+            multiples of `block_size`. True: nothing; any H and W, the last blocks are cut off.
         dropout_p: probability with which each weight is dropped (and the others scaled up).
         return_lse: return the natural logarithm of each query's softmax denominator too.
 
@@ -55,7 +57,7 @@ def halo_attention(
         ValueError: tensors that do not fit together, or a grid that the blocks do not divide without `mask_padding`.
     """
     _check(q, k, v, height_rel, width_rel, block_size, halo_size, query_stride, mask_padding)
-    with torch.autocast(q.device.type, enabled=False):
+    with contextlib.nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
         work = torch.promote_types(q.dtype, torch.float32)
         factor = k.shape[-1] ** -0.5 if scale is None else scale
         queries = _to_blocks(q.to(work), block_size // query_stride)  # (B, heads, U, V, i, j, D)
@@ -142,6 +144,6 @@ def _check(
     if not mask_padding and any(side % block_size for side in grid):
         nearest = tuple(max(block_size, round(side / block_size) * block_size) for side in grid)
         raise ValueError(
-            f"the blocks of {block_size} x {block_size} do not divide the grid_size {tuple(grid)}; give mask_padding=True for grids "
-            f"of any size, or one of whole blocks, the nearest is {nearest}"
+            f"the blocks of {block_size} x {block_size} do not divide the grid_size {tuple(grid)}; give mask_padding=True for "
+            f"grids of any size, or one of whole blocks, the nearest is {nearest}"
         )
