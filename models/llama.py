@@ -38,7 +38,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from attention_zoo.attention.base import AttentionModule, auxiliary_loss
+from attention_zoo.attention.base import AttentionModule, auxiliary_loss, read_padding
 from attention_zoo.registry import attention_class, attention_info, create_attention, register_builder, register_model_info
 
 from ._hf_attention import NAME, register_zoo_attention
@@ -220,11 +220,11 @@ class ZooLlamaDecoderLayer(GradientCheckpointingLayer):
         cache: Any = None,  # the name that past_key_values has since transformers 5.24
         **kwargs: Any,  # what Hugging Face hands to every layer and attention does not need: position_ids, use_cache, ...
     ) -> Tensor:
-        given = {
-            "attention_mask": attention_mask,
-            "position_embeddings": position_embeddings,
-            "past_key_values": past_key_values if cache is None else cache,
-        }
+        cache = past_key_values if cache is None else cache
+        if attention_mask is not None and attention_mask.ndim == 4 and self.self_attn.attention_info.padding_masks_only:
+            batch, new, seen = *hidden_states.shape[:2], 0 if cache is None else cache.get_seq_length(self.self_attn.layer_idx)
+            attention_mask = read_padding(attention_mask, batch, new, seen)
+        given = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, "past_key_values": cache}
         attended = self.self_attn(self.input_layernorm(hidden_states), **{k: v for k, v in given.items() if k in self._takes})
         hidden_states = hidden_states + attended
         out: Tensor = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

@@ -30,6 +30,7 @@ __all__ = [
     "extend_cache",
     "merge_heads",
     "project_qkv",
+    "read_padding",
     "reset_children",
     "resolve_attention_mask",
     "resolve_head_dim",
@@ -259,6 +260,43 @@ def resolve_attention_mask(attention_mask: Tensor | None, num_queries: int, num_
         "attention_mask must be (B, N_k) boolean or integer, (N_q, N_k) float, or 4-D boolean or float; "
         f"got {mask.dtype} {tuple(mask.shape)}"
     )
+
+
+def read_padding(attention_mask: Tensor | None, batch: int, new: int, seen: int) -> Tensor | None:
+    """What mechanisms that know padding only read from a mask: which of `seen` + `new` tokens are real, (B, N_k); None: all.
+
+    A causal mask (B, 1, new, N_k), as Hugging Face makes them, is padding and causality and can be read so.
+
+    Raises:
+        ValueError: a mask of another shape, or one that is more than padding and causality.
+    """
+    mask, total = attention_mask, seen + new
+    if mask is None:
+        return None
+    if mask.ndim == 2 and not mask.is_floating_point() and mask.shape == (batch, total):
+        return mask.bool()
+    fits = mask.ndim == 4 and (mask.dtype == torch.bool or mask.is_floating_point())
+    if not fits or mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, new) or mask.shape[3] != total:
+        raise ValueError(
+            f"attention_mask must be padding, boolean or integer (B, N_k) = {(batch, total)} with cached tokens, or a causal mask "
+            f"(B, 1, {new}, {total}), boolean or float, from which the padding is read; got {mask.dtype} {tuple(mask.shape)}"
+        )
+    added = mask.is_floating_point()
+    allowed = mask > torch.finfo(mask.dtype).min / 2 if added else mask
+    real = allowed[:, 0, -1]  # the last token may see all that is real
+    if not torch.compiler.is_compiling():
+        device = mask.device
+        causal = torch.arange(total, device=device) <= torch.arange(seen, total, device=device)[:, None]
+        expected = real[:, None, None] & causal
+        wrong = (allowed & causal) != expected
+        if added:
+            wrong = wrong | (expected & (mask != 0))
+        # Rows before the first real token are empty, opened wholly by those who want no empty rows, or padding without causality.
+        uniform = (allowed == allowed[..., :1]).all(-1, keepdim=True)
+        wrong = torch.where(expected.any(-1, keepdim=True), wrong, (allowed != real[:, None, None]) & ~uniform)
+        if bool(wrong.any()):
+            raise ValueError("attention_mask hides or weighs single pairs of tokens; this mechanism can only leave padding out")
+    return real.expand(batch, total)
 
 
 def _pad_keys(attention_mask: Tensor, num_keys: int) -> Tensor:

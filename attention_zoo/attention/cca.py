@@ -26,6 +26,7 @@ from attention_zoo.attention.base import (
     check_head_split,
     check_tokens,
     merge_heads,
+    read_padding,
     resolve_head_dim,
     split_heads,
 )
@@ -218,7 +219,7 @@ class CoreContextAttention(AttentionModule):
         if position_embeddings is not None:
             q, k = (apply_rotary(t, position_embeddings, self.rope_layout) for t in (q, k))
         layer = None if past_key_values is None else own_cache_layer(self, past_key_values, CoreContextCacheLayer)
-        real = _read_padding(attention_mask, x.shape[0], x.shape[1], 0 if layer is None else layer.tokens_seen)
+        real = read_padding(attention_mask, x.shape[0], x.shape[1], 0 if layer is None else layer.tokens_seen)
         rotate = position_embeddings is None and self.rope_theta is not None
         out = self._attend(q, k, v, real, layer, rotate)
         return self.proj_drop(self.o_proj(merge_heads(out)))
@@ -402,38 +403,6 @@ def _take(x: Tensor, start: int | Tensor, length: int, step: int = 1) -> Tensor:
         return x[:, :, start : start + step * length : step]
     index = start.unsqueeze(-1) + step * torch.arange(length, device=x.device)
     return x.take_along_dim(index.clamp(0, max(x.shape[2] - 1, 0))[:, None, :, None], 2)
-
-
-def _read_padding(attention_mask: Tensor | None, batch: int, new: int, seen: int) -> Tensor | None:
-    """Which of the tokens seen before and the new ones are real, (B, seen + new) boolean; None: all.
-
-    Raises:
-        ValueError: a mask of another shape, or one that is more than padding and causality.
-    """
-    mask, total = attention_mask, seen + new
-    if mask is None:
-        return None
-    if mask.ndim == 2 and not mask.is_floating_point() and mask.shape == (batch, total):
-        return mask.bool()
-    fits = mask.ndim == 4 and (mask.dtype == torch.bool or mask.is_floating_point())
-    if not fits or mask.shape[0] not in (1, batch) or mask.shape[2] not in (1, new) or mask.shape[3] != total:
-        raise ValueError(
-            f"attention_mask must be padding, boolean or integer (B, N_k) = {(batch, total)} with cached tokens, or a causal mask "
-            f"(B, 1, {new}, {total}), boolean or float, from which the padding is read; got {mask.dtype} {tuple(mask.shape)}"
-        )
-    added = mask.is_floating_point()
-    allowed = mask > torch.finfo(mask.dtype).min / 2 if added else mask
-    real = allowed[:, 0, -1]  # the last token may see all that is real
-    if not torch.compiler.is_compiling():
-        device = mask.device
-        causal = torch.arange(total, device=device) <= torch.arange(seen, total, device=device)[:, None]
-        expected = real[:, None, None] & causal
-        wrong = (allowed & causal) != expected
-        if added:
-            wrong = wrong | (expected & (mask != 0))
-        if bool((wrong & expected.any(-1, keepdim=True)).any()):  # rows without a real token may hold anything
-            raise ValueError("attention_mask hides or weighs single pairs of tokens: groups of tokens can only leave padding out")
-    return real.expand(batch, total)
 
 
 def _check_sizes(window_size: int, group_size: int) -> None:
