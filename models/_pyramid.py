@@ -122,9 +122,9 @@ class PyramidClassifier(nn.Module):
         return list(take)
 
 
-def check_stages(depths: Sequence[int], **lists: Sequence[Any]) -> None:
-    """Raise ValueError unless every list has an entry for each stage, and every stage a block."""
-    lists = {"depths": depths, **lists}
+def check_stages(**lists: Sequence[Any]) -> None:
+    """Raise ValueError unless every list has an entry for each stage, and every stage a block: the first list is the depths."""
+    depths = next(iter(lists.values()))
     if len({len(value) for value in lists.values()}) != 1 or not depths or min(depths) < 1:
         given = ", ".join(f"{name}={tuple(value)}" for name, value in lists.items())
         raise ValueError(f"one entry for each stage, and at least one block in each; got {given}")

@@ -154,7 +154,12 @@ class AgentCSwin(PyramidClassifier):
         splits = {"A": _split_sizes(la_split_size, len(depth)), "B": [*split_size[:-1], None]}
         agent_grid = [None] * len(depth) if agent_grid is None else agent_grid
         check_stages(
-            depth, num_heads=num_heads, split_size=split_size, la_split_size=splits["A"], agent_num=agent_num, agent_grid=agent_grid
+            depth=depth,
+            num_heads=num_heads,
+            split_size=split_size,
+            la_split_size=splits["A"],
+            agent_num=agent_num,
+            agent_grid=agent_grid,
         )
         check_attention(attention, "Agent-CSwin")
         types = block_types(attn_type, depth)

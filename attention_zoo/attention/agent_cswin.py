@@ -256,7 +256,13 @@ class AgentCSwinAttention(AttentionModule):
             raise ValueError(
                 f"two branches of stripes share the heads: num_heads={num_heads} must be even; the nearest is {num_heads + 1}"
             )
-        shared = {"resolution": resolution, "split_size": split_size or 1, "scale": scale, "attn_drop": attn_drop, **factory}
+        shared = {
+            "resolution": resolution,
+            "split_size": 1 if split_size is None else split_size,
+            "scale": scale,
+            "attn_drop": attn_drop,
+            **factory,
+        }
         own = {"agent_num": agent_num, "agent_grid": agent_grid, "bias_grid": bias_grid} if use_agents else {}
         branch: type[_Stripes] = AgentStripes if use_agents else SoftmaxStripes
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
