@@ -22,6 +22,24 @@ import attention_zoo as az
 
 FIXTURES = Path(__file__).parent / "fixtures" / "parity"
 
+# Tables of positions that the official forward is handed, and ours makes itself.
+BUILT_BY_OURS = {"relative_coords_table", "relative_pos_index"}
+
+# Decoders whose cases name the mechanism's options and Hugging Face's configuration in one, some fields by other names.
+DECODERS = {"moh_llama", "motif", "diffllama", "llama_cca"}
+CONFIG_NAMES = {
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "mlp_hidden_dim": "intermediate_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "act": "hidden_act",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+
 
 @dataclass(frozen=True)
 class ParityCase:
@@ -69,7 +87,9 @@ class ParityCase:
         if name == "vit_kdgqa":  # stored as the family; each of its mechanisms has a model name of its own
             attention, kwargs["attention_kwargs"] = kwargs.pop("attn"), kwargs.pop("attn_kwargs")
             return f"vit_base_patch16_224_{attention}", kwargs
-        if "causal" in kwargs:
+        if name in DECODERS:
+            return name, _decoder_arguments(kwargs)
+        if "causal" in kwargs and self.target != "model":
             kwargs["is_causal"] = kwargs.pop("causal")
         kwargs |= {k: v for k, v in self.forward_kwargs.items() if k in {"is_causal", "rope_layout"} and v is not None}
         return name, kwargs
@@ -86,24 +106,41 @@ class ParityCase:
         return az.convert_official_state_dict(name, state, **kwargs)
 
     def inputs(self) -> tuple[Tensor, dict[str, Any]]:
-        """The main input, a leaf, and forward's keyword arguments."""
+        """The main input, a leaf (unless it is token ids), and forward's keyword arguments."""
         inputs = self.group("input")
-        x = inputs.pop("tokens", inputs.get("x"))
-        inputs.pop("x", None)
+        x = next(inputs[name] for name in ("tokens", "x", "input_ids") if name in inputs)
+        inputs = {k: v for k, v in inputs.items() if k not in {"tokens", "x", "input_ids", "hidden_states", *BUILT_BY_OURS}}
+        if "rope_theta" in self.arguments()[1]:  # the tables are those that the mechanism makes itself
+            inputs = {k: v for k, v in inputs.items() if k not in {"cos", "sin"}}
         kwargs: dict[str, Any] = {}
         for key, value in self.forward_kwargs.items():
             if key == "grid_size":
                 kwargs[key] = tuple(value)
             elif isinstance(value, str) and value.startswith("input."):
                 kwargs[key] = inputs.pop(value.removeprefix("input."))
-            elif key not in {"is_causal", "rope_layout"}:
+            elif key not in {"is_causal", "rope_layout", "cross"}:
                 kwargs[key] = value
+        for mask in ("attn_mask", "key_padding_mask"):
+            if mask in inputs:
+                kwargs["attention_mask"] = inputs.pop(mask)
         if "rope_cos" in inputs:  # one column per angle; ours are as wide as a head, each angle twice
             half = self.forward_kwargs.get("rope_layout", "half") == "half"
             tables = (inputs.pop("rope_cos"), inputs.pop("rope_sin"))
             kwargs["position_embeddings"] = tuple(torch.cat([t, t], -1) if half else t.repeat_interleave(2, -1) for t in tables)
         assert not inputs, f"the harness does not know what to do with {sorted(inputs)}"
-        return x.requires_grad_(), kwargs
+        return x.requires_grad_(x.is_floating_point()), kwargs
+
+    def record_embeddings(self, module: nn.Module) -> list[Tensor]:
+        """The embedded tokens of a language model as a leaf, by which its gradient is stored, once forward has run; else empty."""
+        leaves: list[Tensor] = []
+
+        def detach(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+            leaves.append(out.detach().requires_grad_())
+            return leaves[-1]
+
+        if "input.input_ids" in self.tensors:
+            module.get_input_embeddings().register_forward_hook(detach)  # type: ignore[operator]
+        return leaves
 
     def hand_noise_to_layers(self, model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A model's stored noise has one slice for each layer that draws some; each layer is called with its own."""
@@ -114,6 +151,19 @@ class ParityCase:
         for layer, part in zip(layers, noise, strict=True):
             layer.register_forward_pre_hook(lambda _, args, kw, part=part: (args, {**kw, "noise": part}), with_kwargs=True)
         return kwargs
+
+
+def _decoder_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `create_model`: the configuration's fields, and what remains as the mechanism's options."""
+    config = kwargs.pop("llama_config", {})
+    kwargs.pop("swap", None)
+    config.update({CONFIG_NAMES[k]: kwargs.pop(k) for k in list(kwargs) if k in CONFIG_NAMES})
+    theta = config.pop("rope_theta", None) or kwargs.pop("rope_theta", None)
+    if theta:
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    if "attn_norm_eps" in kwargs:
+        kwargs["norm_eps"] = kwargs.pop("attn_norm_eps")
+    return {**config, "attention_kwargs": kwargs}
 
 
 def all_cases() -> list[ParityCase]:

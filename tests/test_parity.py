@@ -33,6 +33,7 @@ ELSEWHERE = {
     "core_k": "tests/attention/test_cca.py::test_core_tokens_as_the_official_code",
     "core_v": "tests/attention/test_cca.py::test_core_tokens_as_the_official_code",
     "mask": "tests/attention/test_cca.py::test_core_tokens_as_the_official_code",
+    "prob": "tests/attention/test_combiner.py::test_probabilities_as_the_official_code",
     "r_idx": "tests/attention/test_bra.py::test_routing_as_the_official_code",
     "r_weight": "tests/attention/test_bra.py::test_routing_as_the_official_code",
     "logits_softmax_attention": "tests/checkpoints/test_cca.py::test_before_the_swap",
@@ -49,12 +50,19 @@ def test_case(case: ParityCase) -> None:
     x, kwargs = case.inputs()
     leaves = case.record_embeddings(module)
     result = module(x, **case.hand_noise_to_layers(module, kwargs))
-    outputs = _named_outputs(case, getattr(result, "logits", result))
-    stored = case.group("output")
+    outputs, stored = _named_outputs(case, getattr(result, "logits", result)), case.group("output")
+    if (padding := kwargs.get("attention_mask")) is not None and padding.ndim == 2 and not padding.is_floating_point():
+        outputs = {name: _without_free_rows(got, stored[name], padding) for name, got in outputs.items()}
     for name, got in outputs.items():
         close(got, laid_out(stored[name], got), case.tolerance, f"output {name}")
     _check_side_results(case, module, stored)
     _check_gradients(case, module, leaves[0] if leaves else x, outputs)
+
+
+def _without_free_rows(got: Tensor, stored: Tensor, padding: Tensor) -> Tensor:
+    """What a padded token returns is free where 0 is stored for it."""
+    free = ~padding.bool() & (stored == 0).all(-1) if stored.shape[:2] == padding.shape else torch.zeros_like(got[..., 0]).bool()
+    return got.masked_fill(free[..., None], 0.0)
 
 
 def laid_out(stored: Tensor, like: Tensor) -> Tensor:
@@ -99,6 +107,11 @@ def _check_side_results(case: ParityCase, module: nn.Module, stored: dict[str, T
 def _check_gradients(case: ParityCase, module: nn.Module, x: Tensor, outputs: dict[str, Tensor]) -> None:
     """Gradient of sum(output * cotangent), the auxiliary loss included where it has a cotangent, by the input and by parameters."""
     cotangents = case.group("cotangent")
+    if "grad.embedding" in case.tensors:
+        (outputs["logits"] * cotangents["logits"]).sum().backward()
+        gradient = module.get_input_embeddings().weight.grad  # type: ignore[operator]
+        close(gradient, case.tensors["grad.embedding"], case.gradient_tolerance, "gradient by the embedding")
+        return
     if "grad.input" not in case.tensors:
         assert not cotangents
         return
