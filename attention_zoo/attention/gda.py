@@ -73,7 +73,7 @@ class GroupedDiffAttention(DifferentialAttention):
     Args:
         dim: channels C of the tokens.
         num_heads: signal heads S.
-        num_noise_heads: noise heads M, a divisor of S; None: the G above 1 nearest to 4 that S (and num_kv_heads) allows.
+        num_noise_heads: noise heads M, a divisor of S; None: by the G above 1 nearest to 4 that S and num_kv_heads allow.
         head_dim: channels d of a query head; None: dim / (2 num_heads) in v1, dim / num_heads in v2.
         num_kv_heads: heads H_k of keys and values, a divisor of M; None: M. In v1 each is two heads of keys and a value of 2d.
         style: "v1" or "v2".
@@ -160,7 +160,12 @@ class GroupedDiffAttention(DifferentialAttention):
 
     @staticmethod
     def resolve_noise_heads(num_heads: int, num_kv_heads: int | None = None, num_noise_heads: int | None = None) -> int:
-        """The number of noise heads M, `num_noise_heads` if given. Raises ValueError unless M divides S and H_k divides M."""
+        """The number of noise heads M, `num_noise_heads` if given.
+
+        Raises:
+            ValueError: M does not divide S, H_k does not divide M, or H_k = S, with which every signal head needs a noise head of
+                its own, and M was not given.
+        """
         if num_noise_heads is not None:
             _check_divides("num_heads", num_heads, "num_noise_heads", num_noise_heads)
             if num_kv_heads is not None:
@@ -170,6 +175,12 @@ class GroupedDiffAttention(DifferentialAttention):
             return num_heads  # the constructor says that it must be positive
         if num_kv_heads is not None:
             _check_divides("num_heads", num_heads, "num_kv_heads", num_kv_heads)
+        if num_kv_heads == num_heads > 1:
+            nearest = max(n for n in range(1, num_heads) if num_heads % n == 0)
+            raise ValueError(
+                f"num_kv_heads={num_kv_heads} leaves no heads to share a noise head; the nearest that does is {nearest}, and "
+                f"num_noise_heads={num_heads} asks for one noise head each, which is differential attention"
+            )
         return num_heads // _best_ratio(num_heads // (num_kv_heads or 1))
 
     @classmethod
@@ -291,6 +302,8 @@ def _resolve_target(found: SoftmaxSource, num_noise_heads: int | None, num_kv_he
     if num_kv_heads is None and num_noise_heads is not None and num_noise_heads < kept:
         kept = num_noise_heads
     _check_divides("the source's key/value heads", found.num_kv_heads, "num_kv_heads", kept)
+    if num_noise_heads is None:
+        num_noise_heads = found.num_heads // _best_ratio(found.num_heads // kept)
     return found.num_heads, GroupedDiffAttention.resolve_noise_heads(found.num_heads, kept, num_noise_heads), kept
 
 

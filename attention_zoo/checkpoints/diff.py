@@ -51,7 +51,7 @@ def decoder_options(mechanism: str, attention: Any, attention_kwargs: Any, atten
     names = {attention or mechanism} if attention is None or isinstance(attention, str) else set(attention)
     if names != {mechanism}:
         raise CheckpointError(
-            f"official checkpoints of this model have {mechanism!r} in every layer, not {', '.join(sorted(names))}"
+            f"official checkpoints of this model have {mechanism!r} in every layer, not {', '.join(sorted(names - {mechanism}))}"
         )
     each = [attention_kwargs] if attention_kwargs is None or isinstance(attention_kwargs, Mapping) else attention_kwargs
     layers = [{k: v for k, v in (own or {}).items() if k in _KEY_OPTIONS or k in {"num_heads", "num_kv_heads"}} for own in each]
