@@ -71,6 +71,8 @@ class AttentionInfo:
         cross_equals_self: whether cross attention to the tokens themselves is its self attention, where it does both.
         batch_coupled: by default, a sample's output depends on the other samples of its batch, in evaluation mode as well.
         stochastic: by default, its output is random in evaluation mode as well.
+        length_coupled: by default, how it groups the tokens depends on their number, so that padding is no matter of masks alone.
+        relative_rotation: whether rotary embeddings act through the distances of tokens only.
         min_grid_size: the smallest (H, W) that a spatial mechanism takes.
         grid_multiple: by default, H and W of its grid must be multiples of these.
         causal_options: constructor options that `is_causal=True` needs, where the defaults would let a token see the future.
@@ -96,6 +98,8 @@ class AttentionInfo:
     cross_equals_self: bool = True
     batch_coupled: bool = False
     stochastic: bool = False
+    length_coupled: bool = False
+    relative_rotation: bool = True
     min_grid_size: tuple[int, int] = (1, 1)
     grid_multiple: tuple[int, int] = (1, 1)
     causal_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -148,6 +152,8 @@ def register_attention(
     cross_equals_self: bool = True,
     batch_coupled: bool = False,
     stochastic: bool = False,
+    length_coupled: bool = False,
+    relative_rotation: bool = True,
     min_grid_size: tuple[int, int] = (1, 1),
     grid_multiple: tuple[int, int] = (1, 1),
     causal_options: Mapping[str, Any] | None = None,
@@ -184,6 +190,8 @@ def register_attention(
             cross_equals_self=cross_equals_self,
             batch_coupled=batch_coupled,
             stochastic=stochastic,
+            length_coupled=length_coupled,
+            relative_rotation=relative_rotation,
             min_grid_size=min_grid_size,
             grid_multiple=grid_multiple,
             causal_options=dict(causal_options or {}),

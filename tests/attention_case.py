@@ -58,6 +58,11 @@ class Case:
         """Whether a sample's output depends on its batch, as built."""
         return self.info.batch_coupled and not (self.is_causal and self.info.causal_options)
 
+    @property
+    def length_coupled(self) -> bool:
+        """Whether the number of tokens decides how they are grouped, as built."""
+        return self.info.length_coupled and not (self.is_causal and self.info.causal_options)
+
     def takes(self, argument: str) -> bool:
         return argument in self.arguments
 

@@ -2,9 +2,9 @@
 
 Combiner: Full Attention Transformer with Sparse Computation Cost, arXiv 2107.05768, 2021. Follows the official code
 (google-research/google-research, folder combiner: JAX and TF1); where the two differ (pooling, biases, epsilon) both are options.
-Deviations: without causality a region does not contain what is seen directly (`exclusive`), as in the paper; lengths that the window
-does not divide; padding masks; rotary embeddings and query/key normalisation; logsparse in both directions and, where its official
-code leaves the last token alone (N = 2^k + 1) or fails (N = 2), complete; softmaxes and sums in float32 with true masks.
+Deviations: without causality a region does not contain what is seen directly (`exclusive`), as in the paper; lengths that the
+window does not divide; padding masks; rotary embeddings and query/key normalisation; logsparse in both directions and, where its
+official code leaves the last token alone (N = 2^k + 1) or fails (N = 2), complete; softmaxes and sums in float32 with true masks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from attention_zoo.attention.base import (
 )
 from attention_zoo.attention.cache import StateCacheLayer, own_cache_layer
 from attention_zoo.attention.combiner_patterns import PATTERNS, Plan, State, pieces
-from attention_zoo.attention.conversion import refuse_tensors, source_settings, split_projections
+from attention_zoo.attention.conversion import refuse_tensors, source_heads, source_settings, split_projections
 from attention_zoo.registry import register_attention
 
 __all__ = ["CombinerAttention"]
@@ -61,6 +61,8 @@ class CombinerCacheLayer(StateCacheLayer):
     kv_cache=True,
     static_cache=False,
     padding_masks_only=True,
+    length_coupled=True,
+    relative_rotation=False,
     cost="O(N (L + N / L) d H), logsparse O(N log(N) d H)",
     engines=("flash", "flex", "reference", "torch"),
     causal_options={"window_size": 4},
@@ -106,8 +108,8 @@ class CombinerAttention(AttentionModule):
             It then depends on N: a cache, or padded batches that should equal unpadded ones, need a number. Unused by logsparse.
         summary_pool: "max", "sum" or "mean" over a region. The official mixture has "max" (JAX) or "sum" (TF).
         summary_act: "identity", "relu" or "deepset" before pooling.
-        row_summary: the summary key of a row in axial: of token j itself ("none"), weighted as its values ("wsum"), or projected from
-            its values ("proj") or from the weighted keys ("wsum_proj"), with the layer's input as residual.
+        row_summary: axial's summary key of a row, for each of its tokens: the token's own ("none"), the row's weighted as its
+            values are ("wsum"), or projected from the values ("proj") or the weighted keys ("wsum_proj"), with x as residual.
         summary_norm_eps: epsilon of `summary_norm`; 1e-6 is flax's, 1e-5 TF's.
         exclusive: not causal: regions leave out what is seen directly; False: they do not, as in the official TF code.
         rope_layout: channel pairs of `position_embeddings`, "half" or "interleaved".
@@ -115,8 +117,8 @@ class CombinerAttention(AttentionModule):
     Shape: x (B, N, C) -> (B, N, C). `attention_mask` is (B, N), or (B, all tokens so far) with a cache: true or 1 = a real token.
 
     Raises:
-        ValueError: heads that do not divide `dim`, an unknown choice, axial or mixture in both directions on rows that are not full, a
-            mask of another kind, or a cache without a `window_size`.
+        ValueError: heads that do not divide `dim`, an unknown choice, axial or mixture in both directions on rows that are not
+            full, a mask of another kind, or a cache without a `window_size`.
     """
 
     def __init__(
@@ -185,6 +187,81 @@ class CombinerAttention(AttentionModule):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_softmax_attention(
+        cls, source: nn.Module | Mapping[str, Tensor], *, num_heads: int | None = None, **options: Any
+    ) -> Self:
+        """Build this mechanism from the weights of a multi-head attention: q, k, v and the output projection are kept.
+
+        With window_size >= N and nothing beside what is seen directly (causal, or `exclusive`; not logsparse) it computes what the
+        source does; for shorter windows it is an approximation: take "fixed", or "axial" with row_summary "none" or "wsum", which
+        have no new parameters. Projected summary keys start as the keys of the normalised input (`summary_proj` at 0,
+        `summary_key` as k), "deepset" as "relu". Grouped key/value heads are repeated. Memory is not shared with the source. From
+        a module, its dropout rates, causality, scale and train mode are taken over, and its layer in a cache.
+
+        Args:
+            source: an attention module or its state dict, with fused `qkv` and `proj` (timm's, the zoo's), or separate projections
+                named `q, k, v, proj` or `q_proj, k_proj, v_proj, o_proj`. Its q_norm and k_norm may be RMS normalisations.
+            num_heads: query heads of the source; needed for a state dict, and for modules without `num_heads` or `head_dim`.
+            options: further constructor arguments; they win over the settings of the source.
+
+        Raises:
+            ValueError: a source with ALiBi, head counts that do not divide, or tensors that are missing or have no place here; all
+                of them are listed.
+        """
+        if any(getattr(source, name, None) is not None for name in ("alibi", "alibi_slopes")):
+            raise ValueError("the source biases its logits by distance (ALiBi), which a summary of many tokens does not have")
+        if isinstance(getattr(source, "q_norm", None), nn.LayerNorm):
+            raise ValueError("the source normalises q and k by LayerNorm; Combiner has RMS normalisation")
+        state = split_projections(source.state_dict() if isinstance(source, nn.Module) else source)
+        (inner, dim), kv_inner = state["q.weight"].shape, state["k.weight"].shape[0]
+        num_heads = source_heads(source, inner) if num_heads is None else num_heads
+        head_dim = inner // num_heads if num_heads > 0 and inner % num_heads == 0 else 0
+        if head_dim == 0 or kv_inner % head_dim or inner % kv_inner:
+            raise ValueError(f"q.weight has {inner} rows, k.weight {kv_inner}: no whole number of heads; is num_heads={num_heads}?")
+        causal = getattr(source, "is_causal", None)
+        settings = {
+            "head_dim": head_dim,
+            "qkv_bias": any(f"{name}.bias" in state for name in "qkv"),
+            "qk_norm": "q_norm.weight" in state,
+            "proj_bias": "proj.bias" in state,
+            "device": state["q.weight"].device,
+            "dtype": state["q.weight"].dtype,
+            **({"is_causal": causal} if isinstance(causal, bool) else {}),
+            **(source_settings(source) if isinstance(source, nn.Module) else {}),
+        }
+        module = cls(dim, num_heads, **{**settings, **options})
+        module.layer_idx = getattr(source, "layer_idx", None)
+        module._load_softmax_attention(state, _relative_scale(source, head_dim))
+        return module.train(source.training) if isinstance(source, nn.Module) else module
+
+    def _load_softmax_attention(self, state: State, relative_scale: float) -> None:
+        """Copy q, k, v, proj and the normalisations; `relative_scale` is that of the source's logits to ours."""
+        inner, state = self.num_heads * self.head_dim, dict(state)
+        own = self.state_dict()
+        for kind in ("weight", "bias"):
+            if f"qkv.{kind}" not in own:
+                continue
+            parts = []
+            for name in "qkv":  # a source may have a bias on some of them only
+                part = state.pop(f"{name}.{kind}", None)
+                part = own[f"qkv.{kind}"].new_zeros(inner) if part is None else part
+                part = part.unflatten(0, (-1, self.head_dim)).repeat_interleave(inner // part.shape[0], 0).flatten(0, 1)
+                parts.append(part * relative_scale if name == "q" and "q_norm.weight" not in own else part)
+            state[f"qkv.{kind}"] = torch.cat(parts)
+        if "q_norm.weight" in state:
+            state["q_norm.weight"] = state["q_norm.weight"] * relative_scale
+        if "summary_key.weight" in own:
+            state |= {name: torch.zeros_like(own[name]) for name in own if name.startswith("summary_proj.")}
+            state |= {name: own[name] for name in own if name.startswith("summary_norm.")}
+            keys = {name: f"qkv.{name.rpartition('.')[2]}" for name in own if name.startswith("summary_key.")}
+            state |= {name: state[fused][inner : 2 * inner] for name, fused in keys.items()}
+        for name in ("pool_q.weight", "pool_k.weight"):
+            if name in own:
+                state[name] = torch.eye(self.head_dim)
+        refuse_tensors(type(self).__name__, [n for n in own if n not in state], [n for n in state if n not in own])
+        self.load_state_dict(state)
 
     def cache_elements(self, num_tokens: int) -> int:
         """Numbers that a cache keeps of one sequence; rotated axial rows keep 2 d more for each token of the unfinished one.
@@ -336,6 +413,12 @@ class CombinerAttention(AttentionModule):
         else:
             text += f", summary_pool={self.summary_pool!r}, summary_act={self.summary_act!r}"
         return text + ("" if self.is_causal or self.exclusive else ", exclusive=False")
+
+
+def _relative_scale(source: Any, head_dim: int) -> float:
+    """The factor of the source's logits, relative to 1 / sqrt(d)."""
+    scale = getattr(source, "scale", None) or getattr(source, "scaling", None)
+    return scale * math.sqrt(head_dim) if isinstance(scale, float) and not math.isclose(scale, head_dim**-0.5) else 1.0
 
 
 def _near_root(length: int) -> int:

@@ -18,7 +18,7 @@ A pattern is a function `(plan, new, real, past, seen) -> (out, state)`:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,7 +109,7 @@ def axial(plan: Plan, new: State, real: Tensor | None, past: State, seen: int) -
     state = {"summary_key": _extend(past, "summary_key", key, 2), "summary_value": _extend(past, "summary_value", values, 2)}
 
     parts = [grid.own_rows(plan)]
-    if visible := grid.visible(plan):
+    if grid.visible(plan):
         parts.append(grid.own_columns(plan, state["summary_key"], state["summary_value"], grid.real, plan.exclusive, 0.0))
     return grid.join(parts), {**grid.running_row(plan), **state}
 
@@ -154,15 +154,14 @@ def _running_columns(plan: Plan, grid: _Grid, ended: State, finished: State, pas
     real = None if grid.real is None else grid.real[:, : grid.finished + grid.ended].transpose(1, 2)
     columns = _Lines(plan, query, key, _transpose(finished["row_key"]), _transpose(finished["row_value"]), real)
     pools = columns.running_pools(base)
-    below, _ = columns.running(pools)  # entry j: the rows up to the j-th that has ended
+    below = columns.running(pools)  # entry j: the rows up to the j-th that has ended
     query, key = (torch.cat([start.unsqueeze(3), pool], 3) for start, pool in zip(base, pools, strict=True))
 
-    first_value = past.get("up_value", torch.zeros_like(below.value[:, :, :, :1]).sum(3))
+    first_value = past["up_value"] if "up_value" in past else query.new_zeros(base[0].shape, dtype=below.value.dtype)
     counts = columns.counts(grid.finished + torch.arange(grid.ended + 1, device=key.device))
-    keys = _normalise(key, plan.pool, counts)
     values = torch.cat([first_value.unsqueeze(3), below.value], 3)
-    rows = range(grid.rows)
-    up = _Regions(*(_transpose(t)[:, :, : len(rows)] for t in (keys, values)), (counts > 0).transpose(1, 2)[:, : len(rows)])
+    keys, rows = _normalise(key, plan.pool, counts), grid.rows
+    up = _Regions(_transpose(keys)[:, :, :rows], _transpose(values)[:, :, :rows], (counts > 0).transpose(1, 2)[:, :rows])
     if grid.finished + grid.ended == 0:
         return up, {}
     return up, {"up_query": query[:, :, :, -1], "up_key": key[:, :, :, -1], "up_value": values[:, :, :, -1]}
@@ -189,7 +188,7 @@ def _mixture_both_ways(plan: Plan, grid: _Grid) -> Tensor:
 
 
 class _Grid(NamedTuple):
-    """New tokens as a grid of rows, below `finished` rows of the cache and to the right of the `running` tokens of an unfinished one.
+    """New tokens as a grid of rows, below the `finished` rows of a cache, right of the `running` tokens of its unfinished one.
 
     Attributes:
         q: (B, H, rows, width, d), new tokens; k, v: (B, H, rows, running + width, d). The last row may be filled up.
@@ -270,7 +269,7 @@ class _Grid(NamedTuple):
         mask = None if real is None else real[:, :visible, own].transpose(1, 2)[:, :, None]
         if others and not plan.is_causal:
             mask = _both(mask, ~torch.eye(visible, dtype=torch.bool, device=key.device)[None, None])
-        # Causal bounds count from the end: with one row less than there are up to the last query's, each query sees those before it.
+        # Causal bounds count from the end: with all rows but the last query's own as keys, each query sees those before it.
         out, lse = _along_rows(_transpose(self.q), key, value, mask, plan.is_causal, dropout)
         return _transpose(out), _transpose(lse)
 
@@ -331,18 +330,18 @@ class _Lines(NamedTuple):
             return lengths[None, None].expand(1, self.k.shape[2], -1)
         return F.pad(self.real.cumsum(-1), (1, 0))[:, :, lengths]
 
-    def running(self, pools: tuple[Tensor, Tensor] | None = None) -> tuple[_Regions, Tensor]:
+    def running(self, pools: tuple[Tensor, Tensor] | None = None) -> _Regions:
         """Summaries of the beginnings, the j-th up to token j itself, for the last m tokens."""
         num_pools, num_keys = self.query.shape[3], self.k.shape[3]
         counts = self.counts(torch.arange(num_keys - num_pools + 1, num_keys + 1, device=self.k.device))
         query, key = (_normalise(pool, self.plan.pool, counts) for pool in pools or self.running_pools())
         mask = None if self.real is None else self.real[:, :, None]
         value = _values_along_rows(query, self.k, self.v, mask, True, self.plan.dropout)
-        return _Regions(key, value, counts > 0), counts
+        return _Regions(key, value, counts > 0)
 
     def before(self) -> _Regions:
         """Summaries of all tokens before each one. Where there is none: key 0, and the mean of the line as value."""
-        regions = self.running()[0]
+        regions = self.running()
         key = F.pad(regions.key, (0, 0, 1, -1))
         value = torch.cat([self.v.mean(3, keepdim=True).to(regions.value.dtype), regions.value[:, :, :, :-1]], 3)
         return _Regions(key, value, F.pad(regions.alive, (1, -1)))
@@ -487,7 +486,7 @@ def _keep_spans(plan: Plan, spans: _Spans, new: State, real: Tensor | None, past
     if seen:
         before = list(zip(*(past[f"span_{name}"].unbind(2) for name in ("query", "key", "value")), strict=True))
         if seen & size:  # carried
-            query, key, value = found[0]
+            query, key = found[0][:2]
             while seen & size:
                 query, key = (_pool_two(plan.pool, a, b) for a, b in zip(before.pop()[:2], (query, key), strict=True))
                 seen, size = seen - size, 2 * size
@@ -519,22 +518,12 @@ def _logits_of_spans(plan: Plan, q: Tensor, key: Tensor, real: Tensor | None, se
 # --- parts ----------------------------------------------------------------------------------------------------------------------
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: float, return_lse: bool = True
-) -> tuple[Tensor, ...]:
-    """Unscaled attention in the widest dtype of the three: pools of low precision may have been summed up in float32."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: float, lse: bool) -> tuple[Tensor, ...]:
+    """Unscaled attention, in the wider dtype of q and k: pools of low precision may have been summed up in float32."""
     kind = torch.promote_types(q.dtype, k.dtype)
+    settings: dict[str, Any] = {"attn_mask": mask, "is_causal": is_causal, "scale": 1.0, "dropout_p": dropout, "return_lse": lse}
     with torch.autocast(q.device.type, enabled=False):
-        result = ops.attention(
-            q.to(kind),
-            k.to(kind),
-            v.to(kind),
-            attn_mask=mask,
-            is_causal=is_causal,
-            scale=1.0,
-            dropout_p=dropout,
-            return_lse=return_lse,
-        )
+        result = ops.attention(q.to(kind), k.to(kind), v.to(kind), **settings)
     return result if isinstance(result, tuple) else (result,)
 
 
@@ -543,16 +532,21 @@ def _along_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal:
 
     Returns: (B, H, S, n, d) and (B, H, S, n).
     """
-    shape, mask = q.shape[:3:2], _mask_of_rows(mask, q)
-    out, lse = _attend(*(t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)), mask, is_causal, dropout)
+    shape, mask = (q.shape[0], q.shape[2]), _mask_of_rows(mask, q)
+    out, lse = _attend(_as_batch(q), _as_batch(k), _as_batch(v), mask, is_causal, dropout, lse=True)
     return out.unflatten(0, shape).transpose(1, 2), lse.unflatten(0, shape).transpose(1, 2)
 
 
 def _values_along_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: float) -> Tensor:
-    """`_along_rows` without the normaliser, which engines compute faster, in the dtype of v."""
-    shape, mask = q.shape[:3:2], _mask_of_rows(mask, q)
-    (out,) = _attend(*(t.transpose(1, 2).flatten(0, 1) for t in (q, k, v)), mask, is_causal, dropout, return_lse=False)
+    """`_along_rows` without the normaliser, which more engines compute, in the dtype of v."""
+    shape, mask = (q.shape[0], q.shape[2]), _mask_of_rows(mask, q)
+    (out,) = _attend(_as_batch(q), _as_batch(k), _as_batch(v), mask, is_causal, dropout, lse=False)
     return out.unflatten(0, shape).transpose(1, 2).to(v.dtype)
+
+
+def _as_batch(rows: Tensor) -> Tensor:
+    """(B, H, S, n, d) -> (B * S, H, n, d)."""
+    return rows.transpose(1, 2).flatten(0, 1)
 
 
 def _mask_of_rows(mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -568,7 +562,7 @@ def _over_segments(q: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, i
     Tokens of one column are a head of queries, all those of a head share its summaries: a mask of S x K does for all of them.
     """
     heads, width = q.shape[1], q.shape[3]
-    out, lse = _attend(q.transpose(2, 3).flatten(1, 2), key, value, mask, is_causal, 0.0)
+    out, lse = _attend(q.transpose(2, 3).flatten(1, 2), key, value, mask, is_causal, 0.0, lse=True)
     return out.unflatten(1, (heads, width)).transpose(2, 3), lse.unflatten(1, (heads, width)).transpose(2, 3)
 
 

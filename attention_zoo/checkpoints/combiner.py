@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention_zoo.checkpoints.convert import CheckpointError, parameter_keys, rename_keys
+from attention_zoo.checkpoints.convert import CheckpointError, rename_keys
 from attention_zoo.registry import create_attention, register_converter
 
 __all__ = ["convert_combiner"]
@@ -45,7 +45,7 @@ _TF = {
 
 @register_converter("combiner")
 def convert_combiner(state_dict: State, **kwargs: Any) -> State:
-    """The state dict of one layer -> `CombinerAttention(**kwargs)`'s. Raises CheckpointError that lists unknown and missing keys."""
+    """The state dict of one layer -> `CombinerAttention(**kwargs)`'s. Raises CheckpointError that lists unknown, missing keys."""
     own = list(create_attention("combiner", **{**kwargs, "device": "meta", "dtype": None}).state_dict())
     if "qkv.weight" in state_dict:
         return rename_keys(state_dict, (), expected=own)
