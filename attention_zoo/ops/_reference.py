@@ -16,7 +16,7 @@ __all__ = ["packed_positions", "reference_attention", "visible"]
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """softmax(softcap(scale * q k^T) + bias + mask) v, and the natural logarithm of the softmax's denominator.
 
-    Shape: q (B, H_q, N_q, D), k (B, H_kv, N_k, D), v (B, H_kv, N_k, D_v) -> (B, H_q, N_q, D_v), (B, H_q, N_q) float32.
+    Shape: q (B, H_q, N_q, D), k (B, H_kv, N_k, D), v (B, H_kv, N_k, D_v) -> (B, H_q, N_q, D_v), (B, H_q, N_q) float32 or float64.
     Query head h reads key/value head h // (H_q / H_kv). A row that may attend to nothing gives 0 and a log-normaliser of -inf.
     """
     with torch.autocast(q.device.type, enabled=False):
@@ -49,7 +49,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, 
     if problem.dropout_p > 0:
         weights = torch.dropout(weights, problem.dropout_p, train=True)
     out = weights.unflatten(1, (k.shape[1], groups)) @ v.to(work).unsqueeze(2)
-    return out.flatten(1, 2).to(q.dtype), lse.squeeze(-1).float()
+    return out.flatten(1, 2).to(q.dtype), lse.squeeze(-1)
 
 
 def visible(problem: Problem, device: torch.device) -> Tensor | None:

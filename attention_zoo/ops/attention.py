@@ -58,7 +58,8 @@ def attention(
         return_lse: return the natural logarithm of each row's softmax denominator too.
         backend: "auto" for the fastest engine that serves the call, or one of `BACKENDS`; see docs/engines.md.
 
-    Returns: (B, H, N_q, D_v) in the dtype of q; with `return_lse` also (B, H, N_q) float32, -inf for a row that sees nothing.
+    Returns: (B, H, N_q, D_v) in the dtype of q; with `return_lse` also (B, H, N_q), -inf for a row that sees nothing:
+            float32, or float64 for tensors of float64.
 
     Raises:
         ValueError: tensors that do not fit together, an option out of range, or an unknown backend.

@@ -169,7 +169,7 @@ class Engine(ABC):
 
     @abstractmethod
     def run(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
-        """(B, H_q, N_q, D_v), and the log-normaliser (B, H_q, N_q) float32 if it was asked for."""
+        """(B, H_q, N_q, D_v), and the log-normaliser (B, H_q, N_q), float32 or float64, if it was asked for."""
 
 
 def flash_limits(s: Signature) -> str | None:
