@@ -17,19 +17,17 @@ from functools import partial
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, calculate_drop_path_rates, create_classifier, to_2tuple, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 from timm.models.pvt_v2 import OverlapPatchEmbed
 from torch import Tensor, nn
 
 from attention_zoo.registry import register_model_info
 
 from ._host import build_attention, check_attention
+from ._pyramid import Grid, PyramidClassifier, check_stages, init_linear, to_map
 
 __all__ = ["MoHTransNeXt"]
-
-Grid = tuple[int, int]
 
 
 class DWConv(nn.Module):
@@ -40,7 +38,7 @@ class DWConv(nn.Module):
         self.dwconv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, grid_size: Grid) -> Tensor:
-        out: Tensor = self.dwconv(x.transpose(1, 2).unflatten(2, grid_size))
+        out: Tensor = self.dwconv(to_map(x, grid_size))
         return out.flatten(2).transpose(1, 2)
 
 
@@ -103,7 +101,7 @@ class MoHTransNeXtBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x), grid_size))
 
 
-class MoHTransNeXt(nn.Module):
+class MoHTransNeXt(PyramidClassifier):
     """MoH-TransNeXt classifier. Lists have one entry for each stage.
 
     Args:
@@ -167,10 +165,13 @@ class MoHTransNeXt(nn.Module):
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        lists: dict[str, Sequence[Any]] = {"embed_dims": embed_dims, "depths": depths, "num_heads": num_heads}
+        lists: dict[str, Sequence[Any]] = {"depths": depths, "embed_dims": embed_dims, "num_heads": num_heads}
         lists |= {"shared_heads": shared_heads, "routed_topk": routed_topk}
-        lists |= {"mlp_ratios": mlp_ratios, "sr_ratios": sr_ratios, "window_sizes": window_sizes}
-        _check_stages(lists, patch_size)
+        check_stages(**lists, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios, window_sizes=window_sizes)
+        if min(sr_ratios) < 1:
+            raise ValueError(f"sr_ratios must be at least 1, got {tuple(sr_ratios)}")
+        if patch_size < 2:
+            raise ValueError(f"patch_size must be at least 2, so that patches overlap; got {patch_size}")
         if attention is not None:
             check_attention(attention, "MoH-TransNeXt")
         self.num_classes, self.in_chans, self.num_stages, self.patch_size = num_classes, in_chans, len(depths), patch_size
@@ -215,7 +216,7 @@ class MoHTransNeXt(nn.Module):
             if module in attentions:
                 continue
             if isinstance(module, nn.Linear):
-                _init_linear(module)
+                init_linear(module)
             elif isinstance(module, nn.Conv2d):
                 fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
@@ -238,106 +239,28 @@ class MoHTransNeXt(nn.Module):
         keywords = ("query_embedding", "relative_pos_bias_local", "cpb", "temperature")
         return {name for name, _ in self.named_parameters() if any(keyword in name for keyword in keywords)}
 
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head with `num_classes` outputs (0: none); `global_pool` None keeps the pooling."""
-        parameter = next(self.parameters())
-        self.num_classes = num_classes
-        pool_type = self.pool_type if global_pool is None else global_pool
-        self._create_head(num_classes, pool_type, device=parameter.device, dtype=parameter.dtype)
-        if isinstance(self.head, nn.Linear):
-            _init_linear(self.head)
-
-    def _create_head(self, num_classes: int, pool_type: str, device: Any = None, dtype: Any = None) -> None:
-        self.pool_type = pool_type
-        self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type, device=device, dtype=dtype)
-
-    def forward_stages(self, x: Tensor, num_stages: int | None = None) -> list[Tensor]:
-        """Image (B, in_chans, H, W) -> the normalised map (B, C_i, H_i, W_i) of each of the first stages."""
-        maps = []
+    def forward_stages(self, x: Tensor, num_stages: int | None = None) -> list[tuple[Tensor, Grid]]:
+        """Image (B, in_chans, H, W) -> normalised tokens (B, N_i, C_i) and grid of each of the first stages."""
+        found = []
         for i in range(1, (self.num_stages if num_stages is None else num_stages) + 1):
             x = getattr(self, f"patch_embed{i}")(x)  # (B, H, W, C)
             grid_size, x = (x.shape[1], x.shape[2]), x.flatten(1, 2)
             for block in getattr(self, f"block{i}"):
                 x = checkpoint(block, x, grid_size) if self.grad_checkpointing else block(x, grid_size)
-            x = getattr(self, f"norm{i}")(x).transpose(1, 2).unflatten(2, grid_size)
-            maps.append(x)
-        return maps
+            x = getattr(self, f"norm{i}")(x)
+            found.append((x, grid_size))
+            x = to_map(x, grid_size)
+        return found
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """The normalised map of the last stage, (B, C, H / 32, W / 32)."""
-        return self.forward_stages(x)[-1]
+    def _final_norm(self, tokens: Tensor) -> Tensor:
+        """Every stage ends with a norm of its own, which the next one reads."""
+        return tokens
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps of the stages, and the final features.
-
-        Args:
-            x: image (B, in_chans, H, W).
-            indices: which stages; the last n if a number, all if None.
-            norm: no difference: the stages end with a norm, the next one reads what it gives.
-            stop_early: leave out the stages after the last of `indices`; the final features are then that stage's.
-            output_fmt: "NCHW" or "NHWC".
-            intermediates_only: return the maps only.
-
-        Raises:
-            ValueError: another format.
-        """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
-        take, last = feature_take_indices(self.num_stages, indices)
-        found = self.forward_stages(x, last + 1 if stop_early else None)
-        maps = [found[i] if output_fmt == "NCHW" else found[i].permute(0, 2, 3, 1) for i in take]
-        return maps if intermediates_only else (found[-1], maps)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the maps of `indices` do not need. The stages' norms are part of their maps. Returns the stages taken."""
-        take, last = feature_take_indices(self.num_stages, indices)
-        shortened = last < self.num_stages - 1
+    def prune_stages(self, last: int) -> None:
+        """Drop the stages after `last`, and the way to them."""
         for i in range(last + 2, self.num_stages + 1):
             for name in (f"patch_embed{i}", f"block{i}", f"norm{i}"):
                 delattr(self, name)
-        self.num_stages = last + 1
-        if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return list(take)
-
-
-def _check_stages(lists: dict[str, Sequence[Any]], patch_size: int) -> None:
-    """Raise ValueError unless there is one entry for each stage in every list, and each stage has something to do."""
-    if len({len(value) for value in lists.values()}) != 1 or not lists["depths"] or min(lists["depths"]) < 1:
-        given = ", ".join(f"{name}={tuple(value)}" for name, value in lists.items())
-        raise ValueError(f"one entry for each stage, and at least one block in each; got {given}")
-    if min(lists["sr_ratios"]) < 1:
-        raise ValueError(f"sr_ratios must be at least 1, got {tuple(lists['sr_ratios'])}")
-    if patch_size < 2:
-        raise ValueError(f"patch_size must be at least 2, so that patches overlap; got {patch_size}")
-
-
-def _init_linear(module: nn.Linear) -> None:
-    trunc_normal_(module.weight, std=0.02)
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 # The published variants; what is not said is the class's default.
