@@ -278,7 +278,7 @@ class BiFormer(BiFormerPyramid):
         qk_dims = embed_dims if qk_dims is None else qk_dims
         kv_per_wins = [-1] * len(depths) if kv_per_wins is None else kv_per_wins
         lists = {"embed_dims": embed_dims, "mlp_ratios": mlp_ratios, "topks": topks, "qk_dims": qk_dims, "kv_per_wins": kv_per_wins}
-        check_stages(depths, **lists)
+        check_stages(depths=depths, **lists)
         check_attention(attention, "BiFormer")
         if pos_dwconv not in (0, 3):
             raise ValueError(

@@ -103,7 +103,7 @@ class BiFormerSTL(BiFormerPyramid):
             raise ValueError(f"variant must be one of {', '.join(map(repr, _LAYOUTS))}; got {variant!r}")
         layout = _LAYOUTS[variant]
         topks = (1, 4, 16, layout["topk"]) if topks is None else topks
-        check_stages(depths, embed_dims=embed_dims, mlp_ratios=mlp_ratios, n_wins=n_wins, topks=topks)
+        check_stages(depths=depths, embed_dims=embed_dims, mlp_ratios=mlp_ratios, n_wins=n_wins, topks=topks)
         check_attention(attention, "BiFormer-STL")
         host = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate, **factory}
         routed = {"side_dwconv": side_dwconv, "pad_mode": layout["pad_mode"] if pad_mode is None else pad_mode}

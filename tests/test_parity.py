@@ -20,10 +20,15 @@ AUTOMATIC = [c for c in CASES if c.target in {"attention", "model"}]
 MANUAL = {
     "agent/agentsd_attn": "tests/attention/test_agent_sd.py::test_attention_as_the_official_code",
     "agent/agentsd_match_8x6": "tests/attention/test_agent_sd.py::test_matching_as_the_official_code",
+    "agent/cswin_branch_full_6x6": "tests/attention/test_agent_cswin.py::test_branch_parity",
+    "agent/swin_block_window4_shift2": "tests/models/test_agent_swin.py::test_block_parity",
+    "agent_swin/ckpt_resize_16_to_24": "tests/checkpoints/test_agent_swin.py::test_other_resolution",
     "cca/decode_gqa_w4_p4": "tests/attention/test_cca.py::test_decoding_as_the_official_code",
     "dgqa/diff_train_then_eval_w3": "tests/attention/test_kdgqa.py::test_dgqa_sequences",
     "dgqa/ema_train_w2": "tests/attention/test_kdgqa.py::test_dgqa_sequences",
     "gda/grow_x2": "tests/attention/test_grow.py::test_the_stored_growth",
+    "moh_dit/tiny": "tests/models/test_moh_dit.py::test_official_outputs_and_gradients",
+    "moh_dit/tiny_mixed": "tests/models/test_moh_dit.py::test_official_outputs_and_gradients",
     "gqa/convert_h6kv3": "tests/attention/test_gqa.py::test_conversion",
 }
 RETURNED = {"tokens", "out", "x", "logits"}  # stored outputs that forward returns, besides feature maps
