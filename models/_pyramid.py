@@ -141,7 +141,7 @@ def block_types(attn_type: str, depths: Sequence[int], letters: str = "AB") -> l
     Raises:
         ValueError: letters that say nothing, or a k without M, or M without k.
     """
-    first, second = letters
+    first, second = tuple(letters)
     stages, number = attn_type[: len(depths)], attn_type[len(depths) :]
     if (
         len(stages) != len(depths)
@@ -161,8 +161,8 @@ def block_types(attn_type: str, depths: Sequence[int], letters: str = "AB") -> l
 
 
 def to_map(tokens: Tensor, grid_size: Grid) -> Tensor:
-    """(B, H * W, C) -> (B, C, H, W), a view."""
-    return tokens.transpose(1, 2).unflatten(2, grid_size)
+    """(B, H * W, C) -> (B, C, H, W), a view; this way one sample has the strides of a channels-last image too."""
+    return tokens.unflatten(1, grid_size).permute(0, 3, 1, 2)
 
 
 def factory_of(module: nn.Module) -> dict[str, Any]:

@@ -29,19 +29,18 @@ from timm.layers import (
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from attention_zoo import ops
 from attention_zoo.attention.agent import resize_grid
-from attention_zoo.attention.base import merge_heads, resolve_head_dim, split_heads
+from attention_zoo.attention.base import AttentionModule, attend, merge_heads, resolve_head_dim, split_heads
 from attention_zoo.registry import register_model_info
 
 from ._host import build_attention, check_attention
-from ._pyramid import Grid, PyramidClassifier, init_linear, to_map
+from ._pyramid import Grid, PyramidClassifier, check_stages, init_linear, to_map
 
 __all__ = ["AgentPVT", "SpatialReductionAttention"]
 
 
 @register_notrace_module  # a leaf for torch.fx, as the registered mechanisms are
-class SpatialReductionAttention(nn.Module):
+class SpatialReductionAttention(AttentionModule):
     """PVT's own attention (the paper's baseline, letter B): softmax over keys of which r x r are merged by a strided convolution.
 
     Args:
@@ -83,9 +82,7 @@ class SpatialReductionAttention(nn.Module):
         if self.sr_ratio > 1:
             source = self.norm(self.sr(to_map(x, grid_size)).flatten(2).transpose(1, 2))
         q, k, v = (split_heads(t, self.num_heads) for t in (self.q(x), *self.kv(source).chunk(2, dim=-1)))
-        out = ops.attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
-        assert isinstance(out, Tensor)  # no log-normaliser was asked for
-        return self.proj_drop(self.proj(merge_heads(out)))
+        return self.proj_drop(self.proj(merge_heads(attend(self, q, k, v))))
 
 
 class AgentPVTBlock(nn.Module):
@@ -183,10 +180,9 @@ class AgentPVT(PyramidClassifier):
     ) -> None:
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        _check_stages(
-            attn_type,
-            embed_dims=embed_dims,
+        check_stages(
             depths=depths,
+            embed_dims=embed_dims,
             num_heads=num_heads,
             mlp_ratios=mlp_ratios,
             sr_ratios=sr_ratios,
@@ -194,6 +190,8 @@ class AgentPVT(PyramidClassifier):
             agent_num=agent_num,
             attn_type=attn_type,
         )
+        if set(attn_type) - {"A", "B"}:
+            raise ValueError(f"attn_type must have the letters A (agents) and B (PVT's own attention), got {attn_type!r}")
         check_attention(attention, "Agent-PVT")
         self.num_stages, self.patch_size = len(depths), patch_size
         self.num_classes, self.in_chans, self.attention, self.attn_type = num_classes, in_chans, attention, attn_type
@@ -313,13 +311,6 @@ def _resize_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
     if old == new:
         return table
     return resize_grid(to_map(table, old), new).flatten(2).transpose(1, 2).to(table.dtype)
-
-
-def _check_stages(letters: str, **lists: Sequence[Any]) -> None:
-    """Raise ValueError unless every list has an entry for each stage, every stage a block and a known letter."""
-    if len({len(value) for value in lists.values()}) != 1 or not letters or min(lists["depths"]) < 1 or set(letters) - {"A", "B"}:
-        given = ", ".join(f"{name}={value if isinstance(value, str) else tuple(value)}" for name, value in lists.items())
-        raise ValueError(f"one entry for each stage, at least one block in each, and attn_type of letters A and B; got {given}")
 
 
 # The published variants. The bare name is the family's configurable entry point, the tiny one unless the arguments say otherwise.

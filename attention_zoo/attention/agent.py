@@ -36,7 +36,7 @@ from attention_zoo.attention.base import (
 from attention_zoo.attention.conversion import refuse_tensors, source_settings, split_projections
 from attention_zoo.registry import register_attention
 
-__all__ = ["AgentAttention", "AgentTables", "agent_attention", "pool_agents", "resize_grid"]
+__all__ = ["AgentAttention", "AgentTables", "agent_attention", "pool_agents", "resize_grid", "to_image"]
 
 Grid = tuple[int, int]
 
@@ -100,10 +100,14 @@ def pool_agents(q: Tensor, grid_size: Grid | None, agent_grid: Grid, mask: Tenso
 
 
 def _pool(x: Tensor, grid_size: Grid | None, agent_grid: Grid) -> Tensor:
-    channels_first = x.transpose(1, 2)
     if grid_size is None:
-        return F.adaptive_avg_pool1d(channels_first, math.prod(agent_grid)).transpose(1, 2)
-    return F.adaptive_avg_pool2d(channels_first.unflatten(2, grid_size), agent_grid).flatten(2).transpose(1, 2)
+        return F.adaptive_avg_pool1d(x.transpose(1, 2), math.prod(agent_grid)).transpose(1, 2)
+    return F.adaptive_avg_pool2d(to_image(x, grid_size), agent_grid).flatten(2).transpose(1, 2)
+
+
+def to_image(x: Tensor, grid_size: Grid) -> Tensor:
+    """(B, H * W, C) -> (B, C, H, W), a view. One sample, too, has the strides of a channels-last image, which convolutions want."""
+    return x.unflatten(1, grid_size).permute(0, 3, 1, 2)
 
 
 def resize_grid(image: Tensor, size: Grid) -> Tensor:
@@ -492,7 +496,7 @@ class AgentAttention(AgentTables):
         if mask is not None:
             source = source.masked_fill(~mask[..., None], 0.0)
             mask = F.max_pool2d(mask.unflatten(1, grid)[:, None].float(), self.sr_ratio).flatten(1) > 0
-        merged = self.sr(source.transpose(1, 2).unflatten(2, grid))
+        merged = self.sr(to_image(source, grid))
         return self.norm(merged.flatten(2).transpose(1, 2)), (merged.shape[2], merged.shape[3]), mask
 
     @staticmethod
@@ -512,9 +516,10 @@ class AgentAttention(AgentTables):
             v = v.masked_fill(~mask[..., None], 0.0)
         if self.num_kv_heads != self.num_heads:  # every query head gets the values that it reads
             v = v.unflatten(-1, (self.num_kv_heads, -1)).repeat_interleave(self.num_heads // self.num_kv_heads, dim=2).flatten(2)
-        image = v[:, self.num_prefix_tokens :].transpose(1, 2)
+        values = v[:, self.num_prefix_tokens :]
+        image = values.transpose(1, 2)
         if grid is not None and key_grid is not None:
-            image = resize_grid(image.unflatten(2, key_grid), grid).to(v.dtype)
+            image = resize_grid(to_image(values, key_grid), grid).to(v.dtype)
         assert self.dwc is not None
         local = self.dwc(image).flatten(2).transpose(1, 2).to(out.dtype)
         if not self.num_prefix_tokens:
