@@ -30,54 +30,28 @@ from timm.layers import (
 )
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model, swin_transformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from attention_zoo import ops
-from attention_zoo.attention.base import merge_heads, split_heads
+from attention_zoo.attention.window import (
+    WindowAttention,
+    fit_shift,
+    fit_window,
+    from_windows,
+    resize_positions,
+    shift_mask,
+    to_windows,
+)
 from attention_zoo.registry import register_model_info
 
 from ._host import build_attention, check_attention
 from ._pyramid import Grid, PyramidClassifier, block_types, check_stages, init_linear
 
-__all__ = ["AgentSwin", "AgentSwinBlock", "WindowAttention"]
+__all__ = ["AgentSwin", "AgentSwinBlock"]
 
 
-class WindowAttention(swin_transformer.WindowAttention):
-    """Swin's softmax attention in windows: logits get a bias by the relative position, and -100 across the seams of a shift.
-
-    Parameters and buffers are timm's; the computation goes through our engines.
-
-    Shape: windows (B * windows, w * w, C), mask (windows, w * w, w * w) -> (B * windows, w * w, C).
-    """
-
-    def set_window_size(self, window_size: int | Grid) -> None:
-        """Resample the table (bicubic) to other windows, as the official loader does."""
-        table, wanted = self.relative_position_bias_table, to_2tuple(window_size)
-        old, new = (tuple(2 * side - 1 for side in window) for window in (self.window_size, wanted))
-        with torch.no_grad():
-            resized = fit_positions(table[None], old, new)[0].contiguous()
-        self.window_size, self.window_area = wanted, math.prod(wanted)
-        self.relative_position_bias_table = nn.Parameter(resized, table.requires_grad)
-        index = swin_transformer.get_relative_position_index(*wanted, device=table.device)
-        self.register_buffer("relative_position_index", index, persistent=False)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(x).chunk(3, dim=-1))
-        bias, windows = self._get_rel_pos_bias(), 1
-        if mask is not None:  # windows stand beside the heads, so that no bias is repeated over the batch
-            windows = mask.shape[0]
-            bias = (bias + mask[:, None]).flatten(0, 1)[None]  # (1, windows * heads, w * w, w * w)
-            q, k, v = (t.unflatten(0, (-1, windows)).flatten(1, 2) for t in (q, k, v))
-        out = ops.attention(q, k, v, bias=bias, dropout_p=self.attn_drop.p if self.training else 0.0)
-        assert isinstance(out, Tensor)  # no log-normaliser was asked for
-        if mask is not None:
-            out = out.unflatten(1, (windows, self.num_heads)).flatten(0, 1)
-        out = self.proj_drop(self.proj(merge_heads(out)))
-        assert isinstance(out, Tensor)
-        return out
-
-
-register_notrace_module(WindowAttention)  # a leaf for torch.fx, as the mechanisms are
+# Leaves for torch.fx, as the mechanisms are: they decide by numbers.
+register_notrace_module(WindowAttention)
+for _function in (fit_shift, fit_window, from_windows, resize_positions, shift_mask, to_windows):
+    register_notrace_function(_function)
 
 
 class AgentSwinBlock(nn.Module):
@@ -171,55 +145,6 @@ class AgentSwinBlock(nn.Module):
     def _mechanism(self, x: Tensor, grid_size: Grid) -> Tensor:
         out: Tensor = self.attn(x, **({"grid_size": grid_size} if self.attn.attention_info.spatial else {}))
         return out
-
-
-@register_notrace_function
-def fit_window(grid_size: Grid, window: int) -> int:
-    """The largest window up to this one that a grid has room for."""
-    return min(window, *grid_size)
-
-
-@register_notrace_function
-def fit_shift(grid_size: Grid, window: int, shift: int) -> int:
-    """No shift where a window spans the grid."""
-    return 0 if min(grid_size) <= window else shift
-
-
-@register_notrace_function
-def to_windows(x: Tensor, grid_size: Grid, window: int, shift: int) -> Tensor:
-    """Tokens (B, H * W, C) -> windows (B * windows, w * w, C) of the shifted grid, filled up with zeros on the right and bottom."""
-    image = x.unflatten(1, grid_size)
-    below, right = (-side % window for side in grid_size)
-    if below or right:
-        image = F.pad(image, (0, 0, 0, right, 0, below))
-    if shift:
-        image = image.roll((-shift, -shift), (1, 2))
-    return swin_transformer.window_partition(image, (window, window)).flatten(1, 2)
-
-
-@register_notrace_function
-def from_windows(windows: Tensor, grid_size: Grid, window: int, shift: int) -> Tensor:
-    """The inverse of `to_windows`; what filled up the grid is cut off."""
-    (height, width), (rows, columns) = grid_size, (math.ceil(side / window) for side in grid_size)
-    image = windows.unflatten(1, (window, window)).unflatten(0, (windows.shape[0] // (rows * columns), rows, columns))
-    image = image.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-    if shift:
-        image = image.roll((shift, shift), (1, 2))
-    return image[:, :height, :width].flatten(1, 2)
-
-
-@register_notrace_function
-def shift_mask(like: Tensor, grid_size: Grid, window: int, shift: int) -> Tensor | None:
-    """-100 where a shift brought opposite sides into one window, else 0, (windows, w * w, w * w); None without a shift."""
-    if not shift:
-        return None
-    bands = []
-    for side in grid_size:
-        place = torch.arange(-(-side // window) * window, device=like.device)
-        bands.append((place >= len(place) - window).int() + (place >= len(place) - shift).int())
-    regions = 3 * bands[0][:, None] + bands[1]
-    regions = swin_transformer.window_partition(regions[None, ..., None], (window, window)).flatten(1)
-    return -100.0 * (regions[:, :, None] != regions[:, None, :]).to(like.dtype)
 
 
 class AgentSwinStage(nn.Module):
@@ -351,7 +276,7 @@ class AgentSwin(PyramidClassifier):
             ]
             merging = swin_transformer.PatchMerging(width, **factory) if i < num_stages - 1 else None
             layers.append(AgentSwinStage(blocks, merging))
-        self.layers = nn.ModuleList(layers)
+        self.layers: Any = nn.ModuleList(layers)
         self.norm: nn.Module = nn.LayerNorm(self.num_features, **factory)
         self.head_drop = nn.Dropout(drop_rate)
         self._create_head(num_classes, global_pool, **factory)
@@ -399,7 +324,7 @@ class AgentSwin(PyramidClassifier):
         old_grid = self.grid_size
         grids = self._plan(img_size, self.window_size if window_size is None else window_size)
         if self.absolute_pos_embed is not None:
-            resized = fit_positions(self.absolute_pos_embed.detach(), old_grid, self.grid_size)
+            resized = resize_positions(self.absolute_pos_embed.detach(), old_grid, self.grid_size)
             self.absolute_pos_embed = nn.Parameter(resized, self.absolute_pos_embed.requires_grad)
         for layer, grid in zip(self.layers, grids, strict=False):  # a pruned model has fewer stages
             for index, block in enumerate(layer.blocks):
@@ -410,7 +335,7 @@ class AgentSwin(PyramidClassifier):
         x = self.patch_embed(x)  # (B, H, W, C)
         grid_size, x = (x.shape[1], x.shape[2]), x.flatten(1, 2)
         if self.absolute_pos_embed is not None:
-            x = x + fit_positions(self.absolute_pos_embed, self.grid_size, grid_size)
+            x = x + resize_positions(self.absolute_pos_embed, self.grid_size, grid_size)
         layers, found = list(self.layers)[:num_stages], []
         for i, layer in enumerate(layers):
             x = layer(x, grid_size)
@@ -437,16 +362,6 @@ class AgentSwin(PyramidClassifier):
         """The tables of relative positions and the absolute ones, as in the official recipe; the agents' tables are decayed."""
         names = ("relative_position_bias_table", "absolute_pos_embed")
         return {name for name, _ in self.named_parameters() if name.endswith(names)}
-
-
-@register_notrace_function
-def fit_positions(positions: Tensor, grid_size: Grid, wanted: Grid) -> Tensor:
-    """Position embeddings (1, H * W, C) of one grid, resampled (bicubic) to another."""
-    if grid_size == tuple(wanted):
-        return positions
-    image = positions.transpose(1, 2).unflatten(2, grid_size)
-    image = F.interpolate(image.float(), size=wanted, mode="bicubic", align_corners=False)
-    return image.flatten(2).transpose(1, 2).to(positions.dtype)
 
 
 # The published variants; whatever is not said is the tiny one's.

@@ -256,17 +256,14 @@ class AgentCSwinAttention(AttentionModule):
             raise ValueError(
                 f"two branches of stripes share the heads: num_heads={num_heads} must be even; the nearest is {num_heads + 1}"
             )
-        shared = {
-            "resolution": resolution,
-            "split_size": 1 if split_size is None else split_size,
-            "scale": scale,
-            "attn_drop": attn_drop,
-            **factory,
-        }
-        own = {"agent_num": agent_num, "agent_grid": agent_grid, "bias_grid": bias_grid} if use_agents else {}
+        shared: dict[str, Any] = {"resolution": resolution, "split_size": 1 if split_size is None else split_size}
+        shared |= {"scale": scale, "attn_drop": attn_drop, **factory}
+        own: dict[str, Any] = {"agent_num": agent_num, "agent_grid": agent_grid, "bias_grid": bias_grid} if use_agents else {}
         branch: type[_Stripes] = AgentStripes if use_agents else SoftmaxStripes
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
-        self.attns = nn.ModuleList(branch(dim // len(sides), num_heads // len(sides), idx=idx, **shared, **own) for idx in sides)
+        self.attns: Any = nn.ModuleList(
+            branch(dim // len(sides), num_heads // len(sides), idx=idx, **shared, **own) for idx in sides
+        )
         self.proj = nn.Linear(dim, dim, **factory)
         self.attn_drop = attn_drop
         self.proj_drop = nn.Dropout(proj_drop)
@@ -283,18 +280,16 @@ class AgentCSwinAttention(AttentionModule):
     def set_resolution(self, resolution: int | Grid) -> None:
         """Resample the tables to another grid; the number of branches stays."""
         self.resolution = to_2tuple(resolution)
-        for attn in self.attns:
-            attn.set_resolution(resolution)
+        for branch in self.attns:
+            branch.set_resolution(resolution)
 
     def forward(self, x: Tensor, *, grid_size: Grid, attention_mask: Tensor | None = None) -> Tensor:
         check_tokens(x, self.dim)
         mask = _padding_mask(attention_mask, x)
         qkv = self.qkv(x).unflatten(-1, (3, -1)).movedim(2, 0)  # (3, B, N, C)
-        width = self.dim // len(self.attns)
-        parts = [
-            attn(part, grid_size=grid_size, mask=mask) for attn, part in zip(self.attns, qkv.split(width, dim=-1), strict=True)
-        ]
-        return self.proj_drop(self.proj(torch.cat(parts, dim=-1)))
+        parts = qkv.split(self.dim // len(self.attns), dim=-1)
+        outs = [attn(part, grid_size=grid_size, mask=mask) for attn, part in zip(self.attns, parts, strict=True)]
+        return self.proj_drop(self.proj(torch.cat(outs, dim=-1)))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, split_size={self.split_size}, use_agents={self.use_agents}"

@@ -60,7 +60,8 @@ def _convert(family: str, state_dict: State, rules: list[tuple[str, str]], kwarg
         expected=[name for key, name in official.items() if key not in ends],
         optional=["norm.weight", "norm.bias", "head.weight", "head.bias"] if features_only else [],
     )
-    state = resize_state(state, own, grids={"absolute_pos_embed": getattr(model, "grid_size", None)})
+    grids = {"absolute_pos_embed": model.grid_size} if "absolute_pos_embed" in own else {}
+    state = resize_state(state, own, grids=grids)
     if not features_only:
         return state
     wanted = timm.create_model(family, **{**kwargs, "device": "meta"}).state_dict()
