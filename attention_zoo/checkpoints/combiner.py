@@ -6,7 +6,7 @@ No checkpoint was ever published; these are the layouts that the official code w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from attention_zoo.checkpoints.convert import CheckpointError, rename_keys
 from attention_zoo.registry import create_attention, register_converter
 
-__all__ = ["convert_combiner"]
+__all__ = ["convert_combiner", "convert_combiner_lm"]
 
 State = dict[str, Tensor]
 
@@ -86,3 +86,72 @@ def _to_linear(tensor: Tensor, shape: str) -> Tensor:
     elif shape == "in":  # (heads, d)
         return tensor.flatten()
     return tensor.T.contiguous()
+
+
+# Flax's names of a layer's other modules, and of the modules outside the layers.
+_FLAX_LAYER = {
+    "input_layernorm": "LayerNorm_0",
+    "post_attention_layernorm": "LayerNorm_1",
+    "mlp.fc1": "MlpBlock_0.Dense_0",
+    "mlp.fc2": "MlpBlock_0.Dense_1",
+}
+_FLAX_STEM = {"model.norm": "autoreg_model.LayerNorm_0", "lm_head": "autoreg_model.Dense_0"}
+
+
+@register_converter("combiner_lm")
+def convert_combiner_lm(
+    state_dict: State,
+    *,
+    depth: int = 12,
+    num_heads: int = 12,
+    dim: int = 768,
+    attn_bias: bool = False,
+    pos_emb: str = "sinusoidal",
+    tie_embeddings: bool = False,
+    attention: str | None = None,
+    attention_kwargs: Mapping[str, Any] | None = None,
+    **config: Any,
+) -> State:
+    """Flax's language model; arguments as for `create_model`. A state dict with our own names passes through.
+
+    Returns: a state dict that has the output layer in any case: where it is tied to the embedding, saved models leave it out.
+
+    Raises:
+        CheckpointError: learned positions or another mechanism, which it does not have; unknown or missing keys, all listed.
+    """
+    if "model.embed_tokens.weight" in state_dict:
+        return {"lm_head.weight": state_dict["model.embed_tokens.weight"], **state_dict}
+    if attention not in (None, "combiner") or pos_emb != "sinusoidal":
+        raise CheckpointError("the official flax language model has Combiner attention and sinusoidal positions")
+    names = ("pattern", "window_size", "summary_pool", "summary_act", "row_summary", "summary_norm_eps")
+    options = {"dim": dim, "num_heads": num_heads, "qkv_bias": attn_bias, "proj_bias": attn_bias}
+    options |= {name: config[name] for name in names if name in config} | dict(attention_kwargs or {})
+
+    official = {"Embed_0.embedding": ("model.embed_tokens.weight", "norm")}
+    modules = {**_FLAX_STEM}
+    for i in range(depth):
+        modules |= {f"model.layers.{i}.{own}": f"autoreg_model.transformer_layer_{i}.{name}" for own, name in _FLAX_LAYER.items()}
+    for own, name in modules.items():
+        norm = "norm" in own
+        for kind, called in (("weight", "scale" if norm else "kernel"), ("bias", "bias")):
+            official[f"{name}.{called}"] = (f"{own}.{kind}", "norm" if norm or kind == "bias" else "plain")
+    attentions, rest = _split_attentions(state_dict, depth)
+    rename_keys(rest, (), expected=official)
+    state = {own: _to_linear(rest[key], shape) for key, (own, shape) in official.items()}
+    if tie_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    for i, layer in enumerate(attentions):
+        own_layer = convert_combiner(layer, **options)
+        state.update({f"model.layers.{i}.self_attn.{key}": tensor for key, tensor in own_layer.items()})
+    return state
+
+
+def _split_attentions(state_dict: State, depth: int) -> tuple[list[State], State]:
+    """The state of each layer's attention, whose module is called after the pattern, and everything else."""
+    rest, attentions = dict(state_dict), []
+    for i in range(depth):
+        layer = f"autoreg_model.transformer_layer_{i}."
+        found = (key.removesuffix("query.kernel") for key in rest if key.startswith(layer) and key.endswith(".query.kernel"))
+        prefix = next(found, f"{layer}attention.")
+        attentions.append({key.removeprefix(prefix): rest.pop(key) for key in list(rest) if key.startswith(prefix)})
+    return attentions, rest
