@@ -39,6 +39,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from attention_zoo.attention.base import AttentionModule, auxiliary_loss, read_padding
+from attention_zoo.attention.cache import check_cache
 from attention_zoo.registry import attention_class, attention_info, create_attention, register_builder, register_model_info
 
 from ._hf_attention import NAME, register_zoo_attention
@@ -116,26 +117,40 @@ def _check_layers(config: ZooLlamaConfig) -> None:
 
 
 def _resolve_heads(config: ZooLlamaConfig) -> None:
-    """Set `num_key_value_heads` and `head_dim` where they are None: as the mechanisms of the layers have them by default."""
-    heads, wanted = config.num_key_value_heads, config.head_dim
-    if heads is not None and wanted is not None:
+    """Set `num_key_value_heads` and `head_dim` where they are None: as the mechanisms of the layers have them by default.
+
+    Where the layers differ, each gets its own number of key/value heads into its options; all share one width, since they share the
+    rotary tables.
+    """
+    if config.num_key_value_heads is not None and config.head_dim is not None:
         return
     layers = [config.layer_attention(i) for i in range(config.num_hidden_layers)]
-    found: list[tuple[int, int]] = []
-    for name, options in {json.dumps(layer, sort_keys=True): layer for layer in layers}.values():
-        given = {"num_kv_heads": heads, "head_dim": wanted}
-        try:
-            module = _on_meta(config, name, options, {**given, "num_kv_heads": heads or config.num_attention_heads})
-        except ValueError:
-            if heads is not None:
-                raise
-            module = _on_meta(config, name, options, given)
-        found.append((module.num_kv_heads if "num_kv_heads" in vars(module) else config.num_attention_heads, module.head_dim))
-    of_kv_heads, of_head_dims = ({pair[i] for pair in found} for i in (0, 1))
-    if heads is None:
-        config.num_key_value_heads = of_kv_heads.pop() if len(of_kv_heads) == 1 else config.num_attention_heads
-    if wanted is None:  # one width for all layers, since they share the rotary tables
-        config.head_dim = of_head_dims.pop() if len(of_head_dims) == 1 else config.hidden_size // config.num_attention_heads
+    kinds = {json.dumps(layer, sort_keys=True): layer for layer in layers}
+    found = {key: _default_heads(config, name, options) for key, (name, options) in kinds.items()}
+    kv_heads, head_dims = ({pair[i] for pair in found.values()} for i in (0, 1))
+    if config.head_dim is None:
+        config.head_dim = head_dims.pop() if len(head_dims) == 1 else config.hidden_size // config.num_attention_heads
+    if config.num_key_value_heads is not None:
+        return
+    config.num_key_value_heads = kv_heads.copy().pop() if len(kv_heads) == 1 else config.num_attention_heads
+    if len(kv_heads) > 1:
+        has_option = {name for name, _ in layers if "num_kv_heads" in inspect.signature(attention_class(name)).parameters}
+        config.attention_kwargs = [
+            {"num_kv_heads": found[json.dumps(layer, sort_keys=True)][0], **layer[1]} if layer[0] in has_option else layer[1]
+            for layer in layers
+        ]
+
+
+def _default_heads(config: ZooLlamaConfig, name: str, options: Mapping[str, Any]) -> tuple[int, int]:
+    """Key/value heads and width of a mechanism that is given what the configuration gives: as many as query heads if it can."""
+    heads, given = config.num_key_value_heads, {"head_dim": config.head_dim}
+    try:
+        module = _on_meta(config, name, options, {**given, "num_kv_heads": heads or config.num_attention_heads})
+    except ValueError:
+        if heads is not None:
+            raise
+        module = _on_meta(config, name, options, given)
+    return module.num_kv_heads if "num_kv_heads" in vars(module) else config.num_attention_heads, module.head_dim
 
 
 def _on_meta(config: ZooLlamaConfig, name: str, options: Mapping[str, Any], host: Mapping[str, Any]) -> Any:
@@ -221,6 +236,7 @@ class ZooLlamaDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Any,  # what Hugging Face hands to every layer and attention does not need: position_ids, use_cache, ...
     ) -> Tensor:
         cache = past_key_values if cache is None else cache
+        check_cache(self.self_attn, cache)
         if attention_mask is not None and attention_mask.ndim == 4 and self.self_attn.attention_info.padding_masks_only:
             batch, new, seen = *hidden_states.shape[:2], 0 if cache is None else cache.get_seq_length(self.self_attn.layer_idx)
             attention_mask = read_padding(attention_mask, batch, new, seen)

@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from attention_zoo.attention.base import AttentionModule
 
-__all__ = ["CacheReport", "LayerCache", "StateCacheLayer", "cache_report", "measured_cache_bytes", "own_cache_layer"]
+__all__ = ["CacheReport", "LayerCache", "StateCacheLayer", "cache_report", "check_cache", "measured_cache_bytes", "own_cache_layer"]
 
 
 class StateCacheLayer(CacheLayerMixin):
@@ -113,14 +113,21 @@ def own_cache_layer(module: AttentionModule, past_key_values: Any, layer_class: 
     layer = layers[index]
     if isinstance(layer, layer_class):
         return layer
-    if layer.is_compileable:
-        raise ValueError(f"{name} does not keep one key and value for each token and cannot use a static cache; use a DynamicCache")
+    check_cache(module, past_key_values)
     if layer.get_seq_length() > 0:
         raise ValueError(
             f"layer {index} of the cache holds a {type(layer).__name__} with tokens of another mechanism, not {name}'s"
         )
     layers[index] = layer_class(*args)
     return layers[index]
+
+
+def check_cache(module: AttentionModule, past_key_values: Any) -> None:
+    """Raise ValueError for a preallocated cache where the mechanism keeps something else than one key and value for each token."""
+    if past_key_values is None or module.attention_info.static_cache or not past_key_values.is_compileable:
+        return
+    name = type(module).__name__
+    raise ValueError(f"{name} does not keep one key and value for each token and cannot use a static cache; use a DynamicCache")
 
 
 @dataclass(frozen=True)

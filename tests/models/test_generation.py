@@ -157,7 +157,7 @@ def test_hybrids_decode_and_are_saved(tmp_path: Any) -> None:
     names = [c.attention for c in CASES]
     case = DecoderCase("gqa")
     options = [DecoderCase(name).attention_kwargs() for name in names]
-    model = case.build(attention=names, attention_kwargs=options, num_hidden_layers=len(names), num_key_value_heads=4, head_dim=8)
+    model = case.build(attention=names, attention_kwargs=options, num_hidden_layers=len(names))
     want = generate(model, prompt(), use_cache=False)
     assert torch.equal(generate(model, prompt()), want)
     model.save_pretrained(tmp_path)
