@@ -2,6 +2,7 @@
 
 from attention_zoo.attention.agent import AgentAttention
 from attention_zoo.attention.agent_cswin import AgentCSwinAttention
+from attention_zoo.attention.agent_sd import apply_agent_sd, published_schedule, remove_agent_sd
 from attention_zoo.attention.base import auxiliary_loss
 from attention_zoo.attention.bra import BiLevelRoutingAttention
 from attention_zoo.attention.cache import cache_report
@@ -41,10 +42,13 @@ __all__ = [
     "MoHTransNeXtGlobal",
     "MultiHeadAttention",
     "PerturbedGroupedQueryAttention",
+    "apply_agent_sd",
     "auxiliary_loss",
     "cache_report",
     "grow_model",
     "grow_signal_heads",
+    "published_schedule",
+    "remove_agent_sd",
     "set_routed_topk",
     "set_training_step",
 ]

@@ -123,18 +123,21 @@ def convert_agent_deit(
     agent_layer: int = -1,
     attention: str = "agent",
     attention_kwargs: Mapping[str, Any] | None = None,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] | None = None,
     **options: Any,
 ) -> State:
     """A whole Agent-DeiT; arguments as for `create_model`, `options` are those that change no key.
 
-    A checkpoint of another image size is resampled, a head of another number of classes starts at zero.
+    A checkpoint of another image size is resampled, a head of another number of classes starts at zero; with features_only, norm,
+    head and the blocks after the last one that is returned are left out.
 
     Raises:
         CheckpointError: another mechanism than the official one, unknown or missing keys.
     """
     _refuse_other_mechanism(attention, "Agent-DeiT")
     height, width = (side // patch for side, patch in zip(_pair(img_size), _pair(patch_size), strict=True))
-    expected = parameter_keys("patch_embed.proj", "norm") + ["cls_token"]
+    expected = parameter_keys("patch_embed.proj") + ["cls_token"] + ([] if features_only else parameter_keys("norm"))
     wanted = {"pos_embed": _sized(1, 1 + height * width, embed_dim)}
     for i in range(depth):
         expected += [f"blocks.{i}.{key}" for key in _BLOCK_KEYS]
@@ -144,8 +147,9 @@ def convert_agent_deit(
             continue
         own = {"window_size": (height, width), "num_prefix_tokens": 1, "qkv_bias": qkv_bias, **(attention_kwargs or {})}
         wanted |= _layer_tensors(state_dict, f"blocks.{i}.attn.", embed_dim, num_heads, own)
-    state = _fit(state_dict, [*expected, *wanted], num_classes, wanted)
-    return resize_state(state, wanted, grids={"pos_embed": (height, width)}, num_prefix_tokens=1)
+    state = _fit(state_dict, [*expected, *wanted], 0 if features_only else num_classes, wanted)
+    state = resize_state(state, wanted, grids={"pos_embed": (height, width)}, num_prefix_tokens=1)
+    return _as_backbone(state, [(f"blocks.{i}.",) for i in range(depth)], out_indices) if features_only else state
 
 
 @register_converter("agent_pvt")
@@ -164,12 +168,15 @@ def convert_agent_pvt(
     attn_type: str = "AAAA",
     attention: str = "agent",
     attention_kwargs: Mapping[str, Any] | None = None,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] | None = None,
     **options: Any,
 ) -> State:
     """A whole Agent-PVT; arguments as for `create_model`, `options` are those that change no key.
 
     A checkpoint of another image size is resampled, a head of another number of classes starts at zero; with
-    attention_kwargs=dict(split_qkv=False) the projections are fused.
+    attention_kwargs=dict(split_qkv=False) the projections are fused; with features_only, the head and the stages after the last
+    one that is returned are left out.
 
     Raises:
         CheckpointError: another mechanism than the official one, unknown or missing keys.
@@ -194,8 +201,10 @@ def convert_agent_pvt(
             own = {"window_size": (height, width), "sr_ratio": int(agent_sr_ratios[i]), "split_qkv": True, "qkv_bias": qkv_bias}
             own |= attention_kwargs or {}
             wanted |= _layer_tensors(state_dict, f"{block}attn.", embed_dims[i], num_heads[i], own)
-    state = _fit(state_dict, [*expected, *wanted], num_classes, wanted)
-    return resize_state(state, wanted, grids=grids)
+    state = _fit(state_dict, [*expected, *wanted], 0 if features_only else num_classes, wanted)
+    state = resize_state(state, wanted, grids=grids)
+    stages = [(f"block{i}.", f"patch_embed{i}.", f"pos_embed{i}") for i in range(1, len(depths) + 1)]
+    return _as_backbone(state, stages, out_indices) if features_only else state
 
 
 _BLOCK_KEYS = parameter_keys("norm1", "norm2", "mlp.fc1", "mlp.fc2")
@@ -225,7 +234,15 @@ def _layer_tensors(state: Mapping[str, Tensor], prefix: str, dim: int, num_heads
 def _fit(state_dict: State, expected: Sequence[str], num_classes: int, wanted: Mapping[str, Any]) -> State:
     """Check the keys, and bring projections and head to the model's form."""
     head = parameter_keys("head")
-    state = rename_keys(
-        fit_projections(state_dict, wanted), (), expected=[*expected, *(head if num_classes else [])], optional=head
-    )
+    required = [*expected, *(head if num_classes else [])]
+    state = rename_keys(fit_projections(state_dict, wanted), (), expected=required, optional=[*head, *parameter_keys("norm")])
     return refit_head(state, num_classes)
+
+
+def _as_backbone(state: State, stages: Sequence[tuple[str, ...]], out_indices: int | Sequence[int] | None) -> State:
+    """As timm's feature extraction names it, without what follows the last stage that it returns."""
+    last = len(stages) - 1
+    if out_indices is not None and not isinstance(out_indices, int):  # a number means the last ones
+        last = max(i % len(stages) for i in out_indices)
+    dropped = ("norm.", "head.", *(prefix for stage in stages[last + 1 :] for prefix in stage))
+    return {f"model.{key}": tensor for key, tensor in state.items() if not key.startswith(dropped)}

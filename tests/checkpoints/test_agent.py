@@ -170,6 +170,21 @@ def test_heads(family: str) -> None:
     assert not other["head.weight"].any()
 
 
+@pytest.mark.parametrize("indices", [(0, 1), [-1], 1, (1,)])
+@pytest.mark.parametrize("family", TINY)
+def test_classifier_as_dense_backbone(family: str, indices: Any) -> None:
+    options = {"features_only": True, "out_indices": indices}
+    state, x = official_state(family), torch.randn(1, 3, TINY[family]["img_size"], TINY[family]["img_size"])
+    backbone, model = az.create_model(family, **TINY[family], **options).eval(), az.create_model(family, **TINY[family]).eval()
+    backbone.load_state_dict(convert(family, state, **options), strict=True)
+    model.load_state_dict(convert(family, state), strict=True)
+    want = model.forward_intermediates(x, indices=indices if isinstance(indices, int) else list(indices), intermediates_only=True)
+    for a, b in zip(backbone(x), want, strict=True):
+        torch.testing.assert_close(a, b)
+    headless = {key: tensor for key, tensor in state.items() if not key.startswith(("norm.", "head."))}
+    assert convert(family, headless, **options).keys() == convert(family, state, **options).keys()
+
+
 @pytest.mark.parametrize("family", TINY)
 def test_refusals(family: str) -> None:
     state = official_state(family)

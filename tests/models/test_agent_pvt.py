@@ -219,7 +219,7 @@ def test_another_mechanism_and_options() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"one entry for each stage.*attn_type="):
         tiny(attn_type="AAA")
-    with pytest.raises(ValueError, match="letters A and B"):
+    with pytest.raises(ValueError, match=r"letters A \(agents\) and B"):
         tiny(attn_type="AAAC")
     with pytest.raises(ValueError, match="at least one block"):
         tiny(depths=(1, 0, 2, 1))
