@@ -36,7 +36,7 @@ from attention_zoo.attention.base import (
 from attention_zoo.attention.conversion import refuse_tensors, source_settings, split_projections
 from attention_zoo.registry import register_attention
 
-__all__ = ["AgentAttention", "AgentTables", "agent_attention", "pool_agents", "resize_grid", "to_image"]
+__all__ = ["AgentAttention", "AgentTables", "agent_attention", "padding_mask", "pool_agents", "resize_grid", "to_image"]
 
 Grid = tuple[int, int]
 
@@ -419,7 +419,7 @@ class AgentAttention(AgentTables):
         check_tokens(x, self.dim)
         check_context(context, self.dim, self.dim)
         grid = self._resolve_grid(x, grid_size)
-        mask = _padding_mask(attention_mask, x if context is None else context)
+        mask = padding_mask(attention_mask, x if context is None else context)
         q, k, v, key_grid, key_mask = self._project(x, context, grid, mask)
         agents = self._make_agents(q, grid, mask if context is None else None)
         out = agent_attention(
@@ -614,7 +614,7 @@ def _positive_grid(name: str, value: int | Grid) -> Grid:
     return int(height), int(width)
 
 
-def _padding_mask(attention_mask: Tensor | None, keys: Tensor) -> Tensor | None:
+def padding_mask(attention_mask: Tensor | None, keys: Tensor) -> Tensor | None:
     """(B, M) boolean. Raises ValueError for any other kind of mask."""
     if attention_mask is None:
         return None

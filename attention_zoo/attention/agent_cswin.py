@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_zoo import ops
-from attention_zoo.attention.agent import AgentTables, _padding_mask, agent_attention, pool_agents
+from attention_zoo.attention.agent import AgentTables, agent_attention, padding_mask, pool_agents
 from attention_zoo.attention.base import (
     AttentionModule,
     check_choice,
@@ -285,7 +285,7 @@ class AgentCSwinAttention(AttentionModule):
 
     def forward(self, x: Tensor, *, grid_size: Grid, attention_mask: Tensor | None = None) -> Tensor:
         check_tokens(x, self.dim)
-        mask = _padding_mask(attention_mask, x)
+        mask = padding_mask(attention_mask, x)
         qkv = self.qkv(x).unflatten(-1, (3, -1)).movedim(2, 0)  # (3, B, N, C)
         parts = qkv.split(self.dim // len(self.attns), dim=-1)
         outs = [attn(part, grid_size=grid_size, mask=mask) for attn, part in zip(self.attns, parts, strict=True)]
