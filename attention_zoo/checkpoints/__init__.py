@@ -12,6 +12,7 @@ from attention_zoo.checkpoints import kdgqa as _kdgqa  # noqa: F401 - registers 
 from attention_zoo.checkpoints import litv2 as _litv2  # noqa: F401 - registers its converters
 from attention_zoo.checkpoints import llama as _llama  # noqa: F401 - registers its converters
 from attention_zoo.checkpoints import moh as _moh  # noqa: F401 - registers its converter
+from attention_zoo.checkpoints import moh_dit as _moh_dit  # noqa: F401 - registers its converter
 from attention_zoo.checkpoints import moh_transnext as _moh_transnext  # noqa: F401 - registers its converters
 from attention_zoo.checkpoints.convert import CheckpointError, convert_official_state_dict, rename_keys
 from attention_zoo.checkpoints.files import read_checkpoint
