@@ -1,4 +1,4 @@
-"""Backbones: one file per family, registered with timm's registry. Installed as `attention_zoo.models`."""
+"""Backbones and decoders: one file per family, in timm's registry or transformers'. Installed as `attention_zoo.models`."""
 
 from . import (
     agent_cswin,
@@ -7,10 +7,9 @@ from . import (
     agent_swin,
     biformer,
     biformer_stl,
-    combiner_lm,
+    decoders,
     halonet,
     litv2,
-    llama,
     moh_dit,
     moh_transnext,
     vit,
@@ -24,12 +23,11 @@ __all__ = [
     "agent_swin",
     "biformer",
     "biformer_stl",
-    "combiner_lm",
     "create_model",
+    "decoders",
     "halonet",
     "list_models",
     "litv2",
-    "llama",
     "moh_dit",
     "moh_transnext",
     "vit",

@@ -12,21 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
 
 from attention_zoo import ops
 from attention_zoo.attention.base import resolve_attention_mask
 
-__all__ = ["NAME", "register_zoo_attention"]
+from ._host import ZOO_ATTENTION
 
-NAME = "zoo"
+__all__ = ["register_zoo_attention"]
 
 
 def register_zoo_attention() -> None:
     """Make "zoo" known to transformers as an attention implementation."""
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
+    AttentionInterface.register(ZOO_ATTENTION, _attention)
+    AttentionMaskInterface.register(ZOO_ATTENTION, _mask)
 
 
 def _mask(

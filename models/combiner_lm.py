@@ -9,117 +9,26 @@ cache. Deviations: input ids are not shifted inside; other mechanisms can stand 
 from __future__ import annotations
 
 import inspect
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import fields
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from timm.layers import Mlp
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from attention_zoo.attention.base import check_choice
-from attention_zoo.registry import attention_info, register_builder, register_model_info
-
-from .llama import build_attention_layer
+from ._host import build_causal_attention
+from .combiner_lm_config import ACTS, CombinerLMConfig
 
 __all__ = ["CombinerLMConfig", "CombinerLMForCausalLM", "CombinerLMModel"]
 
-ACTS = {"relu": nn.ReLU, "gelu_tanh": partial(nn.GELU, approximate="tanh")}
-POSITIONS = ("sinusoidal", "learned")
 # What outputs call the cache: past_key_values before transformers 5.24.
 _CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
-
-
-@strict
-class CombinerLMConfig(PreTrainedConfig):
-    """Configuration of the language model. Hugging Face's names (`hidden_size`, `num_hidden_layers`, ...) are understood as well.
-
-    Attributes:
-        vocab_size: number of tokens.
-        dim, depth, num_heads, mlp_dim: channels, layers, heads of each, channels inside the MLPs.
-        max_len: longest sequence.
-        pattern, window_size, summary_pool, summary_act, row_summary, summary_norm_eps: Combiner's, see `CombinerAttention`.
-        causal: False: an encoder, without a cache.
-        act: of the MLPs, "relu" (JAX) or "gelu_tanh" (TF).
-        pos_emb: "sinusoidal" (JAX: all sines, then all cosines) or "learned" (TF), added to the embedding.
-        attn_bias: whether the attention's projections have biases.
-        norm_eps: epsilon of the layer normalisations, 1e-6 (flax) or 1e-5 (TF).
-        tie_word_embeddings: whether the output layer's weight is the embedding's (TF); `tie_embeddings` is the same.
-        attention, attention_kwargs: the mechanism of the layers and further options of it.
-        use_cache: set to False where there can be no cache: not causal, or no `window_size`.
-
-    Raises:
-        ValueError: an unknown choice, or a mechanism that cannot stand in a decoder.
-    """
-
-    model_type = "combiner_lm"
-    attribute_map: ClassVar[dict[str, str]] = {
-        "hidden_size": "dim",
-        "num_hidden_layers": "depth",
-        "num_attention_heads": "num_heads",
-        "intermediate_size": "mlp_dim",
-        "max_position_embeddings": "max_len",
-        "tie_embeddings": "tie_word_embeddings",
-    }
-
-    vocab_size: int = 32000
-    dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_dim: int = 3072
-    max_len: int = 2048
-    pattern: str = "fixed"
-    causal: bool = True
-    window_size: int | None = None
-    act: str = "relu"
-    pos_emb: str = "sinusoidal"
-    attn_bias: bool = False
-    norm_eps: float = 1e-6
-    tie_word_embeddings: bool = False
-    summary_pool: str = "max"
-    summary_act: str = "identity"
-    row_summary: str = "proj"
-    summary_norm_eps: float = 1e-6
-    attention: str = "combiner"
-    attention_kwargs: dict | None = None
-    initializer_range: float = 0.02
-    use_cache: bool = True
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        check_choice("act", self.act, ACTS)
-        check_choice("pos_emb", self.pos_emb, POSITIONS)
-        if self.pos_emb == "sinusoidal" and self.dim % 2:
-            raise ValueError(f"sinusoidal positions are sines and cosines: dim must be even, got {self.dim}")
-        info = attention_info(self.attention)
-        if not {"causal_self", "noncausal_self"} & info.patterns or not info.keeps_shape or info.spatial:
-            raise ValueError(f"{self.attention!r} cannot stand in a language model: that needs self attention of a sequence")
-        try:
-            json.dumps(self.attention_kwargs)
-        except TypeError as error:
-            raise ValueError(f"attention_kwargs are saved in config.json, so only plain values can stand there: {error}") from None
-        options = self.layer_options()
-        grows = self.attention == "combiner" and options["pattern"] != "logsparse" and options["window_size"] is None
-        if not self.causal or grows or not info.kv_cache:
-            self.use_cache = False
-
-    def layer_options(self) -> dict[str, Any]:
-        """Options of a layer's mechanism."""
-        own: dict[str, Any] = {}
-        if self.attention == "combiner":
-            names = ("pattern", "window_size", "summary_pool", "summary_act", "row_summary", "summary_norm_eps")
-            own = {name: getattr(self, name) for name in names}
-        return {**own, **({} if self.causal else {"is_causal": False}), **(self.attention_kwargs or {})}
 
 
 class CombinerLMLayer(GradientCheckpointingLayer):
@@ -132,7 +41,7 @@ class CombinerLMLayer(GradientCheckpointingLayer):
         super().__init__()
         host = {"qkv_bias": config.attn_bias, "proj_bias": config.attn_bias, "layer_idx": layer_idx, "depth": layer_idx}
         self.input_layernorm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.self_attn = build_attention_layer(config.attention, config.dim, config.num_heads, host, config.layer_options())
+        self.self_attn = build_causal_attention(config.attention, config.dim, config.num_heads, host, config.layer_options())
         self.post_attention_layernorm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.mlp = Mlp(config.dim, config.mlp_dim, act_layer=ACTS[config.act])
         self._takes = set(inspect.signature(self.self_attn.forward).parameters)
@@ -290,71 +199,5 @@ class CombinerLMForCausalLM(CombinerLMPreTrainedModel, GenerationMixin):
         )
 
 
-AutoConfig.register(CombinerLMConfig.model_type, CombinerLMConfig, exist_ok=True)
 AutoModel.register(CombinerLMConfig, CombinerLMModel, exist_ok=True)
 AutoModelForCausalLM.register(CombinerLMConfig, CombinerLMForCausalLM, exist_ok=True)
-
-
-# --- names ------------------------------------------------------------------------------------------------------------------------
-
-# The bare name is the configurable entry point; "base" has the defaults of the official TF language model.
-_PRESETS: dict[str, dict[str, Any]] = {
-    "combiner_lm": {},
-    "combiner_lm_tiny": {
-        "vocab_size": 256,
-        "dim": 64,
-        "depth": 2,
-        "num_heads": 4,
-        "mlp_dim": 128,
-        "max_len": 512,
-        "window_size": 16,
-    },
-    "combiner_lm_base": {
-        "pattern": "axial",
-        "window_size": 128,
-        "act": "gelu_tanh",
-        "pos_emb": "learned",
-        "attn_bias": True,
-        "norm_eps": 1e-5,
-        "summary_norm_eps": 1e-5,
-        "tie_embeddings": True,
-    },
-}
-
-
-@register_builder("combiner_lm")
-def build_combiner_lm(
-    name: str,
-    family: str,
-    *,
-    attention: str | None = None,
-    attention_kwargs: Mapping[str, Any] | None = None,
-    device: Any = None,
-    dtype: Any = None,
-    **config: Any,
-) -> CombinerLMForCausalLM:
-    """Build a language model.
-
-    Args:
-        name, family: a registered name and its family.
-        attention: the mechanism of every layer; None: Combiner.
-        attention_kwargs: further options of it.
-        device, dtype: of the parameters.
-        config: fields of `CombinerLMConfig`, or Hugging Face's names of them.
-
-    Raises:
-        ValueError: as `CombinerLMConfig`; TypeError: no such field.
-    """
-    known = {*inspect.signature(CombinerLMConfig).parameters, *CombinerLMConfig.attribute_map}
-    if unknown := sorted(set(config) - known):
-        raise TypeError(f"{name!r} takes the fields of CombinerLMConfig; unknown: {', '.join(unknown)}")
-    spelled = {CombinerLMConfig.attribute_map.get(key, key): value for key, value in {**_PRESETS[name], **config}.items()}
-    options = dict(attention_kwargs) if attention_kwargs else None
-    configuration = CombinerLMConfig(attention=attention or "combiner", attention_kwargs=options, **spelled)
-    with torch.device(device if device is not None else torch.get_default_device()):
-        model = CombinerLMForCausalLM(configuration)
-    return model if dtype is None else model.to(dtype)
-
-
-for _name, _preset in _PRESETS.items():
-    register_model_info(_name, "combiner_lm", **_preset)

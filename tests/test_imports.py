@@ -17,7 +17,7 @@ BELOW = {
     "ops": set(),
     "attention": {"ops", "registry"},
     "checkpoints": {"registry"},
-    "models": {"attention", "checkpoints", "registry"},
+    "models": {"attention", "checkpoints", "ops", "registry"},
     "swap": {"models", "checkpoints", "attention", "registry"},
     "analysis": {"attention", "ops"},
     "benchmarks": {"attention", "ops"},

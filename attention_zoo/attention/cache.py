@@ -13,15 +13,17 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin
 
 from attention_zoo.attention.base import AttentionModule
 
 __all__ = ["CacheReport", "LayerCache", "StateCacheLayer", "cache_report", "check_cache", "measured_cache_bytes", "own_cache_layer"]
 
 
-class StateCacheLayer(CacheLayerMixin):
+class StateCacheLayer:
     """Base of a cache layer that holds the tensors of one mechanism, each with the batch as its first dimension.
+
+    It answers to all that transformers asks of its own layers, without deriving from them, so that the mechanisms do without
+    transformers until a cache is given to them.
 
     A subclass sets its tensors as plain attributes (None while there are none) and adds to `tokens_seen` what it is given; the
     rest, which `generate` and beam search call, follows from these. Such a layer cannot be cut back (`crop`) unless the subclass
@@ -34,7 +36,9 @@ class StateCacheLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self) -> None:
-        super().__init__()
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+        self.is_initialized = False
         self.tokens_seen = 0
 
     def tensors(self) -> dict[str, Tensor]:
@@ -102,6 +106,9 @@ def own_cache_layer(module: AttentionModule, past_key_values: Any, layer_class: 
     Raises:
         ValueError: the module's `layer_idx` is not set, the cache is preallocated, or its layer holds another mechanism's tokens.
     """
+    from transformers.cache_utils import CacheLayerMixin
+
+    CacheLayerMixin.register(StateCacheLayer)  # for isinstance, by which a cache tells its kinds of layers apart
     index, name = module.layer_idx, type(module).__name__
     if index is None:
         raise ValueError("past_key_values needs to know the layer: set `layer_idx` on the module, 0 for the first layer")

@@ -1,0 +1,71 @@
+"""The names of the decoders, and when transformers learns of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import attention_zoo as az
+from attention_zoo.models._when_imported import when_imported  # type: ignore[import-not-found]
+
+PROGRAM = """
+sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=11)
+model = AutoModelForCausalLM.from_config(AutoConfig.for_model("zoo_llama", **sizes))
+assert type(model).__name__ == "ZooLlamaForCausalLM"
+assert type(AutoConfig.for_model("combiner_lm")).__name__ == "CombinerLMConfig"
+LlamaForCausalLM(LlamaConfig(**sizes)).set_attn_implementation("zoo")
+"""
+IMPORTS = "from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ("import attention_zoo", IMPORTS),
+        (IMPORTS, "import attention_zoo"),
+        ("import transformers.modeling_layers", "import attention_zoo", IMPORTS),
+        ("import attention_zoo", "import transformers.generation.utils", IMPORTS),
+        ("import transformers", "import attention_zoo", IMPORTS),
+    ],
+    ids=["zoo-first", "transformers-first", "a-part-of-it-first", "zoo-then-a-part", "its-facade-first"],
+)
+def test_the_auto_classes_know_the_decoders_in_any_order(order: tuple[str, ...], tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", "\n".join(order) + PROGRAM], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_action_waits_for_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "awaited_module.py").write_text("VALUE = 3")
+    monkeypatch.syspath_prepend(tmp_path)
+    seen: list[int] = []
+    finders = list(sys.meta_path)
+
+    def action() -> None:
+        seen.append(sys.modules["awaited_module"].VALUE)
+
+    when_imported("awaited_module", action)
+    assert seen == []
+    import awaited_module  # type: ignore[import-not-found]
+
+    assert seen == [3]
+    assert sys.meta_path == finders, "nothing stays behind"
+    assert type(awaited_module.__spec__.loader).__module__ == "_frozen_importlib_external"
+    when_imported("awaited_module", action)
+    assert seen == [3, 3], "at once when it is there already"
+
+
+def test_names_say_what_they_stand_for() -> None:
+    names = set(az.list_models(["*llama*", "cca_*", "motif*", "combiner_lm*"]))
+    assert {
+        "llama",
+        "llama_tiny",
+        "moh_llama3_8b",
+        "cca_qwen2_5_7b",
+        "diffllama",
+        "motif_2_6b",
+        "combiner_lm",
+        "combiner_lm_tiny",
+    } <= names
