@@ -34,7 +34,7 @@ from attention_zoo.attention.base import (
 from attention_zoo.attention.conversion import refuse_tensors, source_heads, source_settings, split_projections
 from attention_zoo.registry import PATTERNS, register_attention
 
-__all__ = ["MixtureOfHeads", "MoHAttention", "load_balance_loss", "set_routed_topk", "top_k_mask"]
+__all__ = ["MixtureOfHeads", "MoHAttention", "load_balance_loss", "set_routed_topk", "top_k_mask", "work_dtype"]
 
 _GATES = {"linear": "soft", "query_norm": "hard"}  # the kind of gate that each router makes
 
@@ -82,7 +82,7 @@ class MixtureOfHeads(AttentionModule):
         if self.shared_heads > 1:
             shared = self.shared_heads * _softmax(self.shared_router(x))
         elif self.shared_heads == 1:  # a softmax over one head
-            shared = torch.ones_like(x[..., :1], dtype=_work_dtype(x))
+            shared = torch.ones_like(x[..., :1], dtype=work_dtype(x))
         if self.routed_heads == 0:
             assert shared is not None  # some head there is
             return shared, None, None
@@ -358,7 +358,7 @@ class MoHAttention(MixtureOfHeads):
         return self._route_by_query_norm(q) if self.router_kind == "query_norm" else self._route_linearly(x)
 
     def _route_by_query_norm(self, q: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        norms = torch.linalg.vector_norm(q, dim=-1, dtype=_work_dtype(q)).transpose(1, 2)  # (B, N, h); rotation keeps them
+        norms = torch.linalg.vector_norm(q, dim=-1, dtype=work_dtype(q)).transpose(1, 2)  # (B, N, h); rotation keeps them
         shared = torch.ones_like(norms[..., : self.shared_heads], requires_grad=False)
         if self.routed_heads == 0:
             return shared, None, None
@@ -476,12 +476,13 @@ def _check_router(router: str, gate: str | None, router_grad: str, routed_heads:
         raise ValueError("router_grad='ste' compares the norms of at least 2 routed heads, got 1; use 'none'")
 
 
-def _work_dtype(x: Tensor) -> torch.dtype:
+def work_dtype(x: Tensor) -> torch.dtype:
+    """float32, or float64 where the tensor has it."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    return torch.softmax(logits, -1, dtype=_work_dtype(logits))
+    return torch.softmax(logits, -1, dtype=work_dtype(logits))
 
 
 def _standardised_softmax(norms: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from attention_zoo import ops
 from attention_zoo.attention.base import check_grid, check_tokens, merge_heads, resolve_head_dim, split_heads
 from attention_zoo.attention.conversion import refuse_tensors, source_settings
-from attention_zoo.attention.moh import MixtureOfHeads
+from attention_zoo.attention.moh import MixtureOfHeads, work_dtype
 from attention_zoo.registry import register_attention
 
 __all__ = ["MoHTransNeXtAggregated", "MoHTransNeXtGlobal"]
@@ -408,13 +408,9 @@ def _as_grid(name: str, value: int | Sequence[int] | None) -> Grid | None:
     return sides[0], sides[1]
 
 
-def _work_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _normalise(x: Tensor) -> Tensor:
     """Each head's vector over its length, in float32 at least."""
-    return F.normalize(x.to(_work_dtype(x)), dim=-1)
+    return F.normalize(x.to(work_dtype(x)), dim=-1)
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -475,7 +471,7 @@ def _per_geometry(build: Callable[..., _Geometry], cached: Callable[..., _Geomet
 
     Not kept are tensors that belong to a trace or a transform, and those made in inference mode cannot be used in training.
     """
-    where = (x.device, _work_dtype(x))
+    where = (x.device, work_dtype(x))
     if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._are_functorch_transforms_active():
         return build(*key, *where)
     with torch.inference_mode(False):
