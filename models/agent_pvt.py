@@ -136,6 +136,7 @@ class AgentPVT(PyramidClassifier):
         sr_ratios: side of the squares of tokens that are merged into one key, of each stage with attention B.
         agent_sr_ratios: the same of each stage with agents.
         agent_num: number of agents of each stage, a square.
+        agent_grid: grid of the agents that are pooled in each stage, or None for a stage or all of them: as many as its agent_num.
         attn_type: a letter for each stage: A for agents, B for PVT's own attention.
         attention: the mechanism of the stages with agents, any registered one that does noncausal self attention.
         attention_kwargs: its options.
@@ -167,6 +168,7 @@ class AgentPVT(PyramidClassifier):
         sr_ratios: Sequence[int] = (8, 4, 2, 1),
         agent_sr_ratios: str | Sequence[int] = "1111",
         agent_num: Sequence[int] = (9, 16, 49, 49),
+        agent_grid: Sequence[Grid | None] | None = None,
         attn_type: str = "AAAA",
         attention: str = "agent",
         attention_kwargs: dict[str, Any] | None = None,
@@ -188,6 +190,7 @@ class AgentPVT(PyramidClassifier):
             sr_ratios=sr_ratios,
             agent_sr_ratios=agent_sr_ratios,
             agent_num=agent_num,
+            agent_grid=agent_grid or [None] * len(depths),
             attn_type=attn_type,
         )
         if set(attn_type) - {"A", "B"}:
@@ -217,6 +220,7 @@ class AgentPVT(PyramidClassifier):
             )
             if attn_type[i] == "A":
                 own = {"agent_num": agent_num[i], "window_size": grid, "sr_ratio": int(agent_sr_ratios[i]), "split_qkv": True}
+                own["agent_grid"] = agent_grid[i] if agent_grid else None
                 own = {**(own if attention == "agent" else {}), **(attention_kwargs or {})}
                 build = partial(build_attention, attention, width, num_heads[i], host, own)
             else:

@@ -216,6 +216,15 @@ def test_another_mechanism_and_options() -> None:
     assert tiny(num_classes=0, in_chans=1)(torch.randn(1, 1, 64, 64)).shape == (1, 16)
 
 
+def test_agent_grids_of_detection() -> None:
+    grids = [(3, 2), None, (1, 4), (2, 2)]
+    model, x = tiny(agent_grid=grids), torch.randn(1, 3, 64, 96)
+    assert [getattr(model, f"block{i}")[0].attn.agent_grid for i in (1, 2, 3, 4)] == [(3, 2), (4, 4), (1, 4), (2, 2)]
+    plain = tiny()
+    plain.load_state_dict(model.state_dict())
+    assert not torch.allclose(model(x), plain(x), atol=1e-4)
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"one entry for each stage.*attn_type="):
         tiny(attn_type="AAA")
