@@ -148,7 +148,12 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "biformer_stl": {**_SWIN_T, "variant": "legacy"},
     "biformer_stl_nchw": {**_SWIN_T, "variant": "nchw"},
 }
-default_cfgs = generate_default_cfgs({name: default_cfg() for name in _VARIANTS})
+default_cfgs = generate_default_cfgs(
+    {
+        "biformer_stl": default_cfg(),
+        "biformer_stl_nchw": default_cfg(min_input_size=(3, 112, 112)),  # a token for each of the 7 x 7 regions of stage 2
+    }
+)
 
 
 def _create_stl(model_name: str, pretrained: bool = False, **kwargs: Any) -> Any:

@@ -79,6 +79,9 @@ def test_registered() -> None:
         assert "2303.08810" in config.paper_ids
         assert config.origin_url == "https://github.com/rayleizhu/BiFormer"
         assert (config.input_size, config.pool_size) == ((3, 224, 224), (7, 7))
+    smallest = timm.get_pretrained_cfg("biformer_stl_nchw").min_input_size
+    assert tuple(smallest) == (3, 112, 112)
+    assert az.create_model("biformer_stl_nchw", depths=(1, 1, 1, 1))(torch.randn(1, *smallest)).shape == (1, 1000)
 
 
 def test_layout_of_biformer() -> None:
