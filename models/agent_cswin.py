@@ -296,7 +296,7 @@ def _cfg(side: int) -> dict[str, Any]:
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stage1_conv_embed.0",
         "classifier": "head",
-        "license": None,
+        "license": "unknown",
         "paper_ids": "arXiv:2312.08874",
         "paper_name": "Agent Attention: On the Integration of Softmax and Linear Attention",
         "origin_url": "https://github.com/LeapLabTHU/Agent-Attention",

@@ -391,7 +391,7 @@ def _cfg(side: int) -> dict[str, Any]:
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
-        "license": None,
+        "license": "unknown",
         "paper_ids": "arXiv:2312.08874",
         "paper_name": "Agent Attention: On the Integration of Softmax and Linear Attention",
         "origin_url": "https://github.com/LeapLabTHU/Agent-Attention",

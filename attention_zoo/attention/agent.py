@@ -36,7 +36,16 @@ from attention_zoo.attention.base import (
 from attention_zoo.attention.conversion import refuse_tensors, source_settings, split_projections
 from attention_zoo.registry import register_attention
 
-__all__ = ["AgentAttention", "AgentTables", "agent_attention", "padding_mask", "pool_agents", "resize_grid", "to_image"]
+__all__ = [
+    "AgentAttention",
+    "AgentTables",
+    "agent_attention",
+    "noncausal_settings",
+    "padding_mask",
+    "pool_agents",
+    "resize_grid",
+    "to_image",
+]
 
 Grid = tuple[int, int]
 
@@ -565,7 +574,7 @@ class AgentAttention(AgentTables):
             "qkv_bias": "q.bias" in state,
             "device": state["q.weight"].device,
             "dtype": state["q.weight"].dtype,
-            **_source_settings(source),
+            **noncausal_settings(source),
         }
         module = cls(dim, num_heads, **{**settings, **options})
         module._load_softmax_attention(state)
@@ -626,7 +635,7 @@ def padding_mask(attention_mask: Tensor | None, keys: Tensor) -> Tensor | None:
     return attention_mask.bool()
 
 
-def _source_settings(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Any]:
+def noncausal_settings(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Any]:
     """Constructor arguments that the source's attributes tell."""
     if not isinstance(source, nn.Module):
         return {}

@@ -9,7 +9,8 @@ pooled, nor read, nor convolved; padding masks, the grid of the agents and the s
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 from timm.layers import to_2tuple, trunc_normal_
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_zoo import ops
-from attention_zoo.attention.agent import AgentTables, agent_attention, padding_mask, pool_agents
+from attention_zoo.attention.agent import AgentTables, agent_attention, noncausal_settings, padding_mask, pool_agents, to_image
 from attention_zoo.attention.base import (
     AttentionModule,
     check_choice,
@@ -27,6 +28,7 @@ from attention_zoo.attention.base import (
     resolve_head_dim,
     split_heads,
 )
+from attention_zoo.attention.conversion import refuse_tensors, source_heads, split_projections
 from attention_zoo.registry import register_attention
 
 __all__ = ["AgentCSwinAttention", "AgentStripes", "SoftmaxStripes"]
@@ -92,7 +94,7 @@ class _Stripes(AgentTables):
         q, k, v = (_to_stripes(t, grid, stripe) for t in qkv)
         if real is not None:
             v = v.masked_fill(~real[..., None], 0.0)
-        local = self.get_v(v.transpose(1, 2).unflatten(2, stripe)).flatten(2).transpose(1, 2)
+        local = self.get_v(to_image(v, stripe)).flatten(2).transpose(1, 2)
         out = self.attend(q, k, v, stripe, real)
         return _from_stripes(out + local.to(out.dtype), grid, stripe)
 
@@ -290,6 +292,43 @@ class AgentCSwinAttention(AttentionModule):
         parts = qkv.split(self.dim // len(self.attns), dim=-1)
         outs = [attn(part, grid_size=grid_size, mask=mask) for attn, part in zip(self.attns, parts, strict=True)]
         return self.proj_drop(self.proj(torch.cat(outs, dim=-1)))
+
+    @classmethod
+    def from_softmax_attention(
+        cls, source: nn.Module | Mapping[str, Tensor], *, num_heads: int | None = None, **options: Any
+    ) -> Self:
+        """Build this mechanism from the weights of a multi-head attention: q, k, v and proj are kept; tables and `get_v` are zero.
+
+        With use_agents=False and one branch it computes what the source does, otherwise it is a start for fine-tuning. Memory is
+        not shared with the source. From a module, its dropout rates, scale and train mode are taken over.
+
+        Args:
+            source: an attention module or its state dict: fused `qkv` and `proj`, or separate projections.
+            num_heads: heads of the source; needed for a state dict, and for modules without a `num_heads`.
+            options: further constructor arguments (`resolution`, `agent_num`, ...); they win over the settings of the source.
+
+        Raises:
+            ValueError: a causal or grouped source, one of another width than its tokens, or tensors that are missing or have no
+                place here; all of them are listed.
+        """
+        state = split_projections(source.state_dict() if isinstance(source, nn.Module) else source)
+        (inner, dim), kv_shape = state["q.weight"].shape, tuple(state["k.weight"].shape)
+        if getattr(source, "is_causal", False) or inner != dim or kv_shape != (dim, dim):
+            raise ValueError(
+                "stripes need a noncausal source whose queries, keys and values are as wide as its tokens; got q.weight "
+                f"{(inner, dim)}, k.weight {kv_shape}, is_causal={getattr(source, 'is_causal', False)}"
+            )
+        weight = state["q.weight"]
+        settings = {"qkv_bias": "q.bias" in state, "device": weight.device, "dtype": weight.dtype, **noncausal_settings(source)}
+        module = cls(dim, source_heads(source, inner) if num_heads is None else num_heads, **{**settings, **options})
+        own = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in {"q", "k", "v"}}
+        own.setdefault("proj.bias", weight.new_zeros(dim))
+        own |= {f"qkv.{k}": torch.cat([state[f"{name}.{k}"] for name in "qkv"]) for k in ("weight", "bias") if f"q.{k}" in state}
+        own |= {name: torch.zeros_like(tensor) for name, tensor in module.state_dict().items() if name.startswith("attns.")}
+        current = module.state_dict()
+        refuse_tensors(cls.__name__, [n for n in current if n not in own], [n for n in own if n not in current])
+        module.load_state_dict(own)
+        return module.train(source.training) if isinstance(source, nn.Module) else module
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, split_size={self.split_size}, use_agents={self.use_agents}"

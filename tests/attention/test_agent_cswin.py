@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import attention_zoo as az
-from attention_zoo.attention import AgentAttention, AgentCSwinAttention
+from attention_zoo.attention import AgentAttention, AgentCSwinAttention, GroupedQueryAttention, MultiHeadAttention
 from attention_zoo.attention.agent_cswin import AgentStripes, SoftmaxStripes
 
 F64 = torch.float64
@@ -251,3 +251,44 @@ def test_registered() -> None:
     info = az.attention_info("agent_cswin")
     assert (info.arxiv, info.spatial, info.padding_masks_only) == ("2312.08874", True, True)
     assert "V_A" in info.equation
+
+
+# --- conversion -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["timm", "mha", "gqa"])
+def test_conversion_that_changes_nothing(kind: str) -> None:
+    layers = {
+        "timm": lambda: Attention(8, num_heads=4, qkv_bias=True),
+        "mha": lambda: MultiHeadAttention(8, 4),
+        "gqa": lambda: GroupedQueryAttention(8, 4, num_kv_heads=4, qkv_bias=True),
+    }
+    layer, x = layers[kind]().double().eval(), tokens((3, 4))
+    module = AgentCSwinAttention.from_softmax_attention(layer, use_agents=False)
+    assert not module.training
+    assert {p.data_ptr() for p in module.parameters()}.isdisjoint(p.data_ptr() for p in layer.parameters())
+    close(module(x, grid_size=(3, 4)), layer(x))
+
+
+def test_conversion_to_agents() -> None:
+    """Projections are kept, whatever the stripes; everything else is zero, as in the conversion to plain agent attention."""
+    layer, x = Attention(8, num_heads=4, qkv_bias=True, attn_drop=0.1, proj_drop=0.2).double(), tokens((4, 4))
+    module = AgentCSwinAttention.from_softmax_attention(layer, resolution=4, agent_num=4)
+    assert (module.attns[0].attn_drop, module.proj_drop.p, module.training) == (0.1, 0.2, True)
+    plain = AgentAttention.from_softmax_attention(layer, window_size=4, agent_num=4)
+    close(module.eval()(x, grid_size=(4, 4)), plain.eval()(x, grid_size=(4, 4)))
+    stripes = AgentCSwinAttention.from_softmax_attention(layer.state_dict(), num_heads=4, resolution=4, split_size=2, agent_num=4)
+    assert not any(parameter.any() for parameter in stripes.attns.parameters())
+    close(stripes.qkv.weight, layer.qkv.weight, 0)
+
+
+def test_conversion_refusals() -> None:
+    convert = AgentCSwinAttention.from_softmax_attention
+    with pytest.raises(ValueError, match=r"noncausal.*is_causal=True"):
+        convert(MultiHeadAttention(8, 4, is_causal=True))
+    with pytest.raises(ValueError, match=r"as wide as its tokens.*k\.weight \(4, 8\)"):
+        convert(GroupedQueryAttention(8, 4, num_kv_heads=2))
+    with pytest.raises(ValueError, match=r"without a place: q_norm\.weight"):
+        convert(Attention(8, num_heads=4, qk_norm=True, norm_layer=nn.RMSNorm))
+    with pytest.raises(ValueError, match="give num_heads"):
+        convert(Attention(8, num_heads=4).state_dict())
