@@ -8,6 +8,7 @@ a saved decoder of the zoo after `import attention_zoo`, and "zoo" is an attenti
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -170,7 +171,8 @@ def build_llama(
     Raises:
         ValueError: as `ZooLlamaConfig`; TypeError: no such field.
     """
-    from .llama import ZooLlamaConfig, ZooLlamaForCausalLM
+    with torch.device("cpu"):  # transformers may be imported here for the first time, which it cannot be on the meta device
+        from .llama import ZooLlamaConfig, ZooLlamaForCausalLM
 
     preset = dict(_LLAMA_PRESETS[family][name])
     of_preset = preset.pop("attention_kwargs", {})
@@ -233,7 +235,8 @@ def build_combiner_lm(
     Raises:
         ValueError: as `CombinerLMConfig`; TypeError: no such field.
     """
-    from .combiner_lm import CombinerLMConfig, CombinerLMForCausalLM
+    with torch.device("cpu"):  # as above
+        from .combiner_lm import CombinerLMConfig, CombinerLMForCausalLM
 
     known = {*inspect.signature(CombinerLMConfig).parameters, *CombinerLMConfig.attribute_map}
     if unknown := sorted(set(config) - known):
@@ -246,8 +249,25 @@ def build_combiner_lm(
     return model if dtype is None else model.to(dtype)
 
 
+# What has to be complete, if it has been begun, before our configurations can be made: transformers' own import each other, since
+# the docstrings of configurations are made from its table of models. And what each of them has when it is.
+_NEEDED = {
+    "transformers.models.auto.configuration_auto": "AutoConfig",
+    "transformers.models.auto.modeling_auto": "MODEL_MAPPING_NAMES",
+    "transformers.models.llama.configuration_llama": "LlamaConfig",
+}
+_registering: list[bool] = []
+
+
 def _register_configurations() -> None:
-    """Tell transformers of the model types. Their models follow when a configuration is made: then transformers is complete."""
+    """Tell transformers of the model types. Their models follow when a configuration is made: then transformers is complete.
+
+    Called whenever one of `_NEEDED` has been imported; the first call that finds none of them half done goes on.
+    """
+    begun = {name: sys.modules[name] for name in _NEEDED if name in sys.modules}
+    if _registering or next(iter(_NEEDED)) not in begun or not all(hasattr(m, _NEEDED[name]) for name, m in begun.items()):
+        return
+    _registering.append(True)
     from transformers.models.auto.configuration_auto import AutoConfig
 
     from .combiner_lm_config import CombinerLMConfig
@@ -267,5 +287,6 @@ for _family, _presets in (*_LLAMA_PRESETS.items(), ("combiner_lm", _COMBINER_PRE
     for _name, _preset in _presets.items():
         register_model_info(_name, _family, **_preset)
 
-when_imported("transformers.models.auto.configuration_auto", _register_configurations)
+for _module in _NEEDED:
+    when_imported(_module, _register_configurations)
 when_imported("transformers.modeling_utils", _register_attention)

@@ -35,6 +35,7 @@ def convert_llama_cca(
     attention_bias: bool = False,
     num_hidden_layers: int = 32,
     mlp_bias: bool = False,
+    tie_word_embeddings: bool = False,
     **config: Any,
 ) -> State:
     """A whole decoder; arguments as for `create_model`.
@@ -48,4 +49,6 @@ def convert_llama_cca(
     keys = [projection_keys(attention_bias, options or {}) for options in each]
     if any(layer != keys[0] for layer in keys):
         raise CheckpointError("checkpoints have the same biases in every layer: give all layers the same qkv_bias and proj_bias")
-    return convert_decoder(state_dict, keys[0], num_hidden_layers=num_hidden_layers, mlp_bias=mlp_bias)
+    return convert_decoder(
+        state_dict, keys[0], num_hidden_layers=num_hidden_layers, mlp_bias=mlp_bias, tie_word_embeddings=tie_word_embeddings
+    )

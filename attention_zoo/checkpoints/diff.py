@@ -87,6 +87,7 @@ def convert_diffllama(
     attention_kwargs: Any = None,
     attention_bias: bool = False,
     mlp_bias: bool = False,
+    tie_word_embeddings: bool = False,
     **config: Any,
 ) -> State:
     """A whole DiffLlama; arguments as for `create_model`, so that numbers of heads count differential heads.
@@ -103,6 +104,7 @@ def convert_diffllama(
         layer_keys("diff", options),
         num_hidden_layers=num_hidden_layers,
         mlp_bias=mlp_bias,
+        tie_word_embeddings=tie_word_embeddings,
         convert_layer=lambda layer: _lay_out(layer, "halves", heads, kv_heads, options),
     )
 

@@ -35,6 +35,7 @@ def convert_motif(
     attention_kwargs: Any = None,
     attention_bias: bool = False,
     mlp_bias: bool = False,
+    tie_word_embeddings: bool = False,
     **config: Any,
 ) -> State:
     """A whole Motif; arguments as for `create_model`.
@@ -47,5 +48,6 @@ def convert_motif(
         layer_keys("gda", decoder_options("gda", attention, attention_kwargs, attention_bias)),
         num_hidden_layers=num_hidden_layers,
         mlp_bias=mlp_bias,
+        tie_word_embeddings=tie_word_embeddings,
         act_keys=("weight", "bias") if hidden_act == "poly_norm" else (),
     )

@@ -28,6 +28,7 @@ def convert_decoder(
     *,
     num_hidden_layers: int = 32,
     mlp_bias: bool = False,
+    tie_word_embeddings: bool = False,
     act_keys: tuple[str, ...] = (),
     convert_layer: Callable[[State], State] | None = None,
 ) -> State:
@@ -35,11 +36,11 @@ def convert_decoder(
 
     Args:
         layer_keys: official names of one layer's attention, below `self_attn.`.
-        num_hidden_layers, mlp_bias: as in LlamaConfig.
+        num_hidden_layers, mlp_bias, tie_word_embeddings: as in LlamaConfig.
         act_keys: names of the MLP's activation, below `mlp.act_fn.`.
         convert_layer: maps the state of one attention, names below `self_attn.`; None: they stay.
 
-    Returns: a state dict that has the output layer in any case: where the embedding is tied to it, checkpoints leave it out.
+    Returns: a state dict that has the output layer in any case: where it is tied to the embedding, checkpoints leave it out.
 
     Raises:
         CheckpointError: unknown or missing keys, all of them listed.
@@ -52,7 +53,9 @@ def convert_decoder(
     expected = [EMBEDDING, "model.norm.weight", *(layer + key for layer in layers for key in of_layer)]
     # Older checkpoints of transformers hold the rotary frequencies, which follow from the configuration.
     frequencies = [f"{layer}self_attn.rotary_emb.inv_freq" for layer in layers]
-    state = rename_keys(state_dict, (), expected=expected, optional=[HEAD, *frequencies])
+    optional = list(frequencies)
+    (optional if tie_word_embeddings else expected).append(HEAD)
+    state = rename_keys(state_dict, (), expected=expected, optional=optional)
     state = {key: tensor for key, tensor in state.items() if key not in set(frequencies)}
     if convert_layer is not None:
         for prefix in (f"{layer}self_attn." for layer in layers):
@@ -76,6 +79,7 @@ def convert_llama(
     attention_bias: bool = False,
     num_hidden_layers: int = 32,
     mlp_bias: bool = False,
+    tie_word_embeddings: bool = False,
     **config: Any,
 ) -> State:
     """Hugging Face's Llama -> `llama` with plain attention, "gqa" (the default) or "mha", in every layer.
@@ -89,7 +93,12 @@ def convert_llama(
         raise CheckpointError(f"checkpoints of Llama have plain attention: give attention 'gqa' or 'mha', not {attention!r}")
     keys = projection_keys(attention_bias, attention_kwargs if isinstance(attention_kwargs, Mapping) else {})
     return convert_decoder(
-        state_dict, keys, num_hidden_layers=num_hidden_layers, mlp_bias=mlp_bias, convert_layer=layers[attention]
+        state_dict,
+        keys,
+        num_hidden_layers=num_hidden_layers,
+        mlp_bias=mlp_bias,
+        tie_word_embeddings=tie_word_embeddings,
+        convert_layer=layers[attention],
     )
 
 
@@ -102,6 +111,7 @@ def convert_moh_llama(
     attention_bias: bool = False,
     num_hidden_layers: int = 32,
     mlp_bias: bool = False,
+    tie_word_embeddings: bool = False,
     **config: Any,
 ) -> State:
     """MoH-LLaMA3, whose query-norm router has no parameters: the names are Llama's and ours.
@@ -113,7 +123,9 @@ def convert_moh_llama(
     if attention not in (None, "moh") or options.get("router", "query_norm") != "query_norm":
         raise CheckpointError("official Mixture-of-Head decoders have 'moh' with router='query_norm' in every layer")
     keys = projection_keys(attention_bias, options)
-    return convert_decoder(state_dict, keys, num_hidden_layers=num_hidden_layers, mlp_bias=mlp_bias)
+    return convert_decoder(
+        state_dict, keys, num_hidden_layers=num_hidden_layers, mlp_bias=mlp_bias, tie_word_embeddings=tie_word_embeddings
+    )
 
 
 _PLAIN_NAMES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "proj"}

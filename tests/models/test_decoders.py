@@ -37,6 +37,13 @@ def test_the_auto_classes_know_the_decoders_in_any_order(order: tuple[str, ...],
     assert done.returncode == 0, done.stderr
 
 
+def test_the_first_decoder_may_be_built_on_the_meta_device(tmp_path: Path) -> None:
+    """transformers is imported then, and must not be under the device's spell."""
+    program = "import torch, attention_zoo as az\nwith torch.device('meta'):\n    az.create_model('llama_tiny')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_action_waits_for_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "awaited_module.py").write_text("VALUE = 3")
     monkeypatch.syspath_prepend(tmp_path)
