@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, its confusion matrix, its predictions. Drawn without a display."""
+"""Pictures of a run: its curves, its confusion matrix, its predictions; of several runs: their curves. Drawn without a display."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from attention_zoo.training.checkpoint import replace_file
 
-__all__ = ["Prediction", "plot_curves", "plot_predictions", "plot_validation"]
+__all__ = ["Curves", "Prediction", "plot_curves", "plot_predictions", "plot_side_by_side", "plot_validation"]
 
 BLUE, ORANGE, GREEN, RED, GREY = "#1f77b4", "#d95f02", "#1b7837", "#c0392b", "#666666"
 
@@ -32,6 +32,15 @@ class Prediction:
     @property
     def wrong(self) -> bool:
         return self.truth is not None and self.truth != self.label
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One run of several: its name and its (updates, loss) points."""
+
+    title: str
+    train: Sequence[tuple[int, float]]
+    held_out: Sequence[tuple[int, float]]
 
 
 def plot_curves(rows: Sequence[dict[str, Any]], path: str | Path, *, title: str) -> None:
@@ -56,6 +65,37 @@ def plot_curves(rows: Sequence[dict[str, Any]], path: str | Path, *, title: str)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def plot_side_by_side(runs: Sequence[Curves], path: str | Path, *, title: str, xlabel: str, ylabel: str) -> None:
+    """A panel for each run, in the order given, all on the same axes; the others' training curves stand behind in grey."""
+    columns = min(4, len(runs))
+    rows = -(-len(runs) // columns)
+    figure = Figure(figsize=(3.1 * columns + 0.4, 2.5 * rows + 0.7), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    panels = np.asarray(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)).ravel()
+    for i, axes in enumerate(panels):
+        if i >= len(runs):
+            axes.set_axis_off()
+            continue
+        for other in runs:
+            if other is not runs[i]:
+                axes.plot(*zip(*other.train, strict=True), color="#dddddd", linewidth=0.9)
+        axes.plot(*zip(*runs[i].train, strict=True), color=BLUE, label="training")
+        axes.plot(*zip(*runs[i].held_out, strict=True), color=ORANGE, marker="o", markersize=3.5, label="held out")
+        axes.set_title(runs[i].title, fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if i + columns >= len(runs):  # nothing below it
+            axes.set_xlabel(xlabel)
+            axes.tick_params(labelbottom=True)
+        if i % columns == 0:
+            axes.set_ylabel(ylabel)
+    lowest = min(loss for run in runs for _, loss in (*run.train, *run.held_out))
+    highest = max(run.train[len(run.train) // 20][1] for run in runs)  # the very first updates would flatten all that follows
+    panels[0].set_ylim(lowest - 0.05 * (highest - lowest), highest + 0.05 * (highest - lowest) or None)
+    panels[0].legend(frameon=False, fontsize=9)
     _save(figure, path)
 
 

@@ -1,7 +1,8 @@
 """Recipes: everything that decides a training run, as frozen dataclasses read from YAML.
 
 A recipe file holds any part of `Recipe`; what it leaves out has the default written here. On the command line every key can be
-overridden by its dotted name: `optimizer.lr=1e-3`, `model.kwargs.embed_dim=32`.
+overridden by its dotted name: `optimizer.lr=1e-3`, `model.kwargs.embed_dim=32`. A program that needs other sections has a class of
+recipes of its own (`text.TextRecipe`); its files say `kind: text`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
@@ -29,13 +30,16 @@ __all__ = [
     "OutputRecipe",
     "Recipe",
     "RecipeError",
+    "RecipeSections",
     "ScheduleRecipe",
     "apply_overrides",
+    "build_recipe",
     "describe_recipe",
     "list_recipes",
     "load_recipe",
     "make_recipe",
     "nearest_key",
+    "read_recipe",
 ]
 
 
@@ -251,8 +255,26 @@ class OutputRecipe:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A training run. Each attribute is a section of the YAML file."""
+class RecipeSections:
+    """Base of the kinds of recipe: each attribute of a subclass is a section of the YAML file, a dataclass with defaults."""
+
+    kind: ClassVar[str]
+    program: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars: what YAML and JSON hold, and what `build_recipe` reads back."""
+        return _plain(dataclasses.asdict(self))
+
+    def check(self) -> None:
+        """Raise RecipeError for values that no run can have."""
+
+
+@dataclass(frozen=True)
+class Recipe(RecipeSections):
+    """A training run on images. Each attribute is a section of the YAML file."""
+
+    kind: ClassVar[str] = "images"
+    program: ClassVar[str] = "scripts/train.py"
 
     model: ModelRecipe = field(default_factory=ModelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -264,77 +286,100 @@ class Recipe:
     engine: EngineRecipe = field(default_factory=EngineRecipe)
     output: OutputRecipe = field(default_factory=OutputRecipe)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and scalars: what YAML and JSON hold, and what `make_recipe` reads back."""
-        return _plain(dataclasses.asdict(self))
+    def check(self) -> None:
+        """Raise RecipeError for values that no run can have."""
+        _check(self)
+
+
+_Kind = TypeVar("_Kind", bound=RecipeSections)
 
 
 def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides.
+    """Read a recipe for images and apply overrides; see `read_recipe`."""
+    return read_recipe(Recipe, name, overrides)
+
+
+def read_recipe(cls: type[_Kind], name: str | Path, overrides: Iterable[str] = ()) -> _Kind:
+    """Read a recipe of the kind `cls` and apply overrides.
 
     Args:
+        cls: the class of the recipe.
         name: path of a YAML file, or the name of a recipe of the zoo: "train/litv2_digits", or "litv2_digits" where that is unique.
         overrides: `key.sub=value`, the value in YAML: `data.mean=[0.5]`, `optimizer.layer_decay=null`.
 
     Raises:
-        RecipeError: no such recipe, not YAML, an unknown key (the nearest is named), a value of the wrong kind or out of range.
+        RecipeError: no such recipe, one of another kind, not YAML, an unknown key (the nearest is named), a value of the wrong kind
+            or out of range.
     """
-    path = _find(str(name))
+    path = _find(str(name), cls)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from None
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise RecipeError(f"{path} must hold sections ({', '.join(_sections())}), got {type(content).__name__}")
-    apply_overrides(content, overrides)
+        raise RecipeError(f"{path} must hold sections ({', '.join(_sections(cls))}), got {type(content).__name__}")
+    if (kind := content.pop("kind", Recipe.kind)) != cls.kind:
+        raise RecipeError(f"{path} is a recipe of the kind {kind!r}; {cls.program} follows those of the kind {cls.kind!r}")
+    apply_overrides(content, overrides, cls)
     content.setdefault("output", {})
     if isinstance(content["output"], dict):
         content["output"]["name"] = content["output"].get("name") or path.stem
-    return make_recipe(content)
+    return build_recipe(cls, content)
 
 
 def make_recipe(content: Mapping[str, Any]) -> Recipe:
-    """Build and check a recipe from nested dicts. Raises RecipeError."""
-    recipe = _build(Recipe, content, "")
-    _check(recipe)
+    """Build and check a recipe for images from nested dicts. Raises RecipeError."""
+    return build_recipe(Recipe, content)
+
+
+def build_recipe(cls: type[_Kind], content: Mapping[str, Any]) -> _Kind:
+    """Build and check a recipe of the kind `cls` from nested dicts. Raises RecipeError."""
+    recipe: _Kind = _build(cls, content, "")
+    recipe.check()
     return recipe
 
 
-def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> None:
+def apply_overrides(content: dict[str, Any], overrides: Iterable[str], cls: type[RecipeSections] = Recipe) -> None:
     """Write `section.key=value` overrides into nested dicts. Raises RecipeError for what is not written so."""
     for override in overrides:
-        _override(content, override)
+        _override(content, override, cls)
 
 
-def list_recipes() -> list[str]:
-    """Names of the recipes that are installed with the zoo: "train/litv2_digits", ..."""
+def list_recipes(cls: type[RecipeSections] = Recipe) -> list[str]:
+    """Names of the recipes of one kind that are installed with the zoo: "train/litv2_digits", ..."""
     root = Path(str(resources.files("attention_zoo.configs")))
     return sorted(
         path.relative_to(root).with_suffix("").as_posix()
         for path in root.rglob("*.yaml")
-        if path.relative_to(root).parts[0] in ("train", "finetune")
+        if path.relative_to(root).parts[0] in ("train", "finetune") and _kind_of(path) == cls.kind
     )
 
 
-def describe_recipe() -> str:
+def describe_recipe(cls: type[RecipeSections] = Recipe) -> str:
     """Every key with its default, a section on each line."""
     lines = []
-    for section, keys in Recipe().to_dict().items():
+    for section, keys in cls().to_dict().items():
         shown = (f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}" for key, value in keys.items())
         lines.append(f"{section}: {', '.join(shown)}")
     return "\n".join(lines)
 
 
-def _sections() -> list[str]:
-    return [f.name for f in dataclasses.fields(Recipe)]
+def _sections(cls: type[RecipeSections]) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
 
 
-def _find(name: str) -> Path:
+def _kind_of(path: Path) -> str:
+    """What a file of ours says in its `kind:`."""
+    kind: str = yaml.safe_load(path.read_text(encoding="utf-8")).get("kind", Recipe.kind)
+    return kind
+
+
+def _find(name: str, cls: type[RecipeSections]) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    known = list_recipes()
+    known = list_recipes(cls)
     stem = name.removesuffix(".yaml")
     found = [k for k in known if stem in (k, k.rsplit("/", 1)[-1])]
     if len(found) == 1:
@@ -347,7 +392,7 @@ def _find(name: str) -> Path:
     raise RecipeError(f"no recipe file and no recipe of the zoo is named {name!r}; {hint}")
 
 
-def _override(content: dict[str, Any], override: str) -> None:
+def _override(content: dict[str, Any], override: str, cls: type[RecipeSections]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"an override is written key.sub=value, got {override!r}")
@@ -357,7 +402,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         raise RecipeError(f"the value of {override!r} is not YAML") from None
     *parents, last = key.split(".")
     if not parents:
-        hint = nearest_key(key, _sections())
+        hint = nearest_key(key, _sections(cls), cls=cls)
         raise RecipeError(f"{key!r} is a section or no key at all{hint}; an override is written section.key=value")
     for parent in parents:
         inner = content.get(parent)
@@ -368,24 +413,25 @@ def _override(content: dict[str, Any], override: str) -> None:
     content[last] = value
 
 
-def _build(cls: type, content: Any, where: str) -> Any:
-    """A dataclass from a dict, every value checked against its annotation."""
+def _build(cls: type, content: Any, where: str, root: type | None = None) -> Any:
+    """A dataclass from a dict, every value checked against its annotation; `root` is the recipe that it is a section of."""
+    root = cls if root is None else root
     if not isinstance(content, Mapping):
         raise RecipeError(f"{where or 'a recipe'} must hold keys, got {content!r}")
-    hints = typing.get_type_hints(cls)
+    hints = {f.name: typing.get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}
     values = {}
     for key, value in content.items():
         name = f"{where}.{key}" if where else str(key)
         if key not in hints:
-            raise RecipeError(f"a recipe has no key {name!r}{nearest_key(str(key), hints, where)}")
-        values[key] = _convert(hints[key], value, name)
+            raise RecipeError(f"a recipe has no key {name!r}{nearest_key(str(key), hints, where, root)}")
+        values[key] = _convert(hints[key], value, name, root)
     return cls(**values)
 
 
-def _convert(kind: Any, value: Any, name: str) -> Any:
+def _convert(kind: Any, value: Any, name: str, root: type) -> Any:
     """`value` as the annotation `kind` wants it: YAML reads 5e-4 as text, and lists stand for tuples."""
     if dataclasses.is_dataclass(kind):
-        return _build(typing.cast(type, kind), {} if value is None else value, name)
+        return _build(typing.cast(type, kind), {} if value is None else value, name, root)
     if isinstance(kind, types.UnionType):
         if value is None and type(None) in kind.__args__:
             return None
@@ -393,9 +439,9 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
     origin = typing.get_origin(kind) or kind
     if origin is dict and isinstance(value, dict):
         inner = typing.get_args(kind)[1]
-        return {str(k): value[k] if inner is Any else _convert(inner, value[k], f"{name}.{k}") for k in value}
+        return {str(k): value[k] if inner is Any else _convert(inner, value[k], f"{name}.{k}", root) for k in value}
     if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_convert(typing.get_args(kind)[0], v, name) for v in value)
+        return tuple(_convert(typing.get_args(kind)[0], v, name, root) for v in value)
     if kind is float and not isinstance(value, bool) and isinstance(value, (int, float, str)):
         try:
             return float(value)
@@ -446,14 +492,15 @@ def _check(recipe: Recipe) -> None:
         require(getattr(output, name) >= 1, f"output.{name}", "at least 1")
 
 
-def nearest_key(key: str, known: Iterable[str], where: str = "") -> str:
+def nearest_key(key: str, known: Iterable[str], where: str = "", cls: type = Recipe) -> str:
     """ "; did you mean ...?", or what there is."""
     known = list(known)
     found = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     prefix = f"{where}." if where else ""
     if found:
         return f"; did you mean {prefix + found[0]!r}?"
-    elsewhere = [f"{s}.{key}" for s in _sections() if key in typing.get_type_hints(typing.get_type_hints(Recipe)[s])]
+    sections = {s.name: typing.get_type_hints(cls)[s.name] for s in dataclasses.fields(cls)}
+    elsewhere = [f"{name}.{key}" for name, section in sections.items() if key in typing.get_type_hints(section)]
     return f"; did you mean {elsewhere[0]!r}?" if elsewhere else f"; keys {f'of {where}' if where else 'here'}: {', '.join(known)}"
 
 
