@@ -57,8 +57,9 @@ for _function in (fit_shift, fit_window, from_windows, resize_positions, shift_m
 class AgentSwinBlock(nn.Module):
     """Pre-norm block: attention over the whole map or in its windows, then the MLP.
 
-    A window that covers the map, or is larger, becomes the map. A smaller one is moved by `shift_size`, which wraps around: B
-    blocks mask what does not belong together, A blocks do not (as in the official code; no published model shifts A blocks).
+    A window that covers a square map becomes the map; on a rectangle, windows are at most as wide as its shorter side. Smaller ones
+    are moved by `shift_size`, which wraps around: B blocks mask what does not belong together, A blocks do not (as in the official
+    code; no published model shifts A blocks).
 
     Args:
         dim, num_heads: width and heads.
@@ -114,9 +115,10 @@ class AgentSwinBlock(nn.Module):
     def _set_window(self, input_resolution: Grid, window_size: int | None, shift_size: int) -> None:
         """Side of the windows, None where they are the map itself."""
         self.input_resolution, self.shift_size = tuple(input_resolution), shift_size
-        window = max(input_resolution) if window_size is None else window_size
-        whole = window >= max(input_resolution) and not self.softmax_windows
-        self.window_size = None if whole else min(window, *input_resolution)
+        height, width = input_resolution
+        whole = window_size is None or height == width <= window_size
+        shorter = min(height, width) if window_size is None else min(window_size, height, width)
+        self.window_size = None if whole and not self.softmax_windows else shorter
 
     def set_input_size(self, input_resolution: Grid, window_size: int | None, shift_size: int) -> None:
         """Another map, and windows on it; tables are resampled to their size."""
@@ -176,8 +178,8 @@ class AgentSwin(PyramidClassifier):
         global_pool: pooling before the head ("avg", "max", ...; "" for none, without a head).
         embed_dim: channels of stage 0; they double at each stage.
         depths, num_heads: blocks and heads of each stage.
-        window_size: side of the windows of A blocks, cut to the map of the stage; B blocks have an eighth of it, at least 7. None:
-            the map of stage 0, so that A blocks see the whole map everywhere.
+        window_size: side of the windows of A blocks, cut to the shorter side of the stage's map; B blocks have an eighth of it, at
+            least 7. None: A blocks see the whole map in every stage, rectangles too, and B blocks have an eighth of stage 0's.
         agent_num: agents of each stage, squares.
         agent_grid: grid of the agents that are pooled in each stage, or None for a stage or all of them: as many as its agent_num.
             Detection has ((9, 9), (12, 12), (14, 14), (7, 7)).

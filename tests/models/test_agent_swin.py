@@ -186,6 +186,8 @@ def test_windows_that_cover_the_map() -> None:
     close(block(x, (5, 3)), out + block.mlp(block.norm2(out)))
     rectangle = AgentSwinBlock(8, (4, 8), 2, 7, 3, attention_kwargs={"agent_num": 4})
     assert (rectangle.window_size, rectangle.attn.window_size) == (4, (4, 4))  # as officially: square windows, not shifted here
+    assert AgentSwinBlock(8, (4, 8), 2, 8, attention_kwargs={"agent_num": 4}).window_size == 4
+    assert AgentSwinBlock(8, (4, 8), 2, None, attention_kwargs={"agent_num": 4}).attn.window_size == (4, 8)
     softmax = AgentSwinBlock(8, (4, 4), 2, 7, 3, attn_type="B")
     assert (softmax.window_size, softmax.attn.relative_position_bias_table.shape) == (4, (49, 2))
     small = generic(AgentSwinBlock(8, (8, 8), 2, 4, 2, attention_kwargs={"agent_num": 4}))  # a smaller map than its windows
