@@ -211,7 +211,7 @@ class _Grid(NamedTuple):
     @classmethod
     def of(cls, plan: Plan, new: State, real: Tensor | None, past: State, seen: int) -> _Grid:
         length, window = new["q"].shape[2], plan.window_size
-        finished, running = divmod(seen, window)
+        finished, running = seen // window, seen % window  # not divmod, which torch.compile does not know of symbolic sizes
         width = min(length, window)
         rows = -(-length // width)
         tokens = {name: _extend(past, name, tensor, -2) for name, tensor in new.items()}

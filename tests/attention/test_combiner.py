@@ -347,6 +347,17 @@ def test_sums_are_accurate_in_low_precision(pattern: str, pool: str) -> None:
     assert ((got - want).norm(dim=-1) / want.norm(dim=-1)).median() < 0.03
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_compiles_with_symbolic_lengths(pattern: str) -> None:
+    torch._dynamo.reset()
+    module = build(pattern=pattern, is_causal=True)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (9, 13, 22):
+        x = tokens(length)
+        close(compiled(x), module(x))
+
+
 # --- caches -----------------------------------------------------------------------------------------------------------------------
 
 
