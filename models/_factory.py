@@ -92,7 +92,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, name: str, **kwargs: Any
     Raises:
         CheckpointError: the file fits neither way; the model's weights are then untouched.
     """
-    state, own = read_checkpoint(path), model.state_dict()
+    state, own = _name_shared(read_checkpoint(path), model), model.state_dict()
     said = {k: v for k, v in kwargs.items() if v is not None}
     if state.keys() == own.keys() and any(state[k].shape != own[k].shape for k in own):
         with contextlib.suppress(registry.UnknownNameError, CheckpointError):  # of other sizes: some converters resample
@@ -115,6 +115,15 @@ def load_checkpoint(model: nn.Module, path: str | Path, name: str, **kwargs: Any
             "checkpoint (num_classes, img_size, ...); model.reset_classifier(n) exchanges the head afterwards"
         )
     model.load_state_dict(state, strict=True)
+
+
+def _name_shared(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The state with every name of a tensor that the model has under several: files may hold tied weights once."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    held = {name: found[0] for tied in names.values() if (found := [n for n in tied if n in state]) for name in tied}
+    return {**{name: state[other] for name, other in held.items()}, **state}
 
 
 def _is_ours(name: str) -> bool:

@@ -181,16 +181,8 @@ def build_llama(
     if unknown:
         raise TypeError(f"{name!r} takes the fields of transformers' LlamaConfig; unknown: {', '.join(unknown)}")
     own, defaults = _family_attention(family, settings)
-    options: Any
-    if attention is None or attention == own:
-        attention, defaults = own, {**defaults, **of_preset}
-    else:
-        defaults = {}
-    if attention_kwargs is None or isinstance(attention_kwargs, Mapping):
-        options = {**defaults, **(attention_kwargs or {})}
-    else:
-        options = [{**defaults, **(layer or {})} for layer in attention_kwargs]
-    chosen = attention if isinstance(attention, str) else list(attention)
+    chosen = own if attention is None else attention if isinstance(attention, str) else list(attention)
+    options = _add_family_options(chosen, attention_kwargs, own, {**defaults, **of_preset})
     configuration = ZooLlamaConfig(attention=chosen, attention_kwargs=options or None, **settings)
     with torch.device(device if device is not None else torch.get_default_device()):
         model = ZooLlamaForCausalLM(configuration)
@@ -210,6 +202,24 @@ def _family_attention(family: str, config: Mapping[str, Any]) -> tuple[str, dict
         heads = config.get("num_attention_heads", 32)
         return "gda", {"num_noise_heads": heads, "lambda_depth_offset": -1, "norm_eps": 1e-5}
     return "gqa", {}
+
+
+def _add_family_options(
+    attention: str | list[str],
+    given: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None,
+    own: str,
+    defaults: Mapping[str, Any],
+) -> dict[str, Any] | list[dict[str, Any]]:
+    """The options of all layers, or of each: those given, and `defaults` where the family's own mechanism stands."""
+    if given is None or isinstance(given, Mapping):
+        if isinstance(attention, str) or own not in attention or not defaults:
+            return {**(defaults if attention == own else {}), **(given or {})}
+        given = [given] * len(attention)
+    each = list(given)
+    names = [attention] * len(each) if isinstance(attention, str) else attention
+    if len(names) != len(each):
+        raise ValueError(f"attention names {len(names)} layers, attention_kwargs {len(each)}: give one for each")
+    return [{**(defaults if name == own else {}), **(layer or {})} for name, layer in zip(names, each, strict=True)]
 
 
 @register_builder("combiner_lm")

@@ -32,7 +32,14 @@ def convert_official_state_dict(name: str, state_dict: Mapping[str, Tensor], **k
         CheckpointError: unknown or missing keys, all of them listed.
     """
     convert, preset = registry.converter(name)
+    if preset.get("attention_kwargs") and kwargs.get("attention_kwargs") is not None:
+        kwargs["attention_kwargs"] = _add_options(preset["attention_kwargs"], kwargs["attention_kwargs"])
     return convert(dict(state_dict), **{**preset, **kwargs})
+
+
+def _add_options(of_name: Mapping[str, Any], given: Any) -> Any:
+    """The mechanism's options that a model's name stands for, and those given besides, for all layers or for each; these win."""
+    return {**of_name, **given} if isinstance(given, Mapping) else [{**of_name, **(layer or {})} for layer in given]
 
 
 def parameter_keys(*modules: str, bias: bool = True) -> list[str]:

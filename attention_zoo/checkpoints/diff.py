@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from attention_zoo.checkpoints.convert import CheckpointError, rename_keys
-from attention_zoo.checkpoints.llama import convert_decoder
+from attention_zoo.checkpoints.convert import rename_keys
+from attention_zoo.checkpoints.llama import check_mechanism, convert_decoder, layer_options
 from attention_zoo.registry import attention_class, create_attention, register_converter
 
 __all__ = ["convert_diff", "convert_diffllama", "decoder_options", "layer_keys"]
@@ -20,20 +20,9 @@ __all__ = ["convert_diff", "convert_diffllama", "decoder_options", "layer_keys"]
 State = dict[str, Tensor]
 
 # Options of a mechanism that decide which tensors it has, and how they are laid out.
-_KEY_OPTIONS = {
-    *(
-        "version",
-        "style",
-        "sub_norm",
-        "sub_norm_affine",
-        "qkv_bias",
-        "proj_bias",
-        "qk_norm",
-        "lambda_mode",
-        "lambda_bias",
-        "pairing",
-    )
-}
+_KEY_OPTIONS = frozenset(
+    ("version", "style", "sub_norm", "sub_norm_affine", "qkv_bias", "proj_bias", "qk_norm", "lambda_mode", "lambda_bias", "pairing")
+)
 
 
 def layer_keys(mechanism: str, options: Mapping[str, Any]) -> list[str]:
@@ -48,16 +37,8 @@ def decoder_options(mechanism: str, attention: Any, attention_kwargs: Any, atten
     Raises:
         CheckpointError: layers with another mechanism, or whose options ask for other tensors in one than in another.
     """
-    names = {attention or mechanism} if attention is None or isinstance(attention, str) else set(attention)
-    if names != {mechanism}:
-        raise CheckpointError(
-            f"official checkpoints of this model have {mechanism!r} in every layer, not {', '.join(sorted(names - {mechanism}))}"
-        )
-    each = [attention_kwargs] if attention_kwargs is None or isinstance(attention_kwargs, Mapping) else attention_kwargs
-    layers = [{k: v for k, v in (own or {}).items() if k in _KEY_OPTIONS or k in {"num_heads", "num_kv_heads"}} for own in each]
-    if any(own != layers[0] for own in layers):
-        raise CheckpointError("official checkpoints have the same tensors in every layer: give all layers the same options")
-    return {"qkv_bias": attention_bias, "proj_bias": attention_bias, **layers[0]}
+    check_mechanism(attention, mechanism)
+    return layer_options(attention_kwargs, attention_bias, {*_KEY_OPTIONS, "num_heads", "num_kv_heads"})
 
 
 @register_converter("diff")

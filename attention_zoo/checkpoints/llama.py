@@ -6,7 +6,7 @@ whose projections are called otherwise; MoH-LLaMA3 adds no parameter, so its nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from attention_zoo.checkpoints.convert import CheckpointError, parameter_keys, rename_keys
 from attention_zoo.registry import register_converter
 
-__all__ = ["convert_decoder", "convert_llama", "convert_moh_llama"]
+__all__ = ["check_mechanism", "convert_decoder", "convert_llama", "convert_moh_llama", "layer_options", "projection_keys"]
 
 State = dict[str, Tensor]
 
@@ -64,10 +64,41 @@ def convert_decoder(
     return {**state, HEAD: state.get(HEAD, state[EMBEDDING])}
 
 
-def projection_keys(attention_bias: bool, options: Mapping[str, Any]) -> list[str]:
-    """q_proj, k_proj, v_proj, o_proj of one layer; the mechanism's own `qkv_bias` and `proj_bias` win over the configuration's."""
-    inputs = parameter_keys("q_proj", "k_proj", "v_proj", bias=options.get("qkv_bias", attention_bias))
-    return inputs + parameter_keys("o_proj", bias=options.get("proj_bias", attention_bias))
+def check_mechanism(attention: Any, *official: str) -> str:
+    """The mechanism of every layer, from `attention` as `create_model` takes it; None: the first of the official ones.
+
+    Raises:
+        CheckpointError: another than the official ones, or different ones in different layers.
+    """
+    names = {official[0]} if attention is None else {attention} if isinstance(attention, str) else set(attention)
+    if len(names) > 1 or not names <= set(official):
+        raise CheckpointError(
+            f"official checkpoints of this model have {' or '.join(map(repr, official))} in every layer, "
+            f"not {', '.join(map(repr, sorted(names)))}"
+        )
+    return names.pop()
+
+
+def layer_options(attention_kwargs: Any, attention_bias: bool, which: Collection[str] = ()) -> dict[str, Any]:
+    """The mechanism's biases and its options named in `which`, from the arguments of `create_model`; its own biases win.
+
+    Raises:
+        CheckpointError: they are not the same in every layer.
+    """
+    each = [attention_kwargs] if attention_kwargs is None or isinstance(attention_kwargs, Mapping) else attention_kwargs
+    biases = {"qkv_bias": attention_bias, "proj_bias": attention_bias}
+    layers = [biases | {k: v for k, v in (own or {}).items() if k in biases or k in which} for own in each]
+    if any(own != layers[0] for own in layers):
+        raise CheckpointError(
+            "official checkpoints have the same tensors in every layer: give all layers the same "
+            + ", ".join(sorted({name for own in layers for name in own}))
+        )
+    return layers[0]
+
+
+def projection_keys(qkv_bias: bool, proj_bias: bool) -> list[str]:
+    """q_proj, k_proj, v_proj, o_proj of one layer."""
+    return parameter_keys("q_proj", "k_proj", "v_proj", bias=qkv_bias) + parameter_keys("o_proj", bias=proj_bias)
 
 
 @register_converter("llama")
@@ -87,18 +118,15 @@ def convert_llama(
     Raises:
         CheckpointError: another mechanism, unknown or missing keys.
     """
-    attention = "gqa" if attention is None else attention
     layers = {"gqa": _rename_projections, "mha": _fuse_projections}
-    if attention not in layers:
-        raise CheckpointError(f"checkpoints of Llama have plain attention: give attention 'gqa' or 'mha', not {attention!r}")
-    keys = projection_keys(attention_bias, attention_kwargs if isinstance(attention_kwargs, Mapping) else {})
+    convert_layer = layers[check_mechanism(attention, *layers)]
     return convert_decoder(
         state_dict,
-        keys,
+        projection_keys(**layer_options(attention_kwargs, attention_bias)),
         num_hidden_layers=num_hidden_layers,
         mlp_bias=mlp_bias,
         tie_word_embeddings=tie_word_embeddings,
-        convert_layer=layers[attention],
+        convert_layer=convert_layer,
     )
 
 
@@ -119,12 +147,16 @@ def convert_moh_llama(
     Raises:
         CheckpointError: another mechanism or router, unknown or missing keys.
     """
-    options = attention_kwargs if isinstance(attention_kwargs, Mapping) else {}
-    if attention not in (None, "moh") or options.get("router", "query_norm") != "query_norm":
-        raise CheckpointError("official Mixture-of-Head decoders have 'moh' with router='query_norm' in every layer")
-    keys = projection_keys(attention_bias, options)
+    check_mechanism(attention, "moh")
+    options = layer_options(attention_kwargs, attention_bias, {"router"})
+    if options.pop("router", "query_norm") != "query_norm":
+        raise CheckpointError("official Mixture-of-Head decoders have router='query_norm' in every layer")
     return convert_decoder(
-        state_dict, keys, num_hidden_layers=num_hidden_layers, mlp_bias=mlp_bias, tie_word_embeddings=tie_word_embeddings
+        state_dict,
+        projection_keys(**options),
+        num_hidden_layers=num_hidden_layers,
+        mlp_bias=mlp_bias,
+        tie_word_embeddings=tie_word_embeddings,
     )
 
 

@@ -103,9 +103,19 @@ def test_refusals() -> None:
     state = az.create_model("llama_cca", **TINY).state_dict()
     with pytest.raises(az.CheckpointError, match=r"'cca' in every layer, not 'gqa'"):
         az.convert_official_state_dict("llama_cca", state, **TINY, attention="gqa")
-    with pytest.raises(az.CheckpointError, match="same biases"):
+    with pytest.raises(az.CheckpointError, match="give all layers the same proj_bias, qkv_bias"):
         az.convert_official_state_dict("llama_cca", state, **TINY, attention_kwargs=[{}, {"qkv_bias": True}])
     with pytest.raises(az.CheckpointError, match=r"unknown keys: model\.layers\.1\."):
         az.convert_official_state_dict("llama_cca", state, **{**TINY, "num_hidden_layers": 1})
     old = {**state, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     assert az.convert_official_state_dict("llama_cca", old, **TINY).keys() == state.keys()
+
+
+def test_options_add_to_those_of_the_name() -> None:
+    """The biases of Qwen2 are the name's, whatever else is given, for all layers or for each."""
+    sizes = {**TINY, "num_hidden_layers": 2}
+    for options in (WINDOW, [WINDOW, None]):
+        model = az.create_model("cca_qwen2_5_7b", **sizes, attention_kwargs=options)
+        converted = az.convert_official_state_dict("cca_qwen2_5_7b", model.state_dict(), **sizes, attention_kwargs=options)
+        assert "model.layers.1.self_attn.q_proj.bias" in converted
+        model.load_state_dict(converted, strict=True)

@@ -74,7 +74,7 @@ def test_wrong_keys_are_all_listed() -> None:
     message = r"unknown keys: gate; missing keys: model\.layers\.0\.mlp\.act_fn\.bias, model\.norm\.weight$"
     with pytest.raises(az.CheckpointError, match=message):
         az.convert_official_state_dict("motif", {**state, "gate": torch.empty(1)}, **kwargs)
-    with pytest.raises(az.CheckpointError, match=r"'gda' in every layer, not mha"):
+    with pytest.raises(az.CheckpointError, match=r"'gda' in every layer, not 'mha'"):
         az.convert_official_state_dict("motif", state, **{**kwargs, "attention": "mha"})
     with pytest.raises(az.CheckpointError, match=r"missing keys: k_proj\.weight"):
         az.convert_official_state_dict("gda", {}, dim=16, num_heads=4)

@@ -78,3 +78,20 @@ def test_names_say_what_they_stand_for() -> None:
         "combiner_lm",
         "combiner_lm_tiny",
     } <= names
+
+
+def test_a_familys_options_stand_where_its_mechanism_does() -> None:
+    sizes = {"vocab_size": 11, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    for attention in (None, "moh", ["moh", "moh"]):
+        model = az.create_model("moh_llama", **sizes, attention=attention)
+        assert [layer.self_attn.router_kind for layer in model.model.layers] == ["query_norm"] * 2
+    hybrid = az.create_model("motif", **sizes, attention=["gqa", "gda"], attention_kwargs=[None, {"num_noise_heads": 2}])
+    assert hybrid.config.attention_kwargs[1] == {
+        "num_noise_heads": 2,
+        "num_kv_heads": 2,
+        "lambda_depth_offset": -1,
+        "norm_eps": 1e-5,
+    }
+    assert az.create_model("llama", **sizes, attention=["gqa", "mha"]).config.attention_kwargs is None
+    with pytest.raises(ValueError, match="names 2 layers, attention_kwargs 1"):
+        az.create_model("llama", **sizes, attention=["gqa", "mha"], attention_kwargs=[None])

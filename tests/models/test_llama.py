@@ -168,6 +168,30 @@ def test_a_checkpoint_of_llama_gives_llamas_logits(attention: str, tied: bool, t
         az.convert_official_state_dict("llama", theirs.state_dict(), attention="moh", **sizes)
 
 
+def test_a_checkpoint_of_llama_with_entries_for_each_layer() -> None:
+    sizes = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 4}
+    state = LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=True)).state_dict()
+    lists = {"attention": ["mha", "mha"], "attention_kwargs": [{"qkv_bias": True, "proj_bias": True}] * 2}
+    model = az.create_model("llama", **sizes, **lists)
+    model.load_state_dict(az.convert_official_state_dict("llama", state, **sizes, **lists), strict=True)
+    lists = {"attention": ["moh", "moh"], "attention_kwargs": [{"shared_heads": 2, "qkv_bias": True, "proj_bias": True}] * 2}
+    az.create_model("moh_llama", **sizes, **lists).load_state_dict(
+        az.convert_official_state_dict("moh_llama", state, **sizes, **lists)
+    )
+    with pytest.raises(az.CheckpointError, match="in every layer, not 'gqa', 'mha'"):
+        az.convert_official_state_dict("llama", state, **sizes, attention=["mha", "gqa"])
+
+
+@each
+def test_a_tied_decoders_checkpoint_loads_by_path(case: DecoderCase, tmp_path: Path) -> None:
+    """The file holds the embedding once; it is no official one."""
+    model, ids = case.build(tie_word_embeddings=True), prompt()
+    model.save_pretrained(tmp_path)
+    again = az.create_model("llama", checkpoint_path=tmp_path, **case.config(tie_word_embeddings=True)).eval()
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
 def test_the_zoo_as_attention_implementation_of_llama() -> None:
     """`set_attn_implementation("zoo")` on an untouched Hugging Face model: the same numbers, padded, packed, windowed, cached."""
     from transformers import MistralConfig, MistralForCausalLM
