@@ -6,6 +6,7 @@ convolutions where ours are linear layers. All other names are the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -148,8 +149,11 @@ def _convert_model(
 
 
 def _squeeze(state: State) -> State:
-    """1x1 convolutions as linear layers: the later implementation has no others."""
-    return {key: tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor for key, tensor in state.items()}
+    """The later implementation's 1x1 convolutions as linear layers; all but a LePE of side 1, which is depthwise."""
+    return {
+        key: tensor.flatten(1) if tensor.shape[2:] == (1, 1) and not re.match(r"(.*\.)?lepe\.", key) else tensor
+        for key, tensor in state.items()
+    }
 
 
 _BRA_OPTIONS = ("side_dwconv", "qkv_bias", "out_proj", "param_routing")

@@ -98,33 +98,39 @@ _FLAX_LAYER = {
 _FLAX_STEM = {"model.norm": "autoreg_model.LayerNorm_0", "lm_head": "autoreg_model.Dense_0"}
 
 
+# Hugging Face's names of the arguments that the layout depends on, as the model's configuration understands them.
+_HF_NAMES = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "num_heads",
+    "tie_word_embeddings": "tie_embeddings",
+}
+
+
 @register_converter("combiner_lm")
 def convert_combiner_lm(
-    state_dict: State,
-    *,
-    depth: int = 12,
-    num_heads: int = 12,
-    dim: int = 768,
-    attn_bias: bool = False,
-    pos_emb: str = "sinusoidal",
-    tie_embeddings: bool = False,
-    attention: str | None = None,
-    attention_kwargs: Mapping[str, Any] | None = None,
-    **config: Any,
+    state_dict: State, *, attention: str | None = None, attention_kwargs: Mapping[str, Any] | None = None, **config: Any
 ) -> State:
     """Flax's language model; arguments as for `create_model`. A state dict with our own names passes through.
 
     Returns: a state dict that has the output layer in any case: where it is tied to the embedding, saved models leave it out.
 
     Raises:
-        CheckpointError: learned positions or another mechanism, which it does not have; unknown or missing keys, all listed.
+        CheckpointError: learned positions, a tied output layer or another mechanism, which it does not have; unknown or missing
+            keys, all listed.
     """
+    config = {_HF_NAMES.get(name, name): value for name, value in config.items()}
     if "model.embed_tokens.weight" in state_dict:
-        return {"lm_head.weight": state_dict["model.embed_tokens.weight"], **state_dict}
-    if attention not in (None, "combiner") or pos_emb != "sinusoidal":
-        raise CheckpointError("the official flax language model has Combiner attention and sinusoidal positions")
+        tied = {"lm_head.weight": state_dict["model.embed_tokens.weight"]} if config.get("tie_embeddings") else {}
+        return {**tied, **state_dict}
+    if attention not in (None, "combiner") or config.get("pos_emb", "sinusoidal") != "sinusoidal" or config.get("tie_embeddings"):
+        raise CheckpointError(
+            "the official flax language model has Combiner attention, sinusoidal positions and an output layer of its own"
+        )
+    depth, attn_bias = config.get("depth", 12), config.get("attn_bias", False)
     names = ("pattern", "window_size", "summary_pool", "summary_act", "row_summary", "summary_norm_eps")
-    options = {"dim": dim, "num_heads": num_heads, "qkv_bias": attn_bias, "proj_bias": attn_bias}
+    options = {"dim": config.get("dim", 768), "num_heads": config.get("num_heads", 12)}
+    options |= {"qkv_bias": attn_bias, "proj_bias": attn_bias}
     options |= {name: config[name] for name in names if name in config} | dict(attention_kwargs or {})
 
     official = {"Embed_0.embedding": ("model.embed_tokens.weight", "norm")}
@@ -138,8 +144,6 @@ def convert_combiner_lm(
     attentions, rest = _split_attentions(state_dict, depth)
     rename_keys(rest, (), expected=official)
     state = {own: _to_linear(rest[key], shape) for key, (own, shape) in official.items()}
-    if tie_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
     for i, layer in enumerate(attentions):
         own_layer = convert_combiner(layer, **options)
         state.update({f"model.layers.{i}.self_attn.{key}": tensor for key, tensor in own_layer.items()})

@@ -109,6 +109,21 @@ def test_options_that_change_keys(options: dict[str, Any]) -> None:
             convert(state)
 
 
+@pytest.mark.parametrize("variant", ["legacy", "nchw"])
+def test_lepe_of_side_1_stays_a_convolution(variant: str) -> None:
+    options = {"variant": variant, "side_dwconv": 1}
+    state = official_state("biformer_stl", **options)
+    model = az.create_model("biformer_stl", **TINY, **options)
+    model.load_state_dict(convert(state, "biformer_stl", **options), strict=True)
+    layer = {"lepe.weight": torch.randn(8, 1, 1, 1)}
+    for name in ("bra", "lepe_attention"):
+        official = {"bra": ("qkv.qkv", "wo"), "lepe_attention": ("qkv", "proj")}[name]
+        own = az.create_attention(name, dim=8, num_heads=2, side_dwconv=1)
+        renamed = {k.replace("qkv", official[0]).replace("proj", official[1]): v for k, v in own.state_dict().items()}
+        converted = az.convert_official_state_dict(name, {**renamed, **layer}, dim=8, num_heads=2, side_dwconv=1)
+        own.load_state_dict(converted, strict=True)
+
+
 def test_heads() -> None:
     state = official_state()
     headless = {**TINY, "num_classes": 0}

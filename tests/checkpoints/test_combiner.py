@@ -142,6 +142,21 @@ def test_language_models_that_do_not_fit() -> None:
         az.convert_official_state_dict("combiner_lm", {k: v for k, v in state.items() if k != lost}, **SIZES)
     with pytest.raises(CheckpointError, match="missing keys"):
         az.convert_official_state_dict("combiner_lm", state, **{**SIZES, "depth": 3})
-    for options in ({"pos_emb": "learned"}, {"attention": "mha"}):
+    for options in ({"pos_emb": "learned"}, {"attention": "mha"}, {"tie_embeddings": True}, {"tie_word_embeddings": True}):
         with pytest.raises(CheckpointError, match="sinusoidal"):
             az.convert_official_state_dict("combiner_lm", state, **SIZES, **options)
+
+
+def test_hugging_face_names_of_the_arguments() -> None:
+    renamed = {"dim": "hidden_size", "depth": "num_hidden_layers", "num_heads": "num_attention_heads"}
+    state, sizes = language_model("axial"), {renamed.get(name, name): value for name, value in SIZES.items()}
+    model = az.create_model("combiner_lm", **sizes, pattern="axial")
+    model.load_state_dict(az.convert_official_state_dict("combiner_lm", state, **sizes, pattern="axial"), strict=True)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_output_layer_may_be_missing_where_it_is_tied(tied: bool) -> None:
+    state = az.create_model("combiner_lm", **SIZES).state_dict()
+    del state["lm_head.weight"]
+    converted = az.convert_official_state_dict("combiner_lm", state, **SIZES, tie_word_embeddings=tied)
+    assert ("lm_head.weight" in converted) == tied
