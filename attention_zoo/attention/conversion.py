@@ -1,4 +1,4 @@
-"""Starting from a softmax attention: what every mechanism's `from_softmax_attention` reads from the layer that it replaces."""
+"""Changing models: what `from_softmax_attention` reads of the layer that it replaces; what a decoder's configuration is told."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attention_zoo.attention.base import AttentionModule
 
-__all__ = ["refuse_tensors", "source_heads", "source_settings", "split_projections"]
+__all__ = ["refuse_tensors", "source_heads", "source_settings", "split_projections", "update_layer_options"]
 
 # Names of the projections elsewhere, in order q, k, v, proj; fused ones have the rows [q; k; v] and [k; v].
 _LAYOUTS: tuple[dict[str, tuple[str, ...]], ...] = (
@@ -74,3 +74,16 @@ def refuse_tensors(name: str, missing: Iterable[str], unknown: Iterable[str]) ->
             + (f"; missing: {', '.join(missing)}" if missing else "")
             + (f"; without a place: {', '.join(unknown)}" if unknown else "")
         )
+
+
+def update_layer_options(config: Any, changes: Mapping[int, Mapping[str, Any]]) -> None:
+    """Write options of single layers, by their index, into a decoder's `config.attention_kwargs`; those that are None are removed.
+
+    One dict for all layers stays one while they agree. With it the configuration builds the changed model: `save_pretrained` works.
+    """
+    given = config.attention_kwargs
+    each = [dict(own or {}) for own in given] if isinstance(given, list) else [dict(given or {})] * config.num_hidden_layers
+    for index, options in changes.items():
+        merged = {**each[index], **options}
+        each[index] = {name: value for name, value in merged.items() if value is not None or name not in options}
+    config.attention_kwargs = each[0] if not isinstance(given, list) and all(own == each[0] for own in each) else each

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from attention_zoo.attention.conversion import update_layer_options
 from attention_zoo.attention.diff import DiffAttention
 from attention_zoo.attention.gda import GroupedDiffAttention
 
@@ -189,20 +190,14 @@ def _check_sizes(state: Mapping[str, Tensor], num_heads: int, num_noise_heads: i
 
 def _update_config(config: Any, layers: Sequence[GroupedDiffAttention]) -> None:
     """Let a decoder's configuration build the grown layers: head counts for all layers where they agree, else options of each."""
-    number = config.num_hidden_layers
-    options = config.attention_kwargs
-    each = [dict(o or {}) for o in options] if isinstance(options, list) else [dict(options or {}) for _ in range(number)]
     sizes = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
-    alike = len(layers) == number and all(len({getattr(m, name) for m in layers}) == 1 for name in sizes)
+    alike = len(layers) == config.num_hidden_layers and all(len({getattr(m, name) for m in layers}) == 1 for name in sizes)
+    changes = {}
     for layer in layers:
         assert layer.layer_idx is not None  # decoders number their layers
-        own = each[layer.layer_idx]
-        own["num_noise_heads"] = layer.num_noise_heads
-        for name in sizes:
-            own.pop(name, None)
-            if not alike:
-                own[name] = getattr(layer, name)
+        own = {name: None if alike else getattr(layer, name) for name in sizes}
+        changes[layer.layer_idx] = {"num_noise_heads": layer.num_noise_heads, **own}
+    update_layer_options(config, changes)
     if alike:
         for name, field in sizes.items():
             setattr(config, field, getattr(layers[0], name))
-    config.attention_kwargs = each[0] if not isinstance(options, list) and all(own == each[0] for own in each) else each

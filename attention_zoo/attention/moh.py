@@ -31,7 +31,13 @@ from attention_zoo.attention.base import (
     resolve_head_dim,
     split_heads,
 )
-from attention_zoo.attention.conversion import refuse_tensors, source_heads, source_settings, split_projections
+from attention_zoo.attention.conversion import (
+    refuse_tensors,
+    source_heads,
+    source_settings,
+    split_projections,
+    update_layer_options,
+)
 from attention_zoo.registry import PATTERNS, register_attention
 
 __all__ = ["MixtureOfHeads", "MoHAttention", "load_balance_loss", "set_routed_topk", "top_k_mask", "work_dtype"]
@@ -393,6 +399,8 @@ class MoHAttention(MixtureOfHeads):
 def set_routed_topk(model: nn.Module, routed_topk: int | Sequence[int]) -> None:
     """Set K of every Mixture-of-Head layer of `model` that has routed heads: one number for all, or one for each layer in order.
 
+    A decoder's configuration follows, so that what `save_pretrained` writes has the new numbers.
+
     Raises:
         ValueError: a number that a layer cannot have, or another count of numbers than of layers; no layer is changed then.
     """
@@ -404,6 +412,16 @@ def set_routed_topk(model: nn.Module, routed_topk: int | Sequence[int]) -> None:
         _check_topk(layer.num_heads, layer.shared_heads, number)
     for layer, number in zip(layers, numbers, strict=True):
         layer.set_topk(number)
+    config = getattr(model, "config", None)
+    if hasattr(config, "attention") and hasattr(config, "attention_kwargs"):
+        numbered = {layer.layer_idx: layer for layer in layers if layer.layer_idx is not None}
+        update_layer_options(
+            config,
+            {
+                index: {"shared_heads": layer.shared_heads, "routed_topk": layer.routed_topk, "active_heads": None}
+                for index, layer in numbered.items()
+            },
+        )
 
 
 def top_k_mask(scores: Tensor, k: int) -> Tensor:

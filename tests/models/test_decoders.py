@@ -95,3 +95,15 @@ def test_a_familys_options_stand_where_its_mechanism_does() -> None:
     assert az.create_model("llama", **sizes, attention=["gqa", "mha"]).config.attention_kwargs is None
     with pytest.raises(ValueError, match="names 2 layers, attention_kwargs 1"):
         az.create_model("llama", **sizes, attention=["gqa", "mha"], attention_kwargs=[None])
+
+
+def test_routed_heads_that_were_set_are_saved(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 11, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = az.create_model("moh_llama", **sizes, attention_kwargs={"shared_heads": 1, "active_heads": 4}).eval()
+    for number in (2, [1, 3]):
+        az.set_routed_topk(model, number)
+        model.save_pretrained(tmp_path)
+        again = type(model).from_pretrained(tmp_path)
+        want = [number] * 2 if isinstance(number, int) else number
+        assert [layer.self_attn.routed_topk for layer in again.model.layers] == want
+        assert [layer.self_attn.router_kind for layer in again.model.layers] == ["query_norm"] * 2
