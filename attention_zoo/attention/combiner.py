@@ -65,7 +65,7 @@ class CombinerCacheLayer(StateCacheLayer):
     relative_rotation=False,
     cost="O(N (L + N / L) d H), logsparse O(N log(N) d H)",
     engines=("flash", "flex", "reference", "torch"),
-    causal_options={"window_size": 4},
+    causal_options={"window_size": 128},  # the official language models'
 )
 class CombinerAttention(AttentionModule):
     """Combiner attention: one softmax over direct tokens and over summaries of regions that together hold every other token.
