@@ -105,7 +105,7 @@ class BiFormerBlock(nn.Module):
         self.mlp = mlp
         self.gamma1 = self.gamma2 = None
         if layer_scale_init is not None:
-            self.gamma1, self.gamma2 = (nn.Parameter(torch.full((dim,), layer_scale_init, **factory)) for _ in range(2))
+            self.gamma1, self.gamma2 = (nn.Parameter(torch.full((dim,), float(layer_scale_init), **factory)) for _ in range(2))
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -284,6 +284,8 @@ class BiFormer(BiFormerPyramid):
             raise ValueError(
                 f"pos_dwconv must be 3, which keeps the size with the padding of 1 that it has, or 0; got {pos_dwconv}"
             )
+        if layer_scale_init is not None and layer_scale_init <= 0:
+            raise ValueError(f"layer_scale_init is where positive factors start, or None for no factors; got {layer_scale_init}")
         host = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate, **factory}
         routed = {"n_win": n_win, "side_dwconv": side_dwconv, "pad_mode": pad_mode, "qk_scale": qk_scale}
         routed |= {"kv_downsample": kv_downsample, "param_routing": param_routing}

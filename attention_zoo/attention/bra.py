@@ -173,13 +173,15 @@ class BiLevelRoutingAttention(AttentionModule):
     def _check_options(self, out_proj: bool) -> None:
         check_choice("pad_mode", self.pad_mode, PAD_MODES)
         check_choice("kv_downsample", self.kv_downsample, KV_DOWNSAMPLES)
-        counts = {"n_win": min(self.n_win), "topk": self.topk}
+        if len(self.n_win) != 2:
+            raise ValueError(f"n_win must be one number of regions, or two, along height and width; got {self.n_win}")
+        counts: dict[str, Any] = {"n_win": min(self.n_win), "topk": self.topk}
         if self.kv_downsample != "identity":
             name = "kv_per_win" if self.kv_downsample.startswith("ada_") else "kv_downsample_ratio"
             counts[name] = getattr(self, name)
         for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{name} must be positive, got {value}; the nearest is 1")
+            if value < 1 or value != int(value):
+                raise ValueError(f"{name} must be a positive whole number, got {value}; the nearest is {max(1, int(value))}")
         if self.num_prefix_tokens < 0:
             raise ValueError(f"num_prefix_tokens must be at least 0, got {self.num_prefix_tokens}")
         flags = (self.soft_routing, self.diff_routing, self.param_routing)

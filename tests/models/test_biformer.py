@@ -337,6 +337,7 @@ def test_bad_arguments() -> None:
         ("biformer_stl_nchw", {"topks": (1, 4, 16, -2)}, r"topks.*one of -1; got -2"),
         ("biformer_stl", {"topks": (0, 4, 16, -2)}, r"topks.*one of -2; got 0"),
         ("biformer", {"pos_dwconv": 5}, r"pos_dwconv must be 3.*or 0; got 5"),
+        ("biformer", {"layer_scale_init": -1}, r"layer_scale_init.*None for no factors; got -1"),
         ("biformer_stl", {"variant": "nhwc"}, r"variant must be one of 'legacy', 'nchw'; got 'nhwc'"),
         ("biformer", {"head_dim": 5}, r"num_heads"),
         ("biformer", {"attention": "dtm"}, r"'dtm' cannot stand in BiFormer"),
@@ -347,6 +348,11 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             tiny(name, **options)
+
+
+def test_layer_scale_may_start_at_a_whole_number() -> None:
+    model = az.create_model("biformer", **LAYOUTS["biformer"], layer_scale_init=1)
+    assert torch.equal(model.stages[0][0].gamma1, torch.ones(8))
 
 
 # --- dense backbone ---------------------------------------------------------------------------------------------------------------
