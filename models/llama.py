@@ -110,7 +110,7 @@ class ZooLlamaDecoderLayer(GradientCheckpointingLayer):
 
 
 class ZooLlamaPreTrainedModel(LlamaPreTrainedModel):
-    """What the zoo's decoders tell transformers about themselves."""
+    """What the zoo's decoders tell transformers about themselves. In training, losses include the mechanisms' auxiliary losses."""
 
     config_class = ZooLlamaConfig
     config: ZooLlamaConfig
@@ -120,6 +120,23 @@ class ZooLlamaPreTrainedModel(LlamaPreTrainedModel):
     _supports_sdpa = True  # in the sense that its masks are understood, as eager attention's are
     _can_record_outputs = {"hidden_states": ZooLlamaDecoderLayer}  # noqa: RUF012
 
+    @property
+    def loss_function(self) -> Callable[..., Tensor]:
+        """transformers' loss of the task, and in training the mechanisms' auxiliary losses."""
+        task_loss = super().loss_function
+
+        def loss(*args: Any, **kwargs: Any) -> Tensor:
+            value: Tensor = task_loss(*args, **kwargs)
+            if self.training and self.config.aux_loss_coef:
+                value = value + _update_share(**kwargs) * self.config.aux_loss_coef * auxiliary_loss(self).to(value.device)
+            return value
+
+        return loss
+
+    @loss_function.setter
+    def loss_function(self, value: Callable[..., Tensor]) -> None:
+        self._loss_function = value  # where transformers keeps it
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -128,6 +145,21 @@ class ZooLlamaPreTrainedModel(LlamaPreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, AttentionModule):
             _reset_own_parameters(module)
+
+
+def _update_share(
+    *,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | float | None = None,
+    ignore_index: int = -100,
+    **kwargs: Any,  # what else a loss of transformers takes
+) -> Tensor | float:
+    """The share of this batch in an update that gathers several: `Trainer` adds up losses that are divided by all their tokens."""
+    counted = shift_labels if shift_labels is not None else None if labels is None else labels[..., 1:]
+    if num_items_in_batch is None or counted is None:
+        return 1.0
+    return counted.ne(ignore_index).sum() / num_items_in_batch
 
 
 def _reset_own_parameters(module: AttentionModule) -> None:
@@ -158,7 +190,7 @@ class ZooLlamaModel(ZooLlamaPreTrainedModel, LlamaModel):
 
 
 class ZooLlamaForCausalLM(ZooLlamaPreTrainedModel, LlamaForCausalLM, GenerationMixin):
-    """A language model: the decoder and its output layer. In training, the loss includes the mechanisms' auxiliary losses.
+    """A language model: the decoder and its output layer.
 
     Shape: input_ids (B, N) -> logits (B, N, vocab_size), in Hugging Face's `CausalLMOutputWithPast`.
     """
@@ -169,22 +201,6 @@ class ZooLlamaForCausalLM(ZooLlamaPreTrainedModel, LlamaForCausalLM, GenerationM
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    @property
-    def loss_function(self) -> Callable[..., Tensor]:
-        task_loss = super().loss_function
-
-        def loss(*args: Any, **kwargs: Any) -> Tensor:
-            value: Tensor = task_loss(*args, **kwargs)
-            if self.training and self.config.aux_loss_coef:
-                value = value + self.config.aux_loss_coef * auxiliary_loss(self).to(value.device)
-            return value
-
-        return loss
-
-    @loss_function.setter
-    def loss_function(self, value: Callable[..., Tensor]) -> None:
-        self._loss_function = value  # where transformers keeps it
 
 
 class ZooLlamaForSequenceClassification(GenericForSequenceClassification, ZooLlamaPreTrainedModel):

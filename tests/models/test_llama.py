@@ -332,6 +332,29 @@ def test_auxiliary_losses_are_part_of_the_training_loss() -> None:
     assert torch.equal(evaluated, plain), "in evaluation the loss is the task's"
 
 
+def test_auxiliary_losses_of_a_gathered_update_are_a_mean() -> None:
+    """`Trainer` adds up the losses of several batches, each divided by the tokens of all."""
+    case, coefficient = DecoderCase("moh", {"shared_heads": 1, "routed_topk": 1}), 0.5
+    model, plain = (case.build(aux_loss_coef=c).train() for c in (coefficient, 0.0))
+    batches = [prompt(9, seed=5), prompt(5, seed=6)]
+    items = sum(ids[:, 1:].numel() for ids in batches)
+    added, expected = 0.0, 0.0
+    for ids in batches:
+        with_aux, without = (m(ids, labels=ids, num_items_in_batch=items).loss for m in (model, plain))
+        added += (with_aux - without).item()
+        expected += coefficient * az.auxiliary_loss(model).item() * ids[:, 1:].numel() / items
+    assert added == pytest.approx(expected, rel=1e-3)
+
+
+def test_classifiers_train_with_auxiliary_losses() -> None:
+    config = ZooLlamaConfig(**DecoderCase("moh", {"shared_heads": 1, "routed_topk": 1}).config(num_labels=3, aux_loss_coef=0.5))
+    model, ids = AutoModelForSequenceClassification.from_config(config).train(), prompt()
+    got = model(ids, labels=torch.tensor([0, 2])).loss
+    config.aux_loss_coef = 0.0
+    want = model(ids, labels=torch.tensor([0, 2])).loss
+    torch.testing.assert_close(got - want, 0.5 * az.auxiliary_loss(model), atol=1e-5, rtol=1e-4)
+
+
 class Repeating(torch.utils.data.Dataset):
     """Sequences that count upwards: something to learn in a few steps."""
 
