@@ -305,7 +305,12 @@ class CombinerAttention(AttentionModule):
         if real is None and not self.is_causal and self.pattern == "fixed" and x.shape[1] % plan.window_size:
             real = torch.ones(1, x.shape[1], dtype=torch.bool, device=x.device)  # what fills up the last segment is not
         new = self._project(x, position_embeddings)
-        out = self._attend(plan, new, real, layer) if layer is not None else PATTERNS[self.pattern](plan, new, real, {}, 0)[0]
+        if x.shape[1] == 0:  # no tokens, no rows to cut them into
+            out = new["v"]
+        elif layer is not None:
+            out = self._attend(plan, new, real, layer)
+        else:
+            out = PATTERNS[self.pattern](plan, new, real, {}, 0)[0]
         return self.proj_drop(self.proj(merge_heads(out)))
 
     def _attend(self, plan: Plan, new: State, real: Tensor | None, layer: CombinerCacheLayer) -> Tensor:
@@ -383,7 +388,7 @@ class CombinerAttention(AttentionModule):
             return window
         if window is None:
             window = grid_size[1] if grid_size is not None else _near_root(length)
-        window = min(window, max(length, 1))
+        window = max(1, min(window, length))
         if not self.is_causal and self.pattern != "fixed" and length % window:
             below = next(w for w in range(window, 0, -1) if length % w == 0)
             raise ValueError(

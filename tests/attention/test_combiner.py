@@ -228,6 +228,18 @@ def build_like(module: CombinerAttention, **options: Any) -> CombinerAttention:
     return other
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_no_tokens(pattern: str, is_causal: bool) -> None:
+    module = build(pattern=pattern, is_causal=is_causal)
+    assert module(tokens(0)).shape == (2, 0, 8)
+    assert build(pattern=pattern, is_causal=is_causal, window_size=None)(tokens(0)).shape == (2, 0, 8)
+    if is_causal:
+        cache, x = DynamicCache(), tokens(5)
+        parts = [module(part, past_key_values=cache) for part in x.split([0, 2, 0, 3], dim=1)]
+        close(torch.cat(parts, 1), module(x))
+
+
 def test_grid_gives_the_window() -> None:
     module, x = build(window_size=None), tokens(12)
     close(module(x, grid_size=(2, 6)), build_like(module, window_size=6)(x))
