@@ -73,6 +73,8 @@ def _check_layers(config: ZooLlamaConfig) -> None:
         info = attention_info(name)
         if "causal_self" not in info.patterns or not info.keeps_shape or info.spatial:
             raise ValueError(f"{name!r} cannot stand in a decoder: that needs causal self attention of a sequence")
+    if any(config.layer_attention(i)[1].get("is_causal") is False for i in range(config.num_hidden_layers)):
+        raise ValueError("attention_kwargs has is_causal=False, but a decoder is causal: leave it out")
     try:
         json.dumps(config.attention_kwargs)
     except TypeError as error:

@@ -113,6 +113,7 @@ def test_heads_that_are_not_given_are_the_mechanisms() -> None:
         ({"attention": ["gqa"]}, "1 entries, the model 2 layers"),
         ({"attention_kwargs": [{}, {}, {}]}, "3 entries, the model 2 layers"),
         ({"attention_kwargs": {"norm_layer": torch.nn.LayerNorm}}, "plain values"),
+        ({"attention_kwargs": [None, {"is_causal": False}]}, "a decoder is causal"),
         ({"attention": "mha", "num_key_value_heads": 2}, "num_kv_heads=2"),
         ({"num_attention_heads": 3}, "3"),
         ({"num_key_value_heads": 3}, "3"),
