@@ -103,3 +103,25 @@ def test_checkpoint_that_does_not_fit(tmp_path):
         az.create_model("resnet10t", checkpoint_path=path)
     with pytest.raises(FileNotFoundError):
         tiny(checkpoint_path=tmp_path / "nowhere.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("litv2", {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "img_size": 64}),
+        ("agent_swin", {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "img_size": 64, "agent_num": (4,) * 4}),
+    ],
+)
+def test_a_classifiers_file_starts_a_dense_backbone(name, kwargs, tmp_path):
+    """Our own file as it is: the head and the final norm are left out, as timm does."""
+    classifier = az.create_model(name, **kwargs).eval()
+    save_file(classifier.state_dict(), tmp_path / "model.safetensors")
+    for out_indices in ((0, 1, 2, 3), (1, 2)):
+        dense = az.create_model(
+            name, features_only=True, out_indices=out_indices, checkpoint_path=tmp_path / "model.safetensors", **kwargs
+        ).eval()
+        x = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            want = classifier.forward_intermediates(x, indices=list(out_indices), intermediates_only=True)
+            for got, expected in zip(dense(x), want, strict=True):
+                torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
