@@ -12,7 +12,22 @@ from torch import Tensor
 pytestmark = pytest.mark.gpu
 
 # Random in evaluation mode from the device's own generator: other numbers than the CPU's, so there is nothing to compare.
-ALL = [c for causal in (False, True) for c in cases(causal=causal) if not c.draws]
+DEFAULTS = [c for causal in (False, True) for c in cases(causal=causal) if not c.draws]
+
+# Other forms than the defaults, whose hot paths differ.
+FORMS = [
+    *(Case("combiner", True, {"pattern": p, "window_size": 8}) for p in ("fixed", "axial", "logsparse", "mixture")),
+    *(Case("combiner", options={"pattern": p, "window_size": 37}) for p in ("axial", "mixture")),
+    Case("cca", True, {"window_size": 8, "group_size": 4, "num_kv_heads": 2}),
+    Case("diff", True, {"version": "v2"}),
+    Case("gda", True, {"style": "v2", "num_noise_heads": 2}),
+    Case("moh", True, {"router": "query_norm", "num_kv_heads": 2}),
+    Case("bra", options={"n_win": 3, "topk": 2, "soft_routing": True}),
+    Case("bra", options={"n_win": 3, "topk": 2, "pad_mode": "qkv"}),
+    Case("halo", options={"block_size": 4, "halo_size": 1, "mask_padding": True}),
+    Case("agent", options={"agent_num": 9, "window_size": (9, 7)}),
+]
+ALL = [*DEFAULTS, *FORMS]
 
 
 @pytest.fixture(autouse=True)
