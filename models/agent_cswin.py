@@ -14,15 +14,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from attention_zoo.registry import register_model_info
 
 from ._host import build_attention, check_attention
 from ._pyramid import Grid, PyramidClassifier, block_types, check_stages, init_linear
+from ._timm import AGENT_PAPER, create_variant, imagenet_cfg
 
 __all__ = ["AgentCSwin", "AgentCSwinBlock"]
 
@@ -281,38 +281,15 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "agent_cswin_b": _BASE,
     "agent_cswin_b_384": {**_BASE, "img_size": 384, "split_size": (1, 2, 12, 12), "drop_path_rate": 0.7},
 }
-
-
-def _cfg(side: int) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, side, side),
-        "pool_size": (side // 32, side // 32),
-        "crop_pct": 0.875,
-        "crop_mode": "squash",
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stage1_conv_embed.0",
-        "classifier": "head",
-        "license": "unknown",
-        "paper_ids": "arXiv:2312.08874",
-        "paper_name": "Agent Attention: On the Integration of Softmax and Linear Attention",
-        "origin_url": "https://github.com/LeapLabTHU/Agent-Attention",
-    }
-
-
-default_cfgs = generate_default_cfgs({name: _cfg(preset.get("img_size", 224)) for name, preset in _VARIANTS.items()})
+_CFG: dict[str, Any] = {"crop_mode": "squash", "first_conv": "stage1_conv_embed.0", **AGENT_PAPER}
+default_cfgs = generate_default_cfgs(
+    {name: imagenet_cfg(preset.get("img_size", 224), **_CFG) for name, preset in _VARIANTS.items()}
+)
 
 
 def _create_agent_cswin(variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
     """timm's builder with the variant's preset."""
-    if "out_indices" in kwargs and not kwargs.get("features_only"):
-        raise ValueError("out_indices belongs to features_only=True")
-    kwargs = {**_VARIANTS[variant], **kwargs}
-    feature_cfg = {"out_indices": tuple(range(len(kwargs["depth"]))), "feature_cls": "getter"}
-    return build_model_with_cfg(AgentCSwin, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return create_variant(AgentCSwin, variant, pretrained, {**_VARIANTS[variant], **kwargs}, depths="depth")
 
 
 @register_model

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -19,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from attention_zoo.registry import register_model_info
 
 from ._host import check_attention
+from ._timm import AGENT_PAPER, imagenet_cfg
 from .vit import AttentionBlock, share_grid
 
 __all__ = ["AgentDeiT"]
@@ -126,31 +126,9 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "agent_deit_s_448": {**_SMALL, "img_size": 448},
     "agent_deit_b": {"embed_dim": 768, "num_heads": 12, "agent_num": (81, 81, 81, 81), "agent_layer": 4, "drop_path_rate": 0.3},
 }
-
-
-def _cfg(**changes: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "unknown",
-        "paper_ids": "arXiv:2312.08874",
-        "paper_name": "Agent Attention: On the Integration of Softmax and Linear Attention",
-        "origin_url": "https://github.com/LeapLabTHU/Agent-Attention",
-        **changes,
-    }
-
-
+_CFG: dict[str, Any] = {"pool_size": None, "fixed_input_size": True, "first_conv": "patch_embed.proj", **AGENT_PAPER}
 default_cfgs = generate_default_cfgs(
-    {name: _cfg(input_size=(3, 448, 448)) if name.endswith("448") else _cfg() for name in _VARIANTS}
+    {name: imagenet_cfg(preset.get("img_size", 224), **_CFG) for name, preset in _VARIANTS.items()}
 )
 
 

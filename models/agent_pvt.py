@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.fx
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
     Mlp,
@@ -26,7 +25,7 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from attention_zoo.attention.agent import resize_grid
@@ -35,6 +34,7 @@ from attention_zoo.registry import register_model_info
 
 from ._host import build_attention, check_attention
 from ._pyramid import Grid, PyramidClassifier, check_stages, init_linear, to_map
+from ._timm import AGENT_PAPER, create_variant, imagenet_cfg
 
 __all__ = ["AgentPVT", "SpatialReductionAttention"]
 
@@ -328,42 +328,15 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "agent_pvt_m_256": {**_MEDIUM, "img_size": 256},
     "agent_pvt_l": {"depths": (3, 8, 27, 3), "drop_path_rate": 0.3},
 }
-
-
-def _cfg(**changes: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed1.proj",
-        "classifier": "head",
-        "license": "unknown",
-        "paper_ids": "arXiv:2312.08874",
-        "paper_name": "Agent Attention: On the Integration of Softmax and Linear Attention",
-        "origin_url": "https://github.com/LeapLabTHU/Agent-Attention",
-        **changes,
-    }
-
-
+_CFG: dict[str, Any] = {"first_conv": "patch_embed1.proj", **AGENT_PAPER}
 default_cfgs = generate_default_cfgs(
-    {name: _cfg(input_size=(3, 256, 256), pool_size=(8, 8)) if name.endswith("256") else _cfg() for name in _VARIANTS}
+    {name: imagenet_cfg(preset.get("img_size", 224), **_CFG) for name, preset in _VARIANTS.items()}
 )
 
 
 def _create_agent_pvt(variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
     """timm's builder with the variant's preset."""
-    return build_model_with_cfg(
-        AgentPVT,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", (0, 1, 2, 3)), "feature_cls": "getter"},
-        **{**_VARIANTS[variant], **kwargs},
-    )
+    return create_variant(AgentPVT, variant, pretrained, {**_VARIANTS[variant], **kwargs})
 
 
 @register_model

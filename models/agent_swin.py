@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     DropPath,
     Mlp,
@@ -28,7 +27,7 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model, swin_transformer
+from timm.models import checkpoint, generate_default_cfgs, register_model, swin_transformer
 from torch import Tensor, nn
 
 from attention_zoo.attention.window import (
@@ -44,6 +43,7 @@ from attention_zoo.registry import register_model_info
 
 from ._host import build_attention, check_attention
 from ._pyramid import Grid, PyramidClassifier, block_types, check_stages, init_linear
+from ._timm import AGENT_PAPER, create_variant, imagenet_cfg
 
 __all__ = ["AgentSwin", "AgentSwinBlock"]
 
@@ -378,38 +378,16 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "agent_swin_b": _BASE,
     "agent_swin_b_384": {**_BASE, "img_size": 384},
 }
-
-
-def _cfg(side: int) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, side, side),
-        "pool_size": (side // 32, side // 32),
-        "crop_pct": 0.875 if side == 224 else 1.0,
-        "crop_mode": "squash",
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "unknown",
-        "paper_ids": "arXiv:2312.08874",
-        "paper_name": "Agent Attention: On the Integration of Softmax and Linear Attention",
-        "origin_url": "https://github.com/LeapLabTHU/Agent-Attention",
-    }
-
-
-default_cfgs = generate_default_cfgs({name: _cfg(preset.get("img_size", 224)) for name, preset in _VARIANTS.items()})
+_CFG: dict[str, Any] = {"crop_mode": "squash", "first_conv": "patch_embed.proj", **AGENT_PAPER}
+_SIDES = {name: preset.get("img_size", 224) for name, preset in _VARIANTS.items()}
+default_cfgs = generate_default_cfgs(
+    {name: imagenet_cfg(side, crop_pct=0.875 if side == 224 else 1.0, **_CFG) for name, side in _SIDES.items()}
+)
 
 
 def _create_agent_swin(variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
     """timm's builder with the variant's preset."""
-    if "out_indices" in kwargs and not kwargs.get("features_only"):
-        raise ValueError("out_indices belongs to features_only=True")
-    kwargs = {**_VARIANTS[variant], **kwargs}
-    feature_cfg = {"out_indices": tuple(range(len(kwargs["depths"]))), "feature_cls": "getter"}
-    return build_model_with_cfg(AgentSwin, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return create_variant(AgentSwin, variant, pretrained, {**_VARIANTS[variant], **kwargs})
 
 
 @register_model

@@ -11,15 +11,14 @@ number of regions means all of them; maps are normalised for the reader only, ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
-from timm.models import FeatureInfo, build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import FeatureInfo, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from attention_zoo.registry import register_model_info
 
 from ._host import build_attention, check_attention
 from ._pyramid import Grid, PyramidClassifier, check_stages, factory_of, init_linear, to_map
+from ._timm import create_variant, imagenet_cfg
 
 __all__ = ["BiFormer", "BiFormerFeatures", "BiFormerPyramid"]
 
@@ -424,69 +424,49 @@ def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
     return x if gamma is None else gamma * x
 
 
-def default_cfg(**changes: Any) -> dict[str, Any]:
-    """timm's metadata of a BiFormer."""
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "downsample_layers.0.0",
-        "classifier": "head",
-        "license": "mit",
-        "paper_ids": "arXiv:2303.08810",
-        "paper_name": "BiFormer: Vision Transformer with Bi-Level Routing Attention",
-        "origin_url": "https://github.com/rayleizhu/BiFormer",
-        **changes,
-    }
-
-
-def create_pyramid(cls: Callable[..., BiFormerPyramid], model_name: str, pretrained: bool = False, **kwargs: Any) -> Any:
-    """timm's builder; `out_norm` goes to the dense backbone. Raises ValueError when it belongs to none."""
-    out_norm = kwargs.pop("out_norm", None)
-    for name, given in (("out_norm", out_norm is not None), ("out_indices", "out_indices" in kwargs)):
-        if given and (not kwargs.get("features_only") or (name == "out_norm" and "feature_cls" in kwargs)):
-            raise ValueError(f"{name} belongs to features_only=True, with BiFormer's own feature class")
-    feature_cfg: dict[str, Any] = {"out_indices": (0, 1, 2, 3), "feature_cls": BiFormerFeatures}
-    if out_norm is not None:
-        feature_cfg["out_norm"] = out_norm
-    return build_model_with_cfg(cls, model_name, pretrained, feature_cfg=feature_cfg, **kwargs)
-
+BIFORMER_CFG: dict[str, Any] = {
+    "first_conv": "downsample_layers.0.0",
+    "license": "mit",
+    "paper_ids": "arXiv:2303.08810",
+    "paper_name": "BiFormer: Vision Transformer with Bi-Level Routing Attention",
+    "origin_url": "https://github.com/rayleizhu/BiFormer",
+}
 
 # The published variants.
 _TINY = {"embed_dims": (64, 128, 256, 512), "depths": (2, 2, 8, 2)}
 _SMALL = {**_TINY, "depths": (4, 4, 18, 4)}
 _BASE = {**_SMALL, "embed_dims": (96, 192, 384, 768)}
 _VARIANTS: dict[str, dict[str, Any]] = {"biformer": _TINY, "biformer_tiny": _TINY, "biformer_small": _SMALL, "biformer_base": _BASE}
-default_cfgs = generate_default_cfgs({name: default_cfg() for name in _VARIANTS})
+default_cfgs = generate_default_cfgs({name: imagenet_cfg(**BIFORMER_CFG) for name in _VARIANTS})
+
+
+def _create_biformer(variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
+    """timm's builder with the variant's preset."""
+    return create_variant(BiFormer, variant, pretrained, {**_VARIANTS[variant], **kwargs}, feature_cls=BiFormerFeatures)
 
 
 @register_model
 def biformer(pretrained: bool = False, **kwargs: Any) -> Any:
     """BiFormer of any size; BiFormer-T unless the arguments say otherwise."""
-    return create_pyramid(BiFormer, "biformer", pretrained, **{**_VARIANTS["biformer"], **kwargs})
+    return _create_biformer("biformer", pretrained, **kwargs)
 
 
 @register_model
 def biformer_tiny(pretrained: bool = False, **kwargs: Any) -> Any:
     """BiFormer-T, 13.1 M parameters, 2.2 G multiply-adds at 224."""
-    return create_pyramid(BiFormer, "biformer_tiny", pretrained, **{**_VARIANTS["biformer_tiny"], **kwargs})
+    return _create_biformer("biformer_tiny", pretrained, **kwargs)
 
 
 @register_model
 def biformer_small(pretrained: bool = False, **kwargs: Any) -> Any:
     """BiFormer-S, 25.5 M parameters, 4.5 G multiply-adds at 224."""
-    return create_pyramid(BiFormer, "biformer_small", pretrained, **{**_VARIANTS["biformer_small"], **kwargs})
+    return _create_biformer("biformer_small", pretrained, **kwargs)
 
 
 @register_model
 def biformer_base(pretrained: bool = False, **kwargs: Any) -> Any:
     """BiFormer-B, 56.8 M parameters, 9.8 G multiply-adds at 224."""
-    return create_pyramid(BiFormer, "biformer_base", pretrained, **{**_VARIANTS["biformer_base"], **kwargs})
+    return _create_biformer("biformer_base", pretrained, **kwargs)
 
 
 for _name, _preset in _VARIANTS.items():

@@ -21,7 +21,8 @@ from attention_zoo.registry import register_model_info
 
 from ._host import check_attention
 from ._pyramid import check_stages, init_linear
-from .biformer import BiFormerBlock, BiFormerPyramid, BlockSequence, build_mixer, create_pyramid, default_cfg, init_weights
+from ._timm import create_variant, imagenet_cfg
+from .biformer import BIFORMER_CFG, BiFormerBlock, BiFormerFeatures, BiFormerPyramid, BlockSequence, build_mixer, init_weights
 
 __all__ = ["BiFormerSTL"]
 
@@ -150,8 +151,9 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 }
 default_cfgs = generate_default_cfgs(
     {
-        "biformer_stl": default_cfg(),
-        "biformer_stl_nchw": default_cfg(min_input_size=(3, 112, 112)),  # a token for each of the 7 x 7 regions of stage 2
+        "biformer_stl": imagenet_cfg(**BIFORMER_CFG),
+        # A token for each of the 7 x 7 regions of stage 2.
+        "biformer_stl_nchw": imagenet_cfg(min_input_size=(3, 112, 112), **BIFORMER_CFG),
     }
 )
 
@@ -159,7 +161,7 @@ default_cfgs = generate_default_cfgs(
 def _create_stl(model_name: str, pretrained: bool = False, **kwargs: Any) -> Any:
     kwargs = {**_VARIANTS[model_name], **kwargs}
     build = partial(BiFormerSTL, variant=kwargs.pop("variant"))  # timm's builder has another argument of this name
-    return create_pyramid(build, model_name, pretrained, **kwargs)
+    return create_variant(build, model_name, pretrained, kwargs, feature_cls=BiFormerFeatures)
 
 
 @register_model

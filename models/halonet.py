@@ -16,7 +16,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import register_notrace_module
 from timm.layers.halo_attn import HaloAttn
 from timm.models import build_model_with_cfg, byoanet, generate_default_cfgs, model_entrypoint, register_model
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 from attention_zoo.registry import register_model_info
 
 from ._host import build_attention, check_attention
+from ._timm import imagenet_cfg
 
 __all__ = ["HaloBlock", "MapAttention", "build_halonet", "holds_halo_attention"]
 
@@ -214,30 +214,18 @@ _VARIANTS: dict[str, tuple[dict[str, Any], int]] = {
     "halonet_paper_h6": (_h_family(8, 4, 3.0, 2.75, 24, 1536), 512),
     "halonet_paper_h7": (_h_family(10, 3, 4.0, 3.5, 26, 2048), 600),
 }
-
-
-def _cfg(side: int) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, side, side),
-        "pool_size": (-(-side // 32), -(-side // 32)),
-        "min_input_size": (3, 32, 32),
-        "crop_pct": 0.95,
-        "interpolation": "bicubic",
-        "fixed_input_size": False,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1.conv",
-        "classifier": "head.fc",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2103.12731",
-        "paper_name": "Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
-        "origin_url": "https://github.com/huggingface/pytorch-image-models",
-    }
-
-
-default_cfgs = generate_default_cfgs({name: _cfg(side) for name, (_, side) in _VARIANTS.items()})
+_CFG: dict[str, Any] = {
+    "min_input_size": (3, 32, 32),
+    "crop_pct": 0.95,
+    "fixed_input_size": False,
+    "first_conv": "stem.conv1.conv",
+    "classifier": "head.fc",
+    "license": "apache-2.0",
+    "paper_ids": "arXiv:2103.12731",
+    "paper_name": "Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
+    "origin_url": "https://github.com/huggingface/pytorch-image-models",
+}
+default_cfgs = generate_default_cfgs({name: imagenet_cfg(side, **_CFG) for name, (_, side) in _VARIANTS.items()})
 
 
 def _create_halonet(

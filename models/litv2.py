@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, PatchEmbed, calculate_drop_path_rates, register_notrace_module, to_2tuple
-from timm.models import FeatureInfo, build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import FeatureInfo, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from attention_zoo.registry import register_model_info
 
 from ._host import build_attention, check_attention
 from ._pyramid import Grid, PyramidClassifier, check_stages, factory_of, init_linear, to_map
+from ._timm import create_variant, imagenet_cfg
 
 __all__ = ["LITv2", "LITv2Features"]
 
@@ -336,48 +336,21 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "litv2_b": _BASE,
     "litv2_b_384": {**_BASE, "img_size": 384},
 }
-
-
-def _cfg(**changes: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2205.13213",
-        "paper_name": "Fast Vision Transformers with HiLo Attention",
-        "origin_url": "https://github.com/ziplab/LITv2",
-        **changes,
-    }
-
-
+_CFG: dict[str, Any] = {
+    "first_conv": "patch_embed.proj",
+    "license": "apache-2.0",
+    "paper_ids": "arXiv:2205.13213",
+    "paper_name": "Fast Vision Transformers with HiLo Attention",
+    "origin_url": "https://github.com/ziplab/LITv2",
+}
 default_cfgs = generate_default_cfgs(
-    {
-        name: _cfg(input_size=(3, 384, 384), pool_size=(12, 12), crop_pct=1.0) if name.endswith("384") else _cfg()
-        for name in _VARIANTS
-    }
+    {name: imagenet_cfg(384, crop_pct=1.0, **_CFG) if name.endswith("384") else imagenet_cfg(**_CFG) for name in _VARIANTS}
 )
 
 
 def _create_litv2(variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
-    """timm's builder with the variant's preset; `out_norm` goes to the dense backbone."""
-    kwargs = {**_VARIANTS[variant], **kwargs}
-    out_norm = kwargs.pop("out_norm", None)
-    if out_norm is not None and (not kwargs.get("features_only") or "feature_cls" in kwargs):
-        raise ValueError("out_norm belongs to features_only=True, with LITv2's own feature class")
-    if "out_indices" in kwargs and not kwargs.get("features_only"):
-        raise ValueError("out_indices belongs to features_only=True")
-    feature_cfg: dict[str, Any] = {"out_indices": (0, 1, 2, 3), "feature_cls": LITv2Features}
-    if out_norm is not None:
-        feature_cfg["out_norm"] = out_norm
-    return build_model_with_cfg(LITv2, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    """timm's builder with the variant's preset."""
+    return create_variant(LITv2, variant, pretrained, {**_VARIANTS[variant], **kwargs}, feature_cls=LITv2Features)
 
 
 @register_model

@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models.pvt_v2 import OverlapPatchEmbed
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from attention_zoo.registry import register_model_info
 
 from ._host import build_attention, check_attention
 from ._pyramid import Grid, PyramidClassifier, check_stages, init_linear, to_map
+from ._timm import create_variant, imagenet_cfg
 
 __all__ = ["MoHTransNeXt"]
 
@@ -274,36 +274,19 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "moh_transnext_base_75": _BASE_75,
     "moh_transnext_base_50": {**_BASE, "shared_heads": (2, 2, 2, 4), "routed_topk": (2, 4, 6, 8)},
 }
-
-
-def _cfg() -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed1.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "paper_ids": "arXiv:2410.11842",
-        "paper_name": "MoH: Multi-Head Attention as Mixture-of-Head Attention",
-        "origin_url": "https://github.com/SkyworkAI/MoH",
-    }
-
-
-default_cfgs = generate_default_cfgs({name: _cfg() for name in _VARIANTS})
+_CFG: dict[str, Any] = {
+    "first_conv": "patch_embed1.proj",
+    "license": "apache-2.0",
+    "paper_ids": "arXiv:2410.11842",
+    "paper_name": "MoH: Multi-Head Attention as Mixture-of-Head Attention",
+    "origin_url": "https://github.com/SkyworkAI/MoH",
+}
+default_cfgs = generate_default_cfgs({name: imagenet_cfg(**_CFG) for name in _VARIANTS})
 
 
 def _create_moh_transnext(variant: str, pretrained: bool = False, **kwargs: Any) -> Any:
     """timm's builder with the variant's preset."""
-    if "out_indices" in kwargs and not kwargs.get("features_only"):
-        raise ValueError("out_indices belongs to features_only=True")
-    feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    return build_model_with_cfg(MoHTransNeXt, variant, pretrained, feature_cfg=feature_cfg, **{**_VARIANTS[variant], **kwargs})
+    return create_variant(MoHTransNeXt, variant, pretrained, {**_VARIANTS[variant], **kwargs})
 
 
 @register_model

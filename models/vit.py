@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from attention_zoo.registry import AttentionInfo, attention_info, register_model_info
 
 from ._host import build_attention, check_attention
+from ._timm import imagenet_cfg
 
 __all__ = ["AttentionBlock", "build_vit", "share_grid"]
 
@@ -228,29 +229,19 @@ _VARIANTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         for attention in _KDGQA
     },
 }
-
-
-def _cfg() -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_INCEPTION_MEAN,
-        "std": IMAGENET_INCEPTION_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "mit",
-        "paper_ids": "arXiv:2408.08454",
-        "paper_name": "Beyond Uniform Query Distribution: Key-Driven Grouped Query Attention",
-        "origin_url": "https://github.com/zohaib-khan5040/key-driven-gqa",
-    }
-
-
-default_cfgs = generate_default_cfgs({name: _cfg() for name in _VARIANTS})
+_CFG: dict[str, Any] = {
+    "pool_size": None,
+    "crop_pct": 1.0,
+    "fixed_input_size": True,
+    "mean": IMAGENET_INCEPTION_MEAN,
+    "std": IMAGENET_INCEPTION_STD,
+    "first_conv": "patch_embed.proj",
+    "license": "mit",
+    "paper_ids": "arXiv:2408.08454",
+    "paper_name": "Beyond Uniform Query Distribution: Key-Driven Grouped Query Attention",
+    "origin_url": "https://github.com/zohaib-khan5040/key-driven-gqa",
+}
+default_cfgs = generate_default_cfgs({name: imagenet_cfg(**_CFG) for name in _VARIANTS})
 
 
 def _register(name: str) -> None:
