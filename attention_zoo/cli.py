@@ -67,15 +67,18 @@ def list_names(
 
 @app.command()
 def info(name: Annotated[str, typer.Argument(help="A mechanism or a model.")]) -> None:
-    """Explain a mechanism (paper, equation, options, cost, engines) or a model (family, preset, size)."""
+    """Explain a mechanism (paper, equation, options, cost, engines) or a model (family, preset, size); both where they share a name."""
     mechanisms, presets = az.list_attentions(), model_info()
     with user_errors():
         if name not in mechanisms and name not in presets:
             raise UnknownNameError(f"nothing is named {name!r}" + did_you_mean(name, [*mechanisms, *presets]))
-        if name in presets:
-            _print(_explain_model(name))
+        model = _explain_model(name) if name in presets else None
     if name in mechanisms:
         _print(_explain_attention(name))
+    if name in mechanisms and model is not None:
+        _print("\nThe model of the same name\n")
+    if model is not None:
+        _print(model)
 
 
 @app.command()

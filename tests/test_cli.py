@@ -118,6 +118,15 @@ def test_info_of_a_model() -> None:
         assert text in out
 
 
+def test_info_says_both_where_a_mechanism_and_a_model_share_a_name() -> None:
+    shared = set(az.list_attentions()) & set(az.list_models())
+    assert "agent_cswin" in shared
+    for name in shared:
+        mechanism, _, model = run("info", name).stdout.partition("The model of the same name")
+        assert mechanism.startswith(f"{name}: ") and "Engines of its hot path" in mechanism
+        assert re.search(rf"^{name}\nfamily +{name}", model, re.MULTILINE)
+
+
 def test_backends() -> None:
     out = run("backends").stdout
     for backend in az.backends():
