@@ -67,7 +67,7 @@ def list_names(
 
 @app.command()
 def info(name: Annotated[str, typer.Argument(help="A mechanism or a model.")]) -> None:
-    """Explain a mechanism (paper, equation, options, cost, engines) or a model (family, preset, size); both where they share a name."""
+    """Explain a mechanism (paper, equation, options, cost, engines) or a model (family, preset, size), or both of one name."""
     mechanisms, presets = az.list_attentions(), model_info()
     with user_errors():
         if name not in mechanisms and name not in presets:

@@ -123,7 +123,8 @@ def test_info_says_both_where_a_mechanism_and_a_model_share_a_name() -> None:
     assert "agent_cswin" in shared
     for name in shared:
         mechanism, _, model = run("info", name).stdout.partition("The model of the same name")
-        assert mechanism.startswith(f"{name}: ") and "Engines of its hot path" in mechanism
+        assert mechanism.startswith(f"{name}: ")
+        assert "Engines of its hot path" in mechanism
         assert re.search(rf"^{name}\nfamily +{name}", model, re.MULTILINE)
 
 
