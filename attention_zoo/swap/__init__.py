@@ -1,0 +1,1 @@
+"""Mechanisms in existing Hugging Face and timm models."""

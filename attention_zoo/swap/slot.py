@@ -1,0 +1,105 @@
+"""What stands in the place of a swapped layer: a mechanism behind its host's calling convention, told the grid of the image."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from attention_zoo.attention.base import AttentionModule
+
+__all__ = ["Slot", "describe_refusal", "install_slot", "linear_problem", "replace_module"]
+
+
+@register_notrace_module
+class Slot(nn.Module):
+    """Base class of the wrappers, one for each calling convention; each adds the `forward` that its host calls.
+
+    Attributes:
+        mechanism: the attention that is in the place now.
+        grid_size: (H, W) of the patches of the image at hand, set by the patch embedding's hook; None without a grid.
+    """
+
+    def __init__(self, mechanism: AttentionModule) -> None:
+        super().__init__()
+        self.mechanism = mechanism
+        self.grid_size: tuple[int, int] | None = None
+        self._inputs = frozenset(inspect.signature(mechanism.forward).parameters)
+
+    def attend(
+        self, x: Tensor, attention_mask: Tensor | None, is_causal: bool, position_embeddings: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Call the mechanism with what the host says in our vocabulary; (B, N, C) -> (B, N, C).
+
+        Raises:
+            ValueError: something that the mechanism has no input for, or causality of one that was built without.
+        """
+        info, inputs = self.mechanism.attention_info, {}
+        if is_causal and not self.mechanism.is_causal:
+            raise ValueError(f"the model asks for causal attention, {info.name!r} was built noncausal")
+        for name, value in (("attention_mask", attention_mask), ("position_embeddings", position_embeddings)):
+            if value is not None and name not in self._inputs:
+                raise ValueError(f"the model hands over {name}, {info.name!r} takes none")
+            if value is not None:
+                inputs[name] = value
+        if info.spatial and self.grid_size is not None:
+            inputs["grid_size"] = self.grid_size  # type: ignore[assignment]
+        return self.mechanism(x, **inputs)  # type: ignore[no-any-return]
+
+
+class _TellGrid:
+    """Forward hook of a patch embedding's convolution: its map is the grid, also when image sizes vary."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+    def __call__(self, conv: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        height, width = output.shape[-2:]
+        self.slot.grid_size = (height, width)
+
+
+def replace_module(parent: nn.Module, name: str, new: nn.Module) -> Callable[[], None]:
+    """Put `new` under `name`, in the old one's train or eval mode; returns what puts the old one back, in the mode of then."""
+    old = getattr(parent, name)
+    setattr(parent, name, new.train(old.training))
+
+    def undo() -> None:
+        setattr(parent, name, old.train(new.training))
+
+    return undo
+
+
+def install_slot(parent: nn.Module, name: str, slot: Slot, layer_idx: int | None, grid: nn.Module | None) -> Callable[[], None]:
+    """Put `slot` in the place of `parent.name` and let it follow the convolution `grid`; returns what undoes both."""
+    slot.mechanism.layer_idx = layer_idx
+    undo_place = replace_module(parent, name, slot)
+    hook = grid.register_forward_hook(_TellGrid(slot)) if grid is not None and slot.mechanism.attention_info.spatial else None
+
+    def undo() -> None:
+        undo_place()
+        if hook is not None:
+            hook.remove()
+
+    return undo
+
+
+def linear_problem(**layers: Any) -> str | None:
+    """Why projections cannot be read, given by their names; None if all are plain linear layers."""
+    strange = [f"{name} is {type(layer).__name__}" for name, layer in layers.items() if type(layer) is not nn.Linear]
+    if strange:
+        return f"{', '.join(strange)}: projections must be plain linear layers (merge adapters, undo quantisation first)"
+    return None
+
+
+def describe_refusal(module: nn.Module, known: set[str]) -> str | None:
+    """Why a layer cannot be read when it holds parameters or modules beyond the `known` ones; None if it does not.
+
+    Modules without parameters (dropout, identity) are no matter.
+    """
+    own = {n for n, _ in module.named_parameters(recurse=False)}
+    children = {n for n, child in module.named_children() if next(child.parameters(), None) is not None}
+    unknown = sorted((own | children) - known)
+    return f"{type(module).__name__} holds {', '.join(unknown)}, which would be lost" if unknown else None
