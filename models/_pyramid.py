@@ -1,35 +1,42 @@
-"""What the classifiers that are pyramids of stages share: timm's interface, written once over `forward_stages`."""
+"""What the models that are pyramids of stages share: timm's interface, written once over `forward_stages`, and common parts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from timm.layers import create_classifier, trunc_normal_
+from timm.layers import DropPath, PatchEmbed, create_classifier, trunc_normal_
+from timm.models import FeatureInfo, checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-__all__ = ["Grid", "PyramidClassifier", "block_types", "check_stages", "factory_of", "init_linear", "to_map"]
+__all__ = [
+    "Grid",
+    "PreNormBlock",
+    "Pyramid",
+    "PyramidClassifier",
+    "PyramidFeatures",
+    "PyramidStage",
+    "block_types",
+    "check_stages",
+    "factory_of",
+    "init_linear",
+    "patches",
+    "run_blocks",
+    "to_map",
+]
 
 Grid = tuple[int, int]
 
 
-class PyramidClassifier(nn.Module):
-    """timm's interface of a classifier whose stages halve the grid; the final norm is on tokens, the head pools its map.
+class Pyramid(nn.Module):
+    """Stages that halve the grid. A family's classifier and its dense backbone, if it has its own, share the same stages.
 
-    A family's class builds its stages, `norm` and `head_drop`, sets `feature_info`, `num_features`, `head_hidden_size`, `in_chans`
-    and `num_stages`, calls `_create_head`, and defines `forward_stages` and `prune_stages`.
-
-    Shape: x (B, in_chans, H, W) -> (B, num_classes). `forward_features` gives the last stage's map (B, C, H', W'), normalised.
+    A family defines `forward_stages` and `prune_stages`.
     """
 
-    num_stages: int
-    num_classes: int
-    num_features: int
-    head_hidden_size: int
     feature_info: Any
-    norm: nn.Module
-    head_drop: nn.Module
+    grad_checkpointing = False
 
     def forward_stages(self, x: Tensor, num_stages: int | None = None) -> list[tuple[Tensor, Grid]]:
         """Image -> tokens (B, N_i, C_i) and grid of each of the first stages (all if None), before what leads to the next."""
@@ -38,6 +45,55 @@ class PyramidClassifier(nn.Module):
     def prune_stages(self, last: int) -> None:
         """Drop the stages after `last`, and the way to them."""
         raise NotImplementedError
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        modules: Iterable[Any] = self.modules()
+        for module in modules:
+            if hasattr(module, "grad_checkpointing"):
+                module.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """None by name: timm leaves biases and normalisations out by their shape, as the official recipes do."""
+        return set()
+
+
+class PyramidClassifier(Pyramid):
+    """timm's interface of a classifier; the final norm is on tokens, the head pools its map.
+
+    A family's class calls `_set_sizes`, builds its stages, and calls `_create_end`.
+
+    Shape: x (B, in_chans, H, W) -> (B, num_classes). `forward_features` gives the last stage's map (B, C, H', W'), normalised.
+    """
+
+    num_stages: int
+    num_classes: int
+    num_features: int
+    head_hidden_size: int
+    norm: nn.Module
+    head_drop: nn.Module
+
+    def _set_sizes(
+        self, widths: Sequence[int], in_chans: int, num_classes: int, reduction: int, stage: str, first: int = 0
+    ) -> None:
+        """Note what timm asks of a classifier of stages.
+
+        Args:
+            widths: channels of their maps.
+            in_chans, num_classes: of the model.
+            reduction: stride of the first map.
+            stage: name of a stage, but for its number.
+            first: number of the first stage.
+        """
+        self.num_stages, self.num_classes, self.in_chans = len(widths), num_classes, in_chans
+        self.feature_info = [
+            {"num_chs": width, "reduction": reduction * 2**i, "module": f"{stage}{first + i}"} for i, width in enumerate(widths)
+        ]
+        self.num_features = self.head_hidden_size = widths[-1]
+
+    def _create_end(self, norm: nn.Module, drop_rate: float, global_pool: str, **factory: Any) -> None:
+        """All that comes after the stages."""
+        self.norm, self.head_drop = norm, nn.Dropout(drop_rate)
+        self._create_head(self.num_classes, global_pool, **factory)
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -120,6 +176,124 @@ class PyramidClassifier(nn.Module):
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return list(take)
+
+
+class PyramidFeatures(Pyramid):
+    """The dense backbone of a family: maps of the stages; parameters are named as the classifier's.
+
+    Args:
+        model: the classifier whose stages become its own.
+        out_indices: which stages; the last n if a number.
+        parts: names of what the stages are, which are taken over.
+
+    Shape: x (B, in_chans, H, W) -> list of (B, C_i, H_i, W_i).
+    """
+
+    def __init__(self, model: PyramidClassifier, out_indices: int | Sequence[int], parts: Sequence[str]) -> None:
+        super().__init__()
+        take, last = feature_take_indices(model.num_stages, out_indices if isinstance(out_indices, int) else list(out_indices))
+        self.out_indices = sorted(set(take))
+        self.feature_info = FeatureInfo(model.feature_info, tuple(self.out_indices))
+        for name in parts:
+            setattr(self, name, getattr(model, name))
+        self.prune_stages(last)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        found = self.forward_stages(x)
+        return [self._to_map(i, *found[i]) for i in self.out_indices]
+
+    def _to_map(self, index: int, tokens: Tensor, grid_size: Grid) -> Tensor:
+        """The map of stage `index`, for the reader."""
+        return to_map(tokens, grid_size)
+
+
+class PyramidStage(nn.Module):
+    """Blocks of one resolution. `downsample`, which leads to the next stage, is called by the model: features are taken before it.
+
+    Shape: x (B, H * W, C) -> (B, H * W, C).
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample: Any = downsample
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor, grid_size: Grid) -> Tensor:
+        return run_blocks(self.blocks, x, grid_size, self.grad_checkpointing)
+
+
+class PreNormBlock(nn.Module):
+    """Pre-norm block: attention, then the MLP, each with stochastic depth.
+
+    Args:
+        dim: channels.
+        attention: a module of `build_attention`, or another that takes `grid_size`.
+        mlp: the MLP.
+        mlp_on_grid: whether the MLP is given the grid, too.
+        norm_eps: epsilon of the normalisations.
+        drop_path: rate of stochastic depth.
+
+    Shape: x (B, H * W, C) -> (B, H * W, C).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attention: nn.Module,
+        mlp: nn.Module,
+        *,
+        mlp_on_grid: bool = False,
+        norm_eps: float = 1e-5,
+        drop_path: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.mlp_on_grid = mlp_on_grid
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, **factory)
+        self.attn: Any = attention
+        info = getattr(attention, "attention_info", None)
+        self.attn_on_grid = info is None or info.spatial
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, **factory)
+        self.mlp = mlp
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, grid_size: Grid) -> Tensor:
+        place = {"grid_size": grid_size}
+        x = x + self.drop_path1(self.attn(self.norm1(x), **(place if self.attn_on_grid else {})))
+        return x + self.drop_path2(self.mlp(self.norm2(x), **(place if self.mlp_on_grid else {})))
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, grid_size: Grid, grad_checkpointing: bool) -> Tensor:
+    """Tokens (B, N, C) through blocks that take the grid; `grad_checkpointing` computes them again in the backward pass."""
+    for block in blocks:
+        x = checkpoint(block, x, grid_size) if grad_checkpointing else block(x, grid_size)
+    return x
+
+
+def patches(in_chans: int, dim: int, side: int, *, normed: bool = True, padded: bool = True, **factory: Any) -> PatchEmbed:
+    """timm's patches for images of any size, as a map (B, H, W, C).
+
+    Args:
+        in_chans, dim: channels before and after.
+        side: of a patch.
+        normed: whether they are normalised.
+        padded: whether zeros are added for what patches do not cover, or that is left out.
+    """
+    return PatchEmbed(
+        img_size=None,
+        patch_size=side,
+        in_chans=in_chans,
+        embed_dim=dim,
+        norm_layer=nn.LayerNorm if normed else None,
+        output_fmt="NHWC",
+        strict_img_size=False,
+        dynamic_img_pad=padded,
+        **factory,
+    )
 
 
 def check_stages(**lists: Sequence[Any]) -> None:

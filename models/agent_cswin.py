@@ -14,52 +14,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, to_2tuple
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.layers import Mlp, calculate_drop_path_rates, to_2tuple
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from attention_zoo.registry import register_model_info
 
 from ._host import build_attention, check_attention
-from ._pyramid import Grid, PyramidClassifier, block_types, check_stages, init_linear
+from ._pyramid import Grid, PreNormBlock, PyramidClassifier, block_types, check_stages, init_linear, run_blocks
 from ._timm import AGENT_PAPER, create_variant, imagenet_cfg
 
-__all__ = ["AgentCSwin", "AgentCSwinBlock"]
-
-
-class AgentCSwinBlock(nn.Module):
-    """Pre-norm block: attention, then the MLP.
-
-    Args:
-        attention: a module of `build_attention`.
-
-    Shape: x (B, H * W, C) -> (B, H * W, C).
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        attention: nn.Module,
-        *,
-        mlp_ratio: float = 4.0,
-        proj_drop: float = 0.0,
-        drop_path: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        factory = {"device": device, "dtype": dtype}
-        self.norm1 = nn.LayerNorm(dim, **factory)
-        self.attn: Any = attention
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, **factory)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor, grid_size: Grid) -> Tensor:
-        place = {"grid_size": grid_size} if self.attn.attention_info.spatial else {}
-        x = x + self.drop_path1(self.attn(self.norm1(x), **place))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+__all__ = ["AgentCSwin"]
 
 
 class ToChannelsLast(nn.Module):
@@ -163,12 +128,8 @@ class AgentCSwin(PyramidClassifier):
         )
         check_attention(attention, "Agent-CSwin")
         types = block_types(attn_type, depth)
-        self.num_stages = len(depth)
-        self.num_classes, self.in_chans, self.attention = num_classes, in_chans, attention
-        self.feature_info = [{"num_chs": w, "reduction": 4 * 2**i, "module": f"stage{i + 1}"} for i, w in enumerate(widths)]
-        self.num_features = self.head_hidden_size = widths[-1]
-        self.grad_checkpointing = False
-
+        self.attention = attention
+        self._set_sizes(widths, in_chans, num_classes, 4, "stage", first=1)
         grids = self._plan(img_size)
         self.stage1_conv_embed = nn.Sequential(
             nn.Conv2d(in_chans, embed_dim, kernel_size=7, stride=4, padding=2, **factory),
@@ -189,14 +150,12 @@ class AgentCSwin(PyramidClassifier):
             for letter, rate in zip(types[i], rates[i], strict=True):
                 name, options = kinds[letter]
                 mechanism = build_attention(name, width, num_heads[i], host, options)
-                block = AgentCSwinBlock(width, mechanism, mlp_ratio=mlp_ratio, proj_drop=proj_drop_rate, drop_path=rate, **factory)
-                blocks.append(block)
+                mlp = Mlp(width, int(width * mlp_ratio), drop=proj_drop_rate, **factory)
+                blocks.append(PreNormBlock(width, mechanism, mlp, drop_path=rate, **factory))
             self.add_module(f"stage{i + 1}", nn.ModuleList(blocks))
             if i < self.num_stages - 1:
                 self.add_module(f"merge{i + 1}", ConvMerging(width, 2 * width, **factory))
-        self.norm: nn.Module = nn.LayerNorm(self.num_features, **factory)
-        self.head_drop = nn.Dropout(drop_rate)
-        self._create_head(num_classes, global_pool, **factory)
+        self._create_end(nn.LayerNorm(widths[-1], **factory), drop_rate, global_pool, **factory)
         self.init_weights()
 
     def _plan(self, img_size: int | Grid) -> list[Grid]:
@@ -234,8 +193,7 @@ class AgentCSwin(PyramidClassifier):
             if i:
                 x = getattr(self, f"merge{i}")(x)
             grid_size, x = (x.shape[1], x.shape[2]), x.flatten(1, 2)
-            for block in self._stage(i):
-                x = checkpoint(block, x, grid_size) if self.grad_checkpointing else block(x, grid_size)
+            x = run_blocks(self._stage(i), x, grid_size, self.grad_checkpointing)
             found.append((x, grid_size))
             x = x.unflatten(1, grid_size)
         return found
@@ -244,9 +202,6 @@ class AgentCSwin(PyramidClassifier):
         for i in range(last + 1, self.num_stages):
             delattr(self, f"stage{i + 1}")
             delattr(self, f"merge{i}")
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups for layer-wise learning rates: a block each, then the way to the next stage (or a stage each)."""

@@ -15,17 +15,8 @@ from typing import Any
 
 import torch
 import torch.fx
-from timm.layers import (
-    DropPath,
-    Mlp,
-    PatchEmbed,
-    calculate_drop_path_rates,
-    register_notrace_function,
-    register_notrace_module,
-    to_2tuple,
-    trunc_normal_,
-)
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.layers import Mlp, calculate_drop_path_rates, register_notrace_function, register_notrace_module, to_2tuple, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from attention_zoo.attention.agent import resize_grid
@@ -33,7 +24,7 @@ from attention_zoo.attention.base import AttentionModule, attend, merge_heads, r
 from attention_zoo.registry import register_model_info
 
 from ._host import build_attention, check_attention
-from ._pyramid import Grid, PyramidClassifier, check_stages, init_linear, to_map
+from ._pyramid import Grid, PreNormBlock, PyramidClassifier, check_stages, init_linear, patches, run_blocks, to_map
 from ._timm import AGENT_PAPER, create_variant, imagenet_cfg
 
 __all__ = ["AgentPVT", "SpatialReductionAttention"]
@@ -83,43 +74,6 @@ class SpatialReductionAttention(AttentionModule):
             source = self.norm(self.sr(to_map(x, grid_size)).flatten(2).transpose(1, 2))
         q, k, v = (split_heads(t, self.num_heads) for t in (self.q(x), *self.kv(source).chunk(2, dim=-1)))
         return self.proj_drop(self.proj(merge_heads(attend(self, q, k, v))))
-
-
-class AgentPVTBlock(nn.Module):
-    """Pre-norm block: attention, then the MLP.
-
-    Args:
-        attention: a module of `build_attention`, or PVT's own.
-
-    Shape: x (B, H * W, C) -> (B, H * W, C).
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        attention: nn.Module,
-        *,
-        mlp_ratio: float = 4.0,
-        proj_drop: float = 0.0,
-        drop_path: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        factory = {"device": device, "dtype": dtype}
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **factory)
-        self.attn: Any = attention
-        info = getattr(attention, "attention_info", None)
-        self.gives_grid = info is None or info.spatial
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **factory)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor, grid_size: Grid) -> Tensor:
-        place = {"grid_size": grid_size} if self.gives_grid else {}
-        x = x + self.drop_path1(self.attn(self.norm1(x), **place))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
 class AgentPVT(PyramidClassifier):
@@ -196,28 +150,15 @@ class AgentPVT(PyramidClassifier):
         if set(attn_type) - {"A", "B"}:
             raise ValueError(f"attn_type must have the letters A (agents) and B (PVT's own attention), got {attn_type!r}")
         check_attention(attention, "Agent-PVT")
-        self.num_stages, self.patch_size = len(depths), patch_size
-        self.num_classes, self.in_chans, self.attention, self.attn_type = num_classes, in_chans, attention, attn_type
-        self.feature_info = [
-            {"num_chs": width, "reduction": patch_size * 2**i, "module": f"block{i + 1}"} for i, width in enumerate(embed_dims)
-        ]
-        self.num_features = self.head_hidden_size = embed_dims[-1]
-        self.grad_checkpointing = False
+        self.patch_size, self.attention, self.attn_type = patch_size, attention, attn_type
+        self._set_sizes(embed_dims, in_chans, num_classes, patch_size, "block", first=1)
         self.img_size, self.grids = to_2tuple(img_size), self._grids_of(img_size)
 
         host = {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate, **factory}
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         for i, (width, grid) in enumerate(zip(embed_dims, self.grids, strict=True)):
-            patches = PatchEmbed(
-                img_size=None,
-                patch_size=patch_size if i == 0 else 2,
-                in_chans=in_chans if i == 0 else embed_dims[i - 1],
-                embed_dim=width,
-                norm_layer=nn.LayerNorm,
-                output_fmt="NHWC",
-                strict_img_size=False,
-                **factory,
-            )
+            before, side = (in_chans, patch_size) if i == 0 else (embed_dims[i - 1], 2)
+            patch_embed = patches(before, width, side, padded=False, **factory)
             if attn_type[i] == "A":
                 own = {"agent_num": agent_num[i], "window_size": grid, "sr_ratio": int(agent_sr_ratios[i]), "split_qkv": True}
                 own["agent_grid"] = agent_grid[i] if agent_grid else None
@@ -225,17 +166,13 @@ class AgentPVT(PyramidClassifier):
                 build = partial(build_attention, attention, width, num_heads[i], host, own)
             else:
                 build = partial(SpatialReductionAttention, width, num_heads[i], sr_ratio=sr_ratios[i], **host)
-            blocks = [
-                AgentPVTBlock(width, build(), mlp_ratio=mlp_ratios[i], proj_drop=proj_drop_rate, drop_path=rate, **factory)
-                for rate in rates[i]
-            ]
-            self.add_module(f"patch_embed{i + 1}", patches)
+            mlp = partial(Mlp, width, int(width * mlp_ratios[i]), drop=proj_drop_rate, **factory)
+            blocks = [PreNormBlock(width, build(), mlp(), norm_eps=1e-6, drop_path=rate, **factory) for rate in rates[i]]
+            self.add_module(f"patch_embed{i + 1}", patch_embed)
             self.register_parameter(f"pos_embed{i + 1}", nn.Parameter(torch.empty(1, grid[0] * grid[1], width, **factory)))
             self.add_module(f"block{i + 1}", nn.ModuleList(blocks))
         self.pos_drop = nn.Dropout(pos_drop_rate)
-        self.norm: nn.Module = nn.Identity()
-        self.head_drop = nn.Dropout(drop_rate)
-        self._create_head(num_classes, global_pool, **factory)
+        self._create_end(nn.Identity(), drop_rate, global_pool, **factory)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -276,9 +213,6 @@ class AgentPVT(PyramidClassifier):
                     resize(grid)
         self.img_size, self.grids = to_2tuple(img_size), grids
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups for layer-wise learning rates: each stage's patches and positions, then its blocks (or a stage each)."""
         fine = [(r"^(?:patch_embed|pos_embed)(\d+)", (-1,)), (r"^block(\d+)\.(\d+)", None)]
@@ -296,8 +230,7 @@ class AgentPVT(PyramidClassifier):
             x = patch_embed(to_map(*found[-1]) if found else x)  # (B, H, W, C)
             grid = (x.shape[1], x.shape[2])
             x = self.pos_drop(x.flatten(1, 2) + _resize_positions(positions, self.grids[i], grid))
-            for block in blocks:
-                x = checkpoint(block, x, grid) if self.grad_checkpointing else block(x, grid)
+            x = run_blocks(blocks, x, grid, self.grad_checkpointing)
             found.append((x, grid))
         return found
 

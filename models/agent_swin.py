@@ -20,14 +20,13 @@ import torch
 from timm.layers import (
     DropPath,
     Mlp,
-    PatchEmbed,
     calculate_drop_path_rates,
     register_notrace_function,
     register_notrace_module,
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import checkpoint, generate_default_cfgs, register_model, swin_transformer
+from timm.models import generate_default_cfgs, register_model, swin_transformer
 from torch import Tensor, nn
 
 from attention_zoo.attention.window import (
@@ -42,7 +41,7 @@ from attention_zoo.attention.window import (
 from attention_zoo.registry import register_model_info
 
 from ._host import build_attention, check_attention
-from ._pyramid import Grid, PyramidClassifier, block_types, check_stages, init_linear
+from ._pyramid import Grid, PyramidClassifier, PyramidStage, block_types, check_stages, init_linear, patches
 from ._timm import AGENT_PAPER, create_variant, imagenet_cfg
 
 __all__ = ["AgentSwin", "AgentSwinBlock"]
@@ -149,24 +148,6 @@ class AgentSwinBlock(nn.Module):
         return out
 
 
-class AgentSwinStage(nn.Module):
-    """Blocks of one resolution. `downsample`, which leads to the next stage, is called by the model: features are taken before it.
-
-    Shape: x (B, H * W, C) -> (B, H * W, C).
-    """
-
-    def __init__(self, blocks: Sequence[AgentSwinBlock], downsample: nn.Module | None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor, grid_size: Grid) -> Tensor:
-        for block in self.blocks:
-            x = checkpoint(block, x, grid_size) if self.grad_checkpointing else block(x, grid_size)
-        return x
-
-
 class AgentSwin(PyramidClassifier):
     """Agent-Swin classifier.
 
@@ -234,25 +215,10 @@ class AgentSwin(PyramidClassifier):
         check_stages(depths=depths, num_heads=num_heads, agent_num=agent_num, agent_grid=agent_grid)
         check_attention(attention, "Agent-Swin")
         types = block_types(attn_type, depths)
-        self.num_stages = num_stages = len(depths)
-        self.num_classes, self.in_chans, self.attention = num_classes, in_chans, attention
+        self.attention, num_stages = attention, len(depths)
         widths = [embed_dim * 2**i for i in range(num_stages)]
-        self.feature_info = [
-            {"num_chs": width, "reduction": patch_size * 2**i, "module": f"layers.{i}"} for i, width in enumerate(widths)
-        ]
-        self.num_features = self.head_hidden_size = widths[-1]
-
-        self.patch_embed = PatchEmbed(
-            img_size=None,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            embed_dim=embed_dim,
-            norm_layer=nn.LayerNorm if patch_norm else None,
-            output_fmt="NHWC",
-            strict_img_size=False,
-            dynamic_img_pad=True,
-            **factory,
-        )
+        self._set_sizes(widths, in_chans, num_classes, patch_size, "layers.")
+        self.patch_embed = patches(in_chans, embed_dim, patch_size, normed=patch_norm, **factory)
         grids = self._plan(img_size, window_size)
         self.absolute_pos_embed: nn.Parameter | None = None
         if ape:
@@ -277,11 +243,9 @@ class AgentSwin(PyramidClassifier):
                 for j, letter in enumerate(types[i])
             ]
             merging = swin_transformer.PatchMerging(width, **factory) if i < num_stages - 1 else None
-            layers.append(AgentSwinStage(blocks, merging))
+            layers.append(PyramidStage(blocks, merging))
         self.layers: Any = nn.ModuleList(layers)
-        self.norm: nn.Module = nn.LayerNorm(self.num_features, **factory)
-        self.head_drop = nn.Dropout(drop_rate)
-        self._create_head(num_classes, global_pool, **factory)
+        self._create_end(nn.LayerNorm(widths[-1], **factory), drop_rate, global_pool, **factory)
         self.init_weights()
 
     def _plan(self, img_size: int | Grid, window_size: int | None) -> list[Grid]:
@@ -350,10 +314,6 @@ class AgentSwin(PyramidClassifier):
     def prune_stages(self, last: int) -> None:
         self.layers = self.layers[: last + 1]
         self.layers[last].downsample = None
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for layer in self.layers:
-            layer.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups for layer-wise learning rates: a block each, then the stage's merging (or a stage each)."""

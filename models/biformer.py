@@ -18,15 +18,14 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
-from timm.models import FeatureInfo, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from attention_zoo.attention.lepe import LocalPositionEncoding
 from attention_zoo.registry import register_model_info
 
 from ._host import build_attention, check_attention
-from ._pyramid import Grid, PyramidClassifier, check_stages, factory_of, init_linear, to_map
+from ._pyramid import Grid, Pyramid, PyramidClassifier, PyramidFeatures, check_stages, factory_of, init_linear, to_map
 from ._timm import create_variant, imagenet_cfg
 
 __all__ = ["BiFormer", "BiFormerFeatures", "BiFormerPyramid"]
@@ -138,12 +137,11 @@ class BlockSequence(nn.Sequential):
         return x.permute(0, 3, 1, 2)
 
 
-class _Stages(nn.Module):
+class _Stages(Pyramid):
     """What the classifiers and the dense backbone share: an image in, the map of every stage out; timm's words for training it."""
 
     downsample_layers: Any  # nn.ModuleList: what leads to each stage, from the image to the first
     stages: Any
-    feature_info: Any
 
     def forward_stages(self, x: Tensor, num_stages: int | None = None) -> list[tuple[Tensor, Grid]]:
         """Image (B, in_chans, H, W) -> tokens (B, N_i, C_i) and grid of each of the first stages."""
@@ -154,11 +152,6 @@ class _Stages(nn.Module):
             found.append((x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])))
         return found
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for module in self.modules():
-            if isinstance(module, BlockSequence):
-                module.grad_checkpointing = enable
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups for layer-wise learning rates: the way to a stage, then a block each (or a stage each, with its way)."""
         fine = [
@@ -168,10 +161,6 @@ class _Stages(nn.Module):
         ]
         return {"stem": r"^downsample_layers\.0", "blocks": r"^(?:downsample_layers|stages)\.(\d+)" if coarse else fine}
 
-    def no_weight_decay(self) -> set[str]:
-        """None by name: timm leaves biases and normalisations out by their shape, as the official recipe does."""
-        return set()
-
     def prune_stages(self, last: int) -> None:
         """Drop the stages after `last`, and the way to them."""
         self.stages, self.downsample_layers = self.stages[: last + 1], self.downsample_layers[: last + 1]
@@ -180,22 +169,8 @@ class _Stages(nn.Module):
 class BiFormerPyramid(_Stages, PyramidClassifier):
     """The classifier of both layouts: stages, batch normalisation, mean over the map, linear head.
 
-    A layout's class sets `downsample_layers` and `stages` and calls `_create_end`.
-
     Shape: x (B, in_chans, H, W) -> (B, num_classes). `forward_features` gives (B, C, H / 32, W / 32), normalised.
     """
-
-    def _create_end(
-        self, embed_dims: Sequence[int], in_chans: int, num_classes: int, global_pool: str, drop_rate: float, **factory: Any
-    ) -> None:
-        self.num_stages, self.num_classes, self.in_chans = len(embed_dims), num_classes, in_chans
-        self.feature_info = [
-            {"num_chs": width, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, width in enumerate(embed_dims)
-        ]
-        self.num_features = self.head_hidden_size = embed_dims[-1]
-        self.norm: nn.Module = nn.BatchNorm2d(self.num_features, **factory)
-        self.head_drop = nn.Dropout(drop_rate)
-        self._create_head(num_classes, global_pool, **factory)
 
     def _final_norm(self, tokens: Tensor) -> Tensor:
         """Every token is a sample of its own: the statistics are the same, and gradients are right at batch size 1."""
@@ -315,11 +290,12 @@ class BiFormer(BiFormerPyramid):
             stages.append(BlockSequence(*blocks))
         self.stages = nn.ModuleList(stages)
         self.downsample_layers = nn.ModuleList(_downsamples(in_chans, embed_dims, **factory))
-        self._create_end(embed_dims, in_chans, num_classes, global_pool, drop_rate, **factory)
+        self._set_sizes(embed_dims, in_chans, num_classes, 4, "stages.")
+        self._create_end(nn.BatchNorm2d(embed_dims[-1], **factory), drop_rate, global_pool, **factory)
         init_weights(self, attention)
 
 
-class BiFormerFeatures(_Stages):
+class BiFormerFeatures(_Stages, PyramidFeatures):
     """The dense backbone: maps of the stages; parameters are named as the classifier's.
 
     Args:
@@ -337,25 +313,17 @@ class BiFormerFeatures(_Stages):
     def __init__(
         self, model: BiFormerPyramid, out_indices: int | Sequence[int] = (0, 1, 2, 3), out_norm: str | None = None
     ) -> None:
-        super().__init__()
         if out_norm not in OUT_NORMS:
             raise ValueError(f"out_norm must be 'layernorm2d' or None, got {out_norm!r}")
-        take, last = feature_take_indices(len(model.stages), out_indices if isinstance(out_indices, int) else list(out_indices))
-        self.out_indices = sorted(set(take))
-        self.feature_info = FeatureInfo(model.feature_info, tuple(self.out_indices))
-        self.stages, self.downsample_layers = model.stages, model.downsample_layers
-        self.prune_stages(last)
+        super().__init__(model, out_indices, ("stages", "downsample_layers"))
         self.extra_norms: Any = None
         if out_norm is not None:
             factory, widths = factory_of(model), [info["num_chs"] for info in model.feature_info]
             self.extra_norms = nn.ModuleDict({f"{i}": LayerNorm2d(widths[i], eps=1e-6, **factory) for i in self.out_indices})
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        found = self.forward_stages(x)
-        maps = [to_map(*found[i]) for i in self.out_indices]
-        if self.extra_norms is None:
-            return maps
-        return [self.extra_norms[f"{i}"](feature_map) for i, feature_map in zip(self.out_indices, maps, strict=True)]
+    def _to_map(self, index: int, tokens: Tensor, grid_size: Grid) -> Tensor:
+        found: Tensor = super()._to_map(index, tokens, grid_size)
+        return found if self.extra_norms is None else self.extra_norms[f"{index}"](found)
 
 
 def build_mixer(

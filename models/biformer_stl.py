@@ -123,7 +123,8 @@ class BiFormerSTL(BiFormerPyramid):
             )
         self.stages = nn.ModuleList(stages)
         self.downsample_layers = nn.ModuleList(_downsamples(in_chans, embed_dims, **factory))
-        self._create_end(embed_dims, in_chans, num_classes, global_pool, drop_rate, **factory)
+        self._set_sizes(embed_dims, in_chans, num_classes, 4, "stages.")
+        self._create_end(nn.BatchNorm2d(embed_dims[-1], **factory), drop_rate, global_pool, **factory)
         if variant == "legacy":
             init_weights(self, attention)
         elif isinstance(self.head, nn.Linear):  # the others are convolutions there, which keep PyTorch's start

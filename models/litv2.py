@@ -15,15 +15,25 @@ from functools import partial
 from typing import Any
 
 from timm.layers import DropPath, PatchEmbed, calculate_drop_path_rates, register_notrace_module, to_2tuple
-from timm.models import FeatureInfo, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from attention_zoo.attention import DeformableTokenMerging
 from attention_zoo.registry import register_model_info
 
 from ._host import build_attention, check_attention
-from ._pyramid import Grid, PyramidClassifier, check_stages, factory_of, init_linear, to_map
+from ._pyramid import (
+    Grid,
+    Pyramid,
+    PyramidClassifier,
+    PyramidFeatures,
+    PyramidStage,
+    check_stages,
+    factory_of,
+    init_linear,
+    patches,
+    to_map,
+)
 from ._timm import create_variant, imagenet_cfg
 
 __all__ = ["LITv2", "LITv2Features"]
@@ -90,30 +100,11 @@ class LITv2Block(nn.Module):
         return x + self.drop_path2(self.mlp(self.norm2(x), grid_size))
 
 
-class LITv2Stage(nn.Module):
-    """Blocks of one resolution. `downsample`, which leads to the next stage, is called by the model: features are taken before it.
-
-    Shape: x (B, H * W, C) -> (B, H * W, C).
-    """
-
-    def __init__(self, blocks: Sequence[LITv2Block], downsample: DeformableTokenMerging | None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample: DeformableTokenMerging | None = downsample
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor, grid_size: Grid) -> Tensor:
-        for block in self.blocks:
-            x = checkpoint(block, x, grid_size) if self.grad_checkpointing else block(x, grid_size)
-        return x
-
-
-class _Pyramid(nn.Module):
+class _Pyramid(Pyramid):
     """What the classifier and the dense backbone share: patches in, the map of every stage out; timm's words for training it."""
 
     patch_embed: PatchEmbed
-    stages: Any  # nn.ModuleList of LITv2Stage
-    feature_info: Any
+    stages: Any  # nn.ModuleList of PyramidStage
 
     def forward_stages(self, x: Tensor, num_stages: int | None = None) -> list[tuple[Tensor, Grid]]:
         """Image (B, 3, H, W) -> tokens (B, N_i, C_i) and grid of each of the first stages, before their downsampling."""
@@ -128,18 +119,10 @@ class _Pyramid(nn.Module):
                 grid_size = (grid_size[0] // 2, grid_size[1] // 2)
         return found
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups for layer-wise learning rates: a block each, then the stage's merging (or a stage each)."""
         fine = [(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)\.downsample", (98,)), (r"^norm", (99999,))]
         return {"stem": r"^patch_embed", "blocks": r"^stages\.(\d+)" if coarse else fine}
-
-    def no_weight_decay(self) -> set[str]:
-        """None by name: timm leaves biases and normalisations out by their shape, as the official recipe does."""
-        return set()
 
     def lr_multipliers(self) -> dict[str, float]:
         """The official recipe's factors of the learning rate by parameter (a wildcard): offsets learn a hundred times slower.
@@ -214,25 +197,10 @@ class LITv2(_Pyramid, PyramidClassifier):
         factory = {"device": device, "dtype": dtype}
         check_stages(depths=depths, num_heads=num_heads, window_sizes=window_sizes, has_attn=has_attn)
         check_attention(attention, "LITv2")
-        self.num_stages = num_stages = len(depths)
-        self.num_classes, self.in_chans, self.attention = num_classes, in_chans, attention
+        self.attention, num_stages = attention, len(depths)
         widths = [embed_dim * 2**i for i in range(num_stages)]
-        self.feature_info = [
-            {"num_chs": width, "reduction": patch_size * 2**i, "module": f"stages.{i}"} for i, width in enumerate(widths)
-        ]
-        self.num_features = self.head_hidden_size = widths[-1]
-
-        self.patch_embed = PatchEmbed(
-            img_size=None,
-            patch_size=patch_size,
-            in_chans=in_chans,
-            embed_dim=embed_dim,
-            norm_layer=nn.LayerNorm if patch_norm else None,
-            output_fmt="NHWC",
-            strict_img_size=False,
-            dynamic_img_pad=True,
-            **factory,
-        )
+        self._set_sizes(widths, in_chans, num_classes, patch_size, "stages.")
+        self.patch_embed = patches(in_chans, embed_dim, patch_size, normed=patch_norm, **factory)
         host = {"qkv_bias": qkv_bias, "attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate, **factory}
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
@@ -250,12 +218,10 @@ class LITv2(_Pyramid, PyramidClassifier):
                 )
                 for rate in rates[i]
             ]
-            stages.append(LITv2Stage(blocks, DeformableTokenMerging(width, **factory) if i < num_stages - 1 else None))
+            stages.append(PyramidStage(blocks, DeformableTokenMerging(width, **factory) if i < num_stages - 1 else None))
         self.stages = nn.ModuleList(stages)
         self.set_input_size(img_size)
-        self.norm: nn.Module = nn.LayerNorm(self.num_features, **factory)
-        self.head_drop = nn.Dropout(drop_rate)
-        self._create_head(num_classes, global_pool, **factory)
+        self._create_end(nn.LayerNorm(widths[-1], **factory), drop_rate, global_pool, **factory)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -280,7 +246,7 @@ class LITv2(_Pyramid, PyramidClassifier):
         self.img_size = size
 
 
-class LITv2Features(_Pyramid):
+class LITv2Features(_Pyramid, PyramidFeatures):
     """The dense backbone: maps of the stages, taken before their downsampling; parameters are named as the classifier's.
 
     Args:
@@ -299,15 +265,9 @@ class LITv2Features(_Pyramid):
     def __init__(
         self, model: LITv2, out_indices: int | Sequence[int] = (0, 1, 2, 3), out_norm: Sequence[bool] | None = None
     ) -> None:
-        super().__init__()
-        num_stages = len(model.stages)
-        take, last = feature_take_indices(num_stages, out_indices if isinstance(out_indices, int) else list(out_indices))
-        self.out_indices = sorted(set(take))
-        self.feature_info = FeatureInfo(model.feature_info, tuple(self.out_indices))
-        self.patch_embed, self.stages = model.patch_embed, model.stages
-        self.prune_stages(last)
+        super().__init__(model, out_indices, ("patch_embed", "stages"))
         flags = [False] * len(self.out_indices) if out_norm is None else list(out_norm)
-        if len(flags) == num_stages:
+        if len(flags) == model.num_stages:
             flags = [flags[i] for i in self.out_indices]
         elif len(flags) != len(self.out_indices):
             raise ValueError(f"out_norm must have {len(self.out_indices)} entries, one for each map; got {out_norm}")
@@ -315,14 +275,9 @@ class LITv2Features(_Pyramid):
             if normed:
                 self.add_module(f"norm{i}", nn.LayerNorm(model.feature_info[i]["num_chs"], **factory_of(model)))
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        found = self.forward_stages(x)
-        maps = []
-        for i in self.out_indices:
-            tokens, grid_size = found[i]
-            norm = getattr(self, f"norm{i}", None)
-            maps.append(to_map(tokens if norm is None else norm(tokens), grid_size))
-        return maps
+    def _to_map(self, index: int, tokens: Tensor, grid_size: Grid) -> Tensor:
+        norm = getattr(self, f"norm{index}", None)
+        return to_map(tokens if norm is None else norm(tokens), grid_size)
 
 
 # The published variants; whatever is not said is the small one's.

@@ -16,15 +16,15 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.layers import calculate_drop_path_rates, to_2tuple
+from timm.models import generate_default_cfgs, register_model
 from timm.models.pvt_v2 import OverlapPatchEmbed
 from torch import Tensor, nn
 
 from attention_zoo.registry import register_model_info
 
 from ._host import build_attention, check_attention
-from ._pyramid import Grid, PyramidClassifier, check_stages, init_linear, to_map
+from ._pyramid import Grid, PreNormBlock, PyramidClassifier, check_stages, init_linear, run_blocks, to_map
 from ._timm import create_variant, imagenet_cfg
 
 __all__ = ["MoHTransNeXt"]
@@ -64,41 +64,6 @@ class ConvGlu(nn.Module):
     def forward(self, x: Tensor, grid_size: Grid) -> Tensor:
         gate, value = self.fc1(x).chunk(2, dim=-1)
         return self.drop2(self.fc2(self.drop1(self.act(self.dwconv(gate, grid_size)) * value)))
-
-
-class MoHTransNeXtBlock(nn.Module):
-    """Pre-norm block: attention, then the convolutional gated MLP.
-
-    Args:
-        attention: a module of `build_attention`.
-
-    Shape: x (B, H * W, C) -> (B, H * W, C).
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        attention: nn.Module,
-        *,
-        mlp_ratio: float = 4.0,
-        norm_eps: float = 1e-6,
-        proj_drop: float = 0.0,
-        drop_path: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        factory = {"device": device, "dtype": dtype}
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, **factory)
-        self.attn: Any = attention
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, **factory)
-        self.mlp = ConvGlu(dim, int(dim * mlp_ratio), drop=proj_drop, **factory)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor, grid_size: Grid) -> Tensor:
-        place = {"grid_size": grid_size} if self.attn.attention_info.spatial else {}
-        x = x + self.drop_path(self.attn(self.norm1(x), **place))
-        return x + self.drop_path(self.mlp(self.norm2(x), grid_size))
 
 
 class MoHTransNeXt(PyramidClassifier):
@@ -174,14 +139,10 @@ class MoHTransNeXt(PyramidClassifier):
             raise ValueError(f"patch_size must be at least 2, so that patches overlap; got {patch_size}")
         if attention is not None:
             check_attention(attention, "MoH-TransNeXt")
-        self.num_classes, self.in_chans, self.num_stages, self.patch_size = num_classes, in_chans, len(depths), patch_size
+        self.patch_size = patch_size
         self.set_input_size(img_size)
         pretrained = to_2tuple(img_size if pretrain_size is None else pretrain_size)
-        self.feature_info = [
-            {"num_chs": width, "reduction": patch_size * 2**i, "module": f"norm{i + 1}"} for i, width in enumerate(embed_dims)
-        ]
-        self.num_features = self.head_hidden_size = embed_dims[-1]
-        self.grad_checkpointing = False
+        self._set_sizes(embed_dims, in_chans, num_classes, patch_size, "norm", first=1)
 
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         for i, width in enumerate(embed_dims):
@@ -200,18 +161,18 @@ class MoHTransNeXt(PyramidClassifier):
                 pool = {"sr_ratio": sr_ratios[i]} if fixed_pool_size is None else {"pool_size": fixed_pool_size}
                 own |= {"window_size": window_sizes[i] or 3, **pool}
             build = partial(build_attention, name, width, num_heads[i], host, {**own, **(attention_kwargs or {})})
-            options = {"mlp_ratio": mlp_ratios[i], "norm_eps": norm_eps, "proj_drop": proj_drop_rate, **factory}
-            blocks = [MoHTransNeXtBlock(width, build(), drop_path=rate, **options) for rate in rates[i]]
+            mlp = partial(ConvGlu, width, int(width * mlp_ratios[i]), drop=proj_drop_rate, **factory)
+            options: dict[str, Any] = {"mlp_on_grid": True, "norm_eps": norm_eps, **factory}
+            blocks = [PreNormBlock(width, build(), mlp(), drop_path=rate, **options) for rate in rates[i]]
             self.add_module(f"patch_embed{i + 1}", OverlapPatchEmbed(kernel, stride, before, width, **factory))
             self.add_module(f"block{i + 1}", nn.ModuleList(blocks))
             self.add_module(f"norm{i + 1}", nn.LayerNorm(width, eps=norm_eps, **factory))
-        self.head_drop = nn.Dropout(drop_rate)
-        self._create_head(num_classes, global_pool, **factory)
+        self._create_end(nn.Identity(), drop_rate, global_pool, **factory)  # every stage ends with a norm, which the next one reads
         self.init_weights()
 
     def init_weights(self) -> None:
         """The paper's initialisation; the mechanisms have their own."""
-        attentions = {m for block in self.modules() if isinstance(block, MoHTransNeXtBlock) for m in block.attn.modules()}
+        attentions = {m for block in self.modules() if isinstance(block, PreNormBlock) for m in block.attn.modules()}
         for module in self.modules():
             if module in attentions:
                 continue
@@ -225,9 +186,6 @@ class MoHTransNeXt(PyramidClassifier):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Name another image size that the model is meant for. Nothing is resized; positions keep the scale of pretraining."""
         self.img_size: Grid = to_2tuple(img_size)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups for layer-wise learning rates: a block each, after the patches of its stage (or a stage each)."""
@@ -245,16 +203,11 @@ class MoHTransNeXt(PyramidClassifier):
         for i in range(1, (self.num_stages if num_stages is None else num_stages) + 1):
             x = getattr(self, f"patch_embed{i}")(x)  # (B, H, W, C)
             grid_size, x = (x.shape[1], x.shape[2]), x.flatten(1, 2)
-            for block in getattr(self, f"block{i}"):
-                x = checkpoint(block, x, grid_size) if self.grad_checkpointing else block(x, grid_size)
+            x = run_blocks(getattr(self, f"block{i}"), x, grid_size, self.grad_checkpointing)
             x = getattr(self, f"norm{i}")(x)
             found.append((x, grid_size))
             x = to_map(x, grid_size)
         return found
-
-    def _final_norm(self, tokens: Tensor) -> Tensor:
-        """Every stage ends with a norm of its own, which the next one reads."""
-        return tokens
 
     def prune_stages(self, last: int) -> None:
         """Drop the stages after `last`, and the way to them."""
