@@ -61,7 +61,7 @@ def build(adapter: Adapter, host: Host, name: str, **options: Any) -> nn.Module:
     if "num_prefix_tokens" in own and host.spatial:
         said["num_prefix_tokens"] = host.prefix_tokens
     if host.is_causal:
-        said["is_causal"] = True
+        said |= {"is_causal": True, **az.attention_info(name).causal_options}
     if host.qk_norm:
         norm = host.module.q_norm
         said |= {"qk_norm": True, "norm_layer": functools.partial(type(norm), eps=norm.eps)}

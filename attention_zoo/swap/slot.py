@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from attention_zoo.attention.base import AttentionModule
+from attention_zoo.attention.base import AttentionModule, read_padding
 
 __all__ = ["Slot", "describe_refusal", "install_slot", "linear_problem", "replace_module"]
 
@@ -38,6 +39,8 @@ class Slot(nn.Module):
             ValueError: something that the mechanism has no input for, or causality of one that was built without.
         """
         info, inputs = self.mechanism.attention_info, {}
+        if attention_mask is not None and attention_mask.ndim == 4 and info.padding_masks_only:
+            attention_mask = _padding(attention_mask, *x.shape[:2], causal=self.mechanism.is_causal)
         if is_causal and not self.mechanism.is_causal:
             raise ValueError(f"the model asks for causal attention, {info.name!r} was built noncausal")
         for name, value in (("attention_mask", attention_mask), ("position_embeddings", position_embeddings)):
@@ -48,6 +51,23 @@ class Slot(nn.Module):
         if info.spatial and self.grid_size is not None:
             inputs["grid_size"] = self.grid_size  # type: ignore[assignment]
         return self.mechanism(x, **inputs)  # type: ignore[no-any-return]
+
+
+def _padding(mask: Tensor, batch: int, length: int, *, causal: bool) -> Tensor | None:
+    """Which tokens are real, (B, N), of a 4-D mask that hides padding, and of a causal mechanism's future tokens, and nothing else.
+
+    Raises:
+        ValueError: the mask hides or weighs single pairs of tokens.
+    """
+    if causal:
+        return read_padding(mask, batch, length, 0)
+    allowed = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask
+    rows = allowed[:, :1, :1]
+    if not torch.compiler.is_compiling():
+        weighs = mask.is_floating_point() and bool((allowed & (mask != 0)).any())
+        if weighs or bool((allowed != rows).any()):
+            raise ValueError("attention_mask hides or weighs single pairs of tokens; this mechanism can only leave padding out")
+    return rows[:, 0, 0].expand(batch, length)
 
 
 class _TellGrid:

@@ -187,6 +187,15 @@ def test_dropped_patches_leave_no_grid() -> None:
     assert not ADAPTER.find(make("vit", patch_drop_rate=0.5))[0].spatial
 
 
+def test_half_precision() -> None:
+    """Rotary tables stay as precise as the host has them."""
+    model, x = make("eva02").bfloat16(), images().bfloat16()
+    want = model(x)
+    put(ADAPTER, model, "gqa", num_kv_heads=3)
+    assert model(x).dtype == torch.bfloat16
+    torch.testing.assert_close(model(x), want, atol=0.1, rtol=0.1)
+
+
 def test_single_layers_keep_their_numbers() -> None:
     model = make("vit")
     first, second = ADAPTER.find(model)
