@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from model_case import AGENT_PAPER, check_registered, close, giga_multiply_adds, parameters_of, small_model
 from timm.data import resolve_data_config
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 import attention_zoo as az
-from attention_zoo import ops
 from attention_zoo.attention import AgentAttention, AgentCSwinAttention, HiLoAttention, MultiHeadAttention
 
 TINY: dict[str, Any] = {
@@ -27,17 +26,7 @@ TINY: dict[str, Any] = {
 
 
 def tiny(**options: Any) -> Any:
-    """A small model whose parameters all matter."""
-    torch.manual_seed(0)
-    model = az.create_model("agent_cswin", **{**TINY, **options})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+    return small_model("agent_cswin", **{**TINY, **options})
 
 
 def attentions(model: nn.Module) -> list[AgentCSwinAttention]:
@@ -61,15 +50,12 @@ QUICK = {"agent_cswin_t"}
 )
 def test_size_and_cost(name: str, parameters: int, giga: float) -> None:
     """Parameters, and products of matrices and convolutions, as counted from the official code."""
-    model = az.create_model(name, device="meta").eval()
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    with FlopCounterMode(display=False) as counter, ops.use_backend("torch"), torch.no_grad():
-        model(torch.randn(1, *model.pretrained_cfg["input_size"], device="meta"))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(giga, abs=6e-4)
+    assert parameters_of(name) == parameters
+    assert giga_multiply_adds(name) == pytest.approx(giga, abs=6e-4)
 
 
 def test_registered() -> None:
-    assert az.list_models("agent_cswin*") == sorted(name for name, *_ in VARIANTS)
+    check_registered("agent_cswin*", [name for name, *_ in VARIANTS], **AGENT_PAPER)
 
 
 def test_layout() -> None:

@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 import timm
 import torch
+from model_case import check_one_graph, close, giga_multiply_adds, parameters_of, small_model
 from parity_case import load_case
-from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 import attention_zoo as az
-from attention_zoo import ops
 from attention_zoo.attention import AgentAttention, HiLoAttention, MultiHeadAttention
 
 MANIFESTS = json.loads((Path(__file__).parent.parent / "fixtures" / "manifests" / "agent.json").read_text())
@@ -32,23 +30,12 @@ TINY: dict[str, Any] = {
 
 
 def tiny(**options: Any) -> Any:
-    """A small model whose parameters all matter."""
-    torch.manual_seed(0)
-    model = az.create_model("agent_deit", **{**TINY, **options})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+    return small_model("agent_deit", **{**TINY, **options})
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters(name: str) -> None:
-    model = az.create_model(name, device="meta")
-    assert sum(p.numel() for p in model.parameters()) == MANIFESTS[name]["parameters"]
+    assert parameters_of(name) == MANIFESTS[name]["parameters"]
 
 
 @pytest.mark.parametrize(
@@ -57,16 +44,7 @@ def test_parameters(name: str) -> None:
 )
 def test_multiply_adds(name: str) -> None:
     """Products of matrices and convolutions, as counted from the official code."""
-    model = az.create_model(name, device="meta").eval()
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        FlopCounterMode(display=False) as counter,
-        ops.use_backend("reference"),
-        torch.no_grad(),
-    ):
-        model.to_empty(device="cpu")
-        model(torch.empty(1, *model.pretrained_cfg["input_size"]))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(MANIFESTS[name]["gmacs"], abs=0.0006)
+    assert giga_multiply_adds(name) == pytest.approx(MANIFESTS[name]["gmacs"], abs=0.0006)
 
 
 def test_registered() -> None:
@@ -148,9 +126,7 @@ def test_training_decays_the_tables() -> None:
 
 
 def test_compiles_to_one_graph() -> None:
-    torch._dynamo.reset()
-    model, x = tiny(depth=1), torch.randn(2, 3, 40, 40)
-    close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    check_one_graph(tiny(depth=1), torch.randn(2, 3, 40, 40))
 
 
 def test_initialisation() -> None:

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from model_case import (
+    AGENT_PAPER,
+    check_feature_maps,
+    check_gradient_checkpointing,
+    check_head,
+    check_intermediates,
+    check_layer_decay,
+    check_one_graph,
+    check_registered,
+    close,
+    giga_multiply_adds,
+    parameters_of,
+    small_model,
+)
 from parity_case import load_case
-from timm.optim import param_groups_layer_decay
-from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import attention_zoo as az
-from attention_zoo import ops
 from attention_zoo.attention import AgentAttention, HiLoAttention
 
 MANIFESTS = json.loads((Path(__file__).parent.parent / "fixtures" / "manifests" / "agent.json").read_text())
@@ -34,17 +44,7 @@ TINY: dict[str, Any] = {
 
 
 def tiny(**options: Any) -> Any:
-    """A small model whose parameters all matter."""
-    torch.manual_seed(0)
-    model = az.create_model("agent_pvt", **{**TINY, **options})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+    return small_model("agent_pvt", **{**TINY, **options})
 
 
 # --- the published variants -------------------------------------------------------------------------------------------------------
@@ -52,33 +52,20 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters(name: str) -> None:
-    model = az.create_model(name, device="meta")
-    assert sum(p.numel() for p in model.parameters()) == MANIFESTS[name]["parameters"]
+    assert parameters_of(name) == MANIFESTS[name]["parameters"]
 
 
 @pytest.mark.parametrize("name", ["agent_pvt_t", *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES[1:])])
 def test_multiply_adds(name: str) -> None:
     """Products of matrices and convolutions, as counted from the official code."""
-    model = az.create_model(name, device="meta").eval()
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        FlopCounterMode(display=False) as counter,
-        ops.use_backend("reference"),
-        torch.no_grad(),
-    ):
-        model.to_empty(device="cpu")
-        model(torch.empty(1, *model.pretrained_cfg["input_size"]))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(MANIFESTS[name]["gmacs"], abs=0.0006)
+    assert giga_multiply_adds(name) == pytest.approx(MANIFESTS[name]["gmacs"], abs=0.0006)
 
 
 def test_registered() -> None:
-    assert set(az.list_models("agent_pvt*")) == {"agent_pvt", *NAMES}
+    check_registered("agent_pvt*", ["agent_pvt", *NAMES], **AGENT_PAPER)
     for name in NAMES:
         config = timm.get_pretrained_cfg(name)
-        assert not config.has_weights
-        assert "2312.08874" in config.paper_ids
-        side = 256 if name.endswith("256") else 224
-        assert (config.input_size, config.pool_size) == ((3, side, side), (side // 32, side // 32))
+        side = config.input_size[1]
         model = timm.create_model(name, device="meta")
         assert model.block4[-1].drop_path2.drop_prob == pytest.approx(0.1 if name[10] in "ts" else 0.3)
         assert model.grids == [(side // 4 // 2**i,) * 2 for i in range(4)]
@@ -140,50 +127,35 @@ def test_images_that_are_too_small() -> None:
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
-    x, results = torch.randn(2, 3, 64, 64), []
-    for enable in (False, True):
-        model = tiny(attn_type="AABB").train()
-        model.set_grad_checkpointing(enable)
-        out = model(x)
-        out.square().sum().backward()
-        results.append([out, *(p.grad for p in model.parameters())])
-    for a, b in zip(*results, strict=True):
-        close(a, b)
+    check_gradient_checkpointing(partial(tiny, attn_type="AABB"))
 
 
 @pytest.mark.slow
 def test_compiles_to_one_graph() -> None:
-    torch._dynamo.reset()
-    model, x = tiny(attn_type="AAAB"), torch.randn(2, 3, 72, 64)
-    close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    check_one_graph(tiny(attn_type="AAAB"), torch.randn(2, 3, 72, 64))
 
 
 # --- timm's interface -------------------------------------------------------------------------------------------------------------
 
 
-def test_head_and_intermediates() -> None:
-    model, x = tiny(drop_rate=0.1), torch.randn(2, 3, 64, 64)
-    features = model.forward_features(x)
-    close(model(x), model.head(features.mean((2, 3))))
-    final, maps = model.forward_intermediates(x)
-    assert [m.shape[1:] for m in maps] == [(8, 16, 16), (8, 8, 8), (16, 4, 4), (16, 2, 2)]
-    close(final, features)
-    backbone = az.create_model("agent_pvt", features_only=True, out_indices=(1, 3), **TINY).eval()
-    backbone.load_state_dict({f"model.{k}": v for k, v in model.state_dict().items() if not k.startswith("head.")})
-    for a, b in zip(backbone(x), (maps[1], maps[3]), strict=True):
-        close(a, b)
-    assert backbone.feature_info.reduction() == [8, 32]
-    assert model.prune_intermediate_layers([0, 2]) == [0, 2]
-    close(model(x), maps[2])
+def test_head() -> None:
+    check_head(tiny)
+
+
+def test_intermediates() -> None:
+    model = tiny()
+    check_intermediates(model, torch.randn(2, 3, 64, 64), [(8, 16, 16), (8, 8, 8), (16, 4, 4), (16, 2, 2)])
     assert not any(f"{part}4" in n for n, _ in model.named_parameters() for part in ("block", "pos_embed", "patch_embed"))
-    model.reset_classifier(3, "max")
-    assert model(x).shape == (2, 3)
+
+
+@pytest.mark.parametrize("indices", [(0, 1, 2, 3), (1, 3), 2])
+def test_feature_maps(indices: Any) -> None:
+    backbone = az.create_model("agent_pvt", features_only=True, out_indices=indices, **TINY).eval()
+    check_feature_maps(tiny(), backbone, torch.randn(2, 3, 64, 64), indices, "model.")
 
 
 def test_parameter_groups() -> None:
     model = tiny()
-    names = {id(p): n for n, p in model.named_parameters()}
-    scale = {names[id(p)]: g["lr_scale"] for g in param_groups_layer_decay(model, layer_decay=0.5) for p in g["params"]}
     order = [
         "pos_embed1",
         "block1.0.attn.q.weight",
@@ -195,9 +167,7 @@ def test_parameter_groups() -> None:
         "block4.0.mlp.fc1.weight",
         "head.weight",
     ]
-    scales = [scale[name] for name in order]
-    assert scales == sorted(scales)
-    assert len(set(scales[:8])) == 8
+    scale = check_layer_decay(model, order, 9)
     assert scale["pos_embed1"] == scale["patch_embed1.proj.bias"]
     assert model.no_weight_decay() == set()
 

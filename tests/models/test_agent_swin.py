@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from model_case import AGENT_PAPER, check_registered, close, giga_multiply_adds, make_generic, parameters_of, small_model
 from parity_case import load_case
 from timm.data import resolve_data_config
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import attention_zoo as az
-from attention_zoo import ops
 from attention_zoo.attention import AgentAttention, HiLoAttention, MultiHeadAttention
 from attention_zoo.attention.window import WindowAttention, from_windows, shift_mask, to_windows
 from attention_zoo.models.agent_swin import AgentSwinBlock
@@ -31,22 +30,8 @@ TINY: dict[str, Any] = {
 }
 
 
-def generic(module: nn.Module) -> Any:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return module.eval()
-
-
 def tiny(**options: Any) -> Any:
-    """A small model whose parameters all matter."""
-    torch.manual_seed(0)
-    return generic(az.create_model("agent_swin", **{**TINY, **options}))
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+    return small_model("agent_swin", **{**TINY, **options})
 
 
 # --- the published variants -------------------------------------------------------------------------------------------------------
@@ -67,15 +52,12 @@ QUICK = {"agent_swin_t", "agent_swin_b_384"}
 )
 def test_size_and_cost(name: str, parameters: int, giga: float) -> None:
     """Parameters, and products of matrices and convolutions, as counted from the official code."""
-    model = az.create_model(name, device="meta").eval()
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    with FlopCounterMode(display=False) as counter, ops.use_backend("torch"), torch.no_grad():
-        model(torch.randn(1, *model.pretrained_cfg["input_size"], device="meta"))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(giga, abs=6e-4)
+    assert parameters_of(name) == parameters
+    assert giga_multiply_adds(name) == pytest.approx(giga, abs=6e-4)
 
 
 def test_registered() -> None:
-    assert az.list_models("agent_swin*") == sorted(name for name, *_ in VARIANTS)
+    check_registered("agent_swin*", [name for name, *_ in VARIANTS], **AGENT_PAPER)
 
 
 def test_layout() -> None:
@@ -136,7 +118,7 @@ def test_block_parity() -> None:
 @pytest.mark.parametrize("grid", [(8, 8), (4, 12), (12, 8)])
 def test_softmax_block_is_timms(grid: tuple[int, int], shift: int) -> None:
     """Where windows divide the map; a map one window high is not shifted, as in Swin's own code."""
-    ours = generic(AgentSwinBlock(8, grid, 2, 4, shift, attn_type="B"))
+    ours = make_generic(AgentSwinBlock(8, grid, 2, 4, shift, attn_type="B"))
     shift = 0 if min(grid) == 4 else shift
     theirs = SwinTransformerBlock(8, grid, num_heads=2, window_size=4, shift_size=shift).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -147,7 +129,7 @@ def test_softmax_block_is_timms(grid: tuple[int, int], shift: int) -> None:
 @pytest.mark.parametrize("grid", [(9, 6), (3, 10), (1, 1)])
 def test_softmax_block_on_a_map_that_windows_do_not_divide(grid: tuple[int, int]) -> None:
     """The map is filled up with zeros behind the norm, which are attended to, before it is shifted (Swin's detection code)."""
-    block = generic(AgentSwinBlock(8, (8, 8), 2, 4, 2, attn_type="B"))
+    block = make_generic(AgentSwinBlock(8, (8, 8), 2, 4, 2, attn_type="B"))
     x, (height, width) = torch.randn(2, grid[0] * grid[1], 8), grid
     down, across = -(-height // 4) * 4, -(-width // 4) * 4
     padded = F.pad(block.norm1(x).unflatten(1, grid), (0, 0, 0, across - width, 0, down - height))
@@ -161,7 +143,7 @@ def test_softmax_block_on_a_map_that_windows_do_not_divide(grid: tuple[int, int]
 
 def test_agents_in_windows() -> None:
     """Every window of the shifted map is a sample of its own, seams and all."""
-    block, grid = generic(AgentSwinBlock(8, (8, 8), 2, 4, 2, attention_kwargs={"agent_num": 4})), (8, 12)
+    block, grid = make_generic(AgentSwinBlock(8, (8, 8), 2, 4, 2, attention_kwargs={"agent_num": 4})), (8, 12)
     x = torch.randn(2, 96, 8)
     image = torch.roll(block.norm1(x).unflatten(1, grid), (-2, -2), (1, 2))
     rows = []
@@ -190,7 +172,7 @@ def test_windows_that_cover_the_map() -> None:
     assert AgentSwinBlock(8, (4, 8), 2, None, attention_kwargs={"agent_num": 4}).attn.window_size == (4, 8)
     softmax = AgentSwinBlock(8, (4, 4), 2, 7, 3, attn_type="B")
     assert (softmax.window_size, softmax.attn.relative_position_bias_table.shape) == (4, (49, 2))
-    small = generic(AgentSwinBlock(8, (8, 8), 2, 4, 2, attention_kwargs={"agent_num": 4}))  # a smaller map than its windows
+    small = make_generic(AgentSwinBlock(8, (8, 8), 2, 4, 2, attention_kwargs={"agent_num": 4}))  # a smaller map than its windows
     out = x + from_windows(small.attn(to_windows(small.norm1(x), (5, 3), 3, 0), grid_size=(3, 3)), (5, 3), 3, 0)
     close(small(x, (5, 3)), out + small.mlp(small.norm2(out)))
 

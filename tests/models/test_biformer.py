@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import timm
 import torch
-from timm.optim import param_groups_layer_decay
+from model_case import (
+    check_feature_maps,
+    check_gradient_checkpointing,
+    check_head,
+    check_intermediates,
+    check_layer_decay,
+    check_one_graph,
+    check_registered,
+    close,
+    giga_multiply_adds,
+    parameters_of,
+    small_model,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import attention_zoo as az
-from attention_zoo import ops
 from attention_zoo.attention import BiLevelRoutingAttention, LepeAttention, MultiHeadAttention
 
 NAMES = ["biformer", "biformer_base", "biformer_small", "biformer_stl", "biformer_stl_nchw", "biformer_tiny"]
@@ -35,20 +46,7 @@ each_layout = pytest.mark.parametrize("name", list(LAYOUTS))
 
 
 def tiny(name: str = "biformer", **options: Any) -> Any:
-    """A small model whose parameters and statistics all matter."""
-    torch.manual_seed(0)
-    model = az.create_model(name, **{**LAYOUTS[name], **options})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        for key, buffer in model.named_buffers():
-            if "running" in key:
-                buffer.add_(torch.rand_like(buffer))
-    return model.eval()
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+    return small_model(name, **{**LAYOUTS[name], **options})
 
 
 # --- the published variants -------------------------------------------------------------------------------------------------------
@@ -56,29 +54,17 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters(name: str) -> None:
-    model = az.create_model(name, device="meta")
-    assert sum(p.numel() for p in model.parameters()) == SIZES[name][0]
+    assert parameters_of(name) == SIZES[name][0]
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "biformer"])
 def test_multiply_adds(name: str) -> None:
     """Products of matrices and convolutions, as measured on the official code."""
-    model = az.create_model(name).eval()
-    with FlopCounterMode(display=False) as counter, ops.use_backend("reference"), torch.no_grad():
-        model(torch.randn(1, 3, 224, 224))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(SIZES[name][1], abs=0.0006)
+    assert giga_multiply_adds(name) == pytest.approx(SIZES[name][1], abs=0.0006)
 
 
 def test_registered() -> None:
-    assert az.list_models("biformer*") == NAMES
-    for name in NAMES:
-        assert timm.is_model(name)
-        config = timm.get_pretrained_cfg(name)
-        assert not config.has_weights
-        assert config.license == "mit"
-        assert "2303.08810" in config.paper_ids
-        assert config.origin_url == "https://github.com/rayleizhu/BiFormer"
-        assert (config.input_size, config.pool_size) == ((3, 224, 224), (7, 7))
+    check_registered("biformer*", NAMES, license="mit", paper="2303.08810", origin="https://github.com/rayleizhu/BiFormer")
     smallest = timm.get_pretrained_cfg("biformer_stl_nchw").min_input_size
     assert tuple(smallest) == (3, 112, 112)
     assert az.create_model("biformer_stl_nchw", depths=(1, 1, 1, 1))(torch.randn(1, *smallest)).shape == (1, 1000)
@@ -244,23 +230,13 @@ def test_gradient_at_batch_size_one(name: str) -> None:
 
 @each_layout
 def test_gradient_checkpointing_changes_nothing(name: str) -> None:
-    x, results = torch.randn(2, 3, 64, 64), []
-    for enable in (False, True):
-        model = tiny(name).train()
-        model.set_grad_checkpointing(enable)
-        out = model(x)
-        out.square().sum().backward()
-        results.append([out, *(p.grad for p in model.parameters())])
-    for a, b in zip(*results, strict=True):
-        close(a, b)
+    check_gradient_checkpointing(partial(tiny, name))
 
 
 @pytest.mark.parametrize("name", ["biformer", *(pytest.param(n, marks=pytest.mark.slow) for n in list(LAYOUTS)[1:])])
 def test_compiles_to_one_graph(name: str) -> None:
-    torch._dynamo.reset()
     options = {key: (*value[:1], *value[3:]) for key, value in LAYOUTS[name].items() if isinstance(value, tuple)}
-    model, x = tiny(name, **options, mlp_ratios=(2, 2)), torch.randn(2, 3, 28, 20)  # a routed stage, and the last
-    close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    check_one_graph(tiny(name, **options, mlp_ratios=(2, 2)), torch.randn(2, 3, 28, 20))  # a routed stage, and the last
 
 
 def test_drop_path_grows() -> None:
@@ -274,43 +250,22 @@ def test_drop_path_grows() -> None:
 
 @each_layout
 def test_head(name: str) -> None:
-    model, x = tiny(name, drop_rate=0.1), torch.randn(2, 3, 64, 64)
-    features = model.forward_features(x)
-    close(model(x), model.head(features.mean((2, 3))))
-    close(model.forward_head(features, pre_logits=True), features.mean((2, 3)))
-    assert model.get_classifier() is model.head
-    model.reset_classifier(7)
-    assert model(x).shape == (2, 7)
-    model.reset_classifier(3, "max")
-    close(model(x), model.head(features.amax((2, 3))))
-    model.reset_classifier(0, "")
-    close(model(x), features)
-    assert tiny(name, num_classes=0)(x).shape == (2, 32)
-    assert tiny(name, in_chans=1)(x[:, :1]).shape == (2, 5)
-    assert tiny(name, img_size=96)(x).shape == (2, 5)
+    check_head(partial(tiny, name))
+    assert tiny(name, img_size=96)(torch.randn(2, 3, 64, 64)).shape == (2, 5)
 
 
 @each_layout
 def test_intermediates(name: str) -> None:
     model, x = tiny(name), torch.randn(2, 3, 64, 96)
-    final, maps = model.forward_intermediates(x)
-    assert [m.shape[1:] for m in maps] == [(8, 16, 24), (16, 8, 12), (24, 4, 6), (32, 2, 3)]
-    close(final, model.forward_features(x))
-    close(final, model.norm(maps[3]))
-    close(model.forward_intermediates(x, norm=True)[1][-1], final)
-    stage1, nhwc = model.forward_intermediates(x, indices=[0, 1], stop_early=True, output_fmt="NHWC")
-    close(stage1, maps[1])
-    close(nhwc[0].permute(0, 3, 1, 2), maps[0])
-    assert model.prune_intermediate_layers([0, 2]) == [0, 2]
-    close(model(x), maps[2])
+    norm, final = model.norm, model.forward_features(x)
+    maps = check_intermediates(model, x, [(8, 16, 24), (16, 8, 12), (24, 4, 6), (32, 2, 3)])
+    close(final, norm(maps[3]))
     assert not any(n.startswith(("stages.3", "downsample_layers.3", "norm", "head")) for n, _ in model.named_parameters())
 
 
 @each_layout
 def test_parameter_groups(name: str) -> None:
     model = tiny(name)
-    names = {id(p): n for n, p in model.named_parameters()}
-    scale = {names[id(p)]: g["lr_scale"] for g in param_groups_layer_decay(model, layer_decay=0.5) for p in g["params"]}
     block = "blocks." if "stl" in name else ""
     order = [
         "downsample_layers.0.0.weight",
@@ -321,10 +276,8 @@ def test_parameter_groups(name: str) -> None:
         f"stages.2.{block}1.mlp.0.weight",
         f"stages.3.{block}0.attn.lepe.weight",
     ]
-    scales = [scale[n] for n in order]
-    assert scales == sorted(scales)
-    assert len(set(scales)) == len(scales)
-    assert scale["norm.weight"] == scale["head.weight"] == 1 or scale["norm.weight"] >= scales[-1]
+    scale = check_layer_decay(model, order, len(order))
+    assert scale["norm.weight"] == scale["head.weight"] == 1 or scale["norm.weight"] >= scale[order[-1]]
     assert model.no_weight_decay() == set()
 
 
@@ -361,18 +314,8 @@ def test_layer_scale_may_start_at_a_whole_number() -> None:
 @each_layout
 @pytest.mark.parametrize("indices", [(0, 1, 2, 3), (1, 2), (0,), (-1,), 2])
 def test_feature_maps(name: str, indices: Any) -> None:
-    """The maps of `forward_intermediates`, from a backbone that holds nothing else and names its parameters as the classifier."""
-    model, x = tiny(name), torch.randn(2, 3, 64, 96)
     backbone = az.create_model(name, features_only=True, out_indices=indices, **LAYOUTS[name]).eval()
-    assert not backbone.load_state_dict(model.state_dict(), strict=False).missing_keys
-    want = model.forward_intermediates(x, indices=indices if isinstance(indices, int) else list(indices), intermediates_only=True)
-    maps = backbone(x)
-    for a, b in zip(maps, want, strict=True):
-        close(a, b)
-    assert backbone.feature_info.channels() == [m.shape[1] for m in maps]
-    assert backbone.feature_info.reduction() == [4 * 2**i for i in backbone.out_indices]
-    sum(m.square().sum() for m in maps).backward()
-    assert all(p.grad is not None for p in backbone.parameters()), "a parameter that no map depends on"
+    check_feature_maps(tiny(name), backbone, torch.randn(2, 3, 64, 96), indices)
 
 
 @each_layout

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from model_case import check_gradient_checkpointing, check_one_graph, close, make_generic, small_model
 from timm.layers.halo_attn import HaloAttn
 from torch import Tensor, nn
 
@@ -52,24 +53,7 @@ TINY: dict[str, Any] = {
 
 
 def tiny(**options: Any) -> Any:
-    """A small model whose parameters all matter."""
-    torch.manual_seed(0)
-    model = az.create_model("halonet", **{**TINY, **options})
-    make_generic(model)
-    return model.eval()
-
-
-def make_generic(model: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-        for name, buffer in model.named_buffers():
-            if name.endswith("running_var"):
-                buffer.uniform_(0.5, 2)
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+    return small_model("halonet", **{**TINY, **options})
 
 
 def layers_of(model: nn.Module) -> list[HaloAttention]:
@@ -208,21 +192,11 @@ def test_any_image_size_with_masked_padding(size: tuple[int, int]) -> None:
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
-    x, results = torch.randn(2, 3, 64, 64), []
-    for enable in (False, True):
-        model = tiny()
-        model.set_grad_checkpointing(enable)
-        out = model(x)
-        out.square().sum().backward()
-        results.append([out, *(p.grad for p in model.parameters())])
-    for a, b in zip(*results, strict=True):
-        close(a, b)
+    check_gradient_checkpointing(tiny)
 
 
 def test_compiles_to_one_graph() -> None:
-    torch._dynamo.reset()
-    model, x = tiny(blocks=TINY["blocks"][:2]), torch.randn(2, 3, 64, 64)
-    close(torch.compile(model, fullgraph=True, backend="eager")(x), model(x))
+    check_one_graph(tiny(blocks=TINY["blocks"][:2]), torch.randn(2, 3, 64, 64), backend="eager")
 
 
 def test_timms_interface() -> None:

@@ -5,16 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import timm
 import torch
+from model_case import (
+    check_feature_maps,
+    check_gradient_checkpointing,
+    check_head,
+    check_intermediates,
+    check_layer_decay,
+    check_one_graph,
+    check_registered,
+    close,
+    giga_multiply_adds,
+    parameters_of,
+    small_model,
+)
 from timm.data import resolve_data_config
-from timm.optim import param_groups_layer_decay
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import attention_zoo as az
-from attention_zoo import ops
 from attention_zoo.attention import HiLoAttention, MultiHeadAttention
 from attention_zoo.training.optim import parameter_groups
 from attention_zoo.training.recipe import OptimizerRecipe
@@ -24,17 +33,7 @@ TINY: dict[str, Any] = {"img_size": 64, "embed_dim": 8, "depths": (1, 1, 2, 1), 
 
 
 def tiny(**options: Any) -> Any:
-    """A small model whose parameters all matter, offsets and biases too."""
-    torch.manual_seed(0)
-    model = az.create_model("litv2", **{**TINY, **options})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+    return small_model("litv2", **{**TINY, **options})
 
 
 # --- the published variants -------------------------------------------------------------------------------------------------------
@@ -53,32 +52,19 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
     ],
 )
 def test_parameters(name: str, options: dict[str, Any], parameters: int) -> None:
-    model = az.create_model(name, device="meta", **options)
-    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert parameters_of(name, **options) == parameters
 
 
 @pytest.mark.parametrize(("alpha", "giga"), [(0.9, 3.734), (0.0, 3.965), (0.5, 3.769), (1.0, 3.746)])
 def test_multiply_adds(alpha: float, giga: float) -> None:
     """Products of matrices and convolutions as the official counter has them, which counts 12 offset channels where there are 8."""
-    model = az.create_model("litv2_s", alpha=alpha).eval()
-    with FlopCounterMode(display=False) as counter, ops.use_backend("reference"), torch.no_grad():
-        model(torch.randn(1, 3, 224, 224))
-    counted = counter.get_total_flops() / 2
-    counted += sum((12 - 8) * 4 * 96 * 2**i * (28 // 2**i) ** 2 for i in range(3))
-    assert counted / 1e9 == pytest.approx(giga, abs=0.012)  # the rest: normalisations and activations, which it counts
+    offsets = sum((12 - 8) * 4 * 96 * 2**i * (28 // 2**i) ** 2 for i in range(3))
+    rest = 0.012  # normalisations and activations, which it counts
+    assert giga_multiply_adds("litv2_s", alpha=alpha) + offsets / 1e9 == pytest.approx(giga, abs=rest)
 
 
 def test_registered() -> None:
-    assert az.list_models("litv2*") == NAMES
-    for name in NAMES:
-        assert timm.is_model(name)
-        config = timm.get_pretrained_cfg(name)
-        assert not config.has_weights
-        assert config.license == "apache-2.0"
-        assert "2205.13213" in config.paper_ids
-        assert config.origin_url == "https://github.com/ziplab/LITv2"
-        side = 384 if name.endswith("384") else 224
-        assert (config.input_size, config.pool_size) == ((3, side, side), (side // 32, side // 32))
+    check_registered("litv2*", NAMES, license="apache-2.0", paper="2205.13213", origin="https://github.com/ziplab/LITv2")
 
 
 @pytest.mark.parametrize(("name", "rate"), [("litv2", 0.2), ("litv2_s", 0.2), ("litv2_m", 0.3), ("litv2_b", 0.5)])
@@ -145,61 +131,23 @@ def test_gradient_at_batch_size_one() -> None:
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
-    x, results = torch.randn(2, 3, 64, 64), []
-    for enable in (False, True):
-        model = tiny().train()
-        model.set_grad_checkpointing(enable)
-        out = model(x)
-        out.square().sum().backward()
-        results.append([out, *(p.grad for p in model.parameters())])
-    for a, b in zip(*results, strict=True):
-        close(a, b)
+    check_gradient_checkpointing(tiny)
 
 
 def test_compiles_to_one_graph() -> None:
-    torch._dynamo.reset()
-    model, x = tiny(), torch.randn(2, 3, 54, 42)
-    close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    check_one_graph(tiny(), torch.randn(2, 3, 54, 42))
 
 
 # --- timm's interface -------------------------------------------------------------------------------------------------------------
 
 
 def test_head() -> None:
-    model, x = tiny(drop_rate=0.1), torch.randn(2, 3, 64, 64)
-    features = model.forward_features(x)
-    close(model(x), model.head(features.mean((2, 3))))
-    close(model.forward_head(features, pre_logits=True), features.mean((2, 3)))
-    assert model.get_classifier() is model.head
-    model.reset_classifier(7)
-    assert model(x).shape == (2, 7)
-    model.reset_classifier(3, "max")
-    close(model(x), model.head(features.amax((2, 3))))
-    model.reset_classifier(0)
-    close(model(x), features.amax((2, 3)))
-    model.reset_classifier(0, "")
-    close(model(x), features)
-    assert tiny(num_classes=0)(x).shape == (2, 64)
-    assert tiny(in_chans=1)(x[:, :1]).shape == (2, 5)
+    check_head(tiny)
 
 
 def test_intermediates() -> None:
-    model, x = tiny(), torch.randn(2, 3, 54, 42)
-    final, maps = model.forward_intermediates(x)
-    assert [m.shape[1:] for m in maps] == [(8, 14, 11), (16, 7, 5), (32, 3, 2), (64, 1, 1)]
-    close(final, model.forward_features(x))
-    close(model.forward_intermediates(x, norm=True)[1][-1], final)
-    (last,) = model.forward_intermediates(x, indices=1, intermediates_only=True)
-    close(last, maps[3])
-    stage1, nhwc = model.forward_intermediates(x, indices=[0, 1], stop_early=True, output_fmt="NHWC")
-    close(stage1, maps[1])
-    for a, b in zip(nhwc, maps[:2], strict=True):
-        close(a.permute(0, 3, 1, 2), b)
-    with pytest.raises(ValueError, match=r"'NCHW' or 'NHWC'.*'NLC'"):
-        model.forward_intermediates(x, output_fmt="NLC")
-    assert model.prune_intermediate_layers([0, 2]) == [0, 2]
-    close(model.forward_intermediates(x, indices=[2], intermediates_only=True)[0], maps[2])
-    close(model(x), maps[2])  # no norm, head or way to the last stage is left
+    model = tiny()
+    check_intermediates(model, torch.randn(2, 3, 54, 42), [(8, 14, 11), (16, 7, 5), (32, 3, 2), (64, 1, 1)])
     assert not any("stages.3" in n or "stages.2.downsample" in n for n, _ in model.named_parameters())
 
 
@@ -211,7 +159,6 @@ def test_parameter_groups() -> None:
     slow = {names[id(p)]: g for g in parameter_groups(model, recipe) for p in g["params"] if g["lr_scale"] == 0.01}
     assert set(slow) == {f"stages.{i}.downsample.conv.conv_offset.weight" for i in range(3)}
     assert all(g["weight_decay"] > 0 for g in slow.values())
-    scale = {names[id(p)]: g["lr_scale"] for g in param_groups_layer_decay(model, layer_decay=0.5) for p in g["params"]}
     order = [
         "patch_embed.proj.weight",
         "stages.0.blocks.0.norm2.weight",
@@ -222,9 +169,7 @@ def test_parameter_groups() -> None:
         "norm.weight",
         "head.weight",
     ]
-    scales = [scale[name] for name in order]
-    assert scales == sorted(scales)
-    assert len(set(scales[:6])) == 6
+    check_layer_decay(model, order, 7)
     assert model.no_weight_decay() == set()
 
 
@@ -248,21 +193,8 @@ def test_bad_arguments() -> None:
 
 @pytest.mark.parametrize("indices", [(0, 1, 2, 3), (1, 2), (0,), (-1,), 2])
 def test_feature_maps(indices: Any) -> None:
-    """The maps of `forward_intermediates`, from a backbone that holds nothing else and names its parameters as the classifier."""
-    model, x = tiny(), torch.randn(2, 3, 54, 42)
     backbone = az.create_model("litv2", features_only=True, out_indices=indices, **TINY).eval()
-    assert backbone.train() is backbone
-    backbone.eval()
-    result = backbone.load_state_dict(model.state_dict(), strict=False)
-    assert not result.missing_keys
-    want = model.forward_intermediates(x, indices=indices if isinstance(indices, int) else list(indices), intermediates_only=True)
-    maps = backbone(x)
-    for a, b in zip(maps, want, strict=True):
-        close(a, b)
-    assert backbone.feature_info.channels() == [m.shape[1] for m in maps]
-    assert backbone.feature_info.reduction() == [4 * 2**i for i in backbone.out_indices]
-    sum(m.sum() for m in maps).backward()
-    assert all(p.grad is not None for p in backbone.parameters()), "a parameter that no map depends on"
+    check_feature_maps(tiny(), backbone, torch.randn(2, 3, 54, 42), indices)
 
 
 def test_norms_of_the_maps() -> None:

@@ -5,12 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import timm
 import torch
+from model_case import (
+    check_feature_maps,
+    check_gradient_checkpointing,
+    check_head,
+    check_intermediates,
+    check_layer_decay,
+    check_one_graph,
+    check_registered,
+    close,
+    small_model,
+)
 from timm.data import resolve_data_config
 from timm.layers import DropPath
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from torch import Tensor, nn
+from timm.optim import param_groups_weight_decay
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import attention_zoo as az
@@ -38,17 +48,7 @@ TINY: dict[str, Any] = {
 
 
 def tiny(**options: Any) -> Any:
-    """A small model whose parameters all matter."""
-    torch.manual_seed(0)
-    model = az.create_model("moh_transnext", **{**TINY, **options})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+    return small_model("moh_transnext", **{**TINY, **options})
 
 
 def attentions(model: nn.Module) -> list[Any]:
@@ -84,14 +84,7 @@ def test_parameters_and_multiply_adds(name: str, parameters: int, giga: float) -
 
 
 def test_registered() -> None:
-    assert az.list_models("moh_transnext*") == NAMES
-    for name in NAMES:
-        assert timm.is_model(name)
-        config = timm.get_pretrained_cfg(name)
-        assert not config.has_weights
-        assert (config.license, config.input_size, config.pool_size) == ("apache-2.0", (3, 224, 224), (7, 7))
-        assert "2410.11842" in config.paper_ids
-        assert config.origin_url == "https://github.com/SkyworkAI/MoH"
+    check_registered("moh_transnext*", NAMES, license="apache-2.0", paper="2410.11842", origin="https://github.com/SkyworkAI/MoH")
 
 
 @pytest.mark.parametrize(
@@ -195,76 +188,34 @@ def test_auxiliary_loss() -> None:
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
-    x, results = torch.randn(2, 3, 64, 64), []
-    for enable in (False, True):
-        model = tiny().train()
-        model.set_grad_checkpointing(enable)
-        out = model(x)
-        (out.square().sum() + az.auxiliary_loss(model)).backward()
-        results.append([out, *(p.grad for p in model.parameters())])
-    for a, b in zip(*results, strict=True):
-        close(a, b)
+    check_gradient_checkpointing(tiny)
 
 
 def test_compiles_to_one_graph() -> None:
-    torch._dynamo.reset()
     two = {k: v[-2:] for k, v in TINY.items() if isinstance(v, tuple)}  # stages: one of each attention
-    model, x = tiny(**two, sr_ratios=(2, 1), window_sizes=(3, None)), torch.randn(2, 3, 27, 21)
-    close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    check_one_graph(tiny(**two, sr_ratios=(2, 1), window_sizes=(3, None)), torch.randn(2, 3, 27, 21))
 
 
 # --- timm's interface -------------------------------------------------------------------------------------------------------------
 
 
 def test_head() -> None:
-    model, x = tiny(drop_rate=0.1), torch.randn(2, 3, 64, 64)
-    features = model.forward_features(x)
-    assert features.shape == (2, 24, 2, 2)
-    close(model(x), model.head(features.mean((2, 3))))
-    close(model.forward_head(features, pre_logits=True), features.mean((2, 3)))
-    assert model.get_classifier() is model.head
-    model.reset_classifier(7)
-    assert model(x).shape == (2, 7)
-    model.reset_classifier(3, "max")
-    close(model(x), model.head(features.amax((2, 3))))
-    model.reset_classifier(0, "")
-    close(model(x), features)
-    assert tiny(num_classes=0)(x).shape == (2, 24)
-    assert tiny(in_chans=1)(x[:, :1]).shape == (2, 5)
+    check_head(tiny)
 
 
 def test_intermediates() -> None:
-    model, x = tiny(), torch.randn(2, 3, 64, 64)
-    final, maps = model.forward_intermediates(x)
-    close(final, maps[-1])
-    close(final, model.forward_features(x))
-    for i, found in enumerate(maps, 1):  # each ends with its stage's norm
+    model = tiny()
+    maps = check_intermediates(model, torch.randn(2, 3, 64, 64), [(8, 16, 16), (12, 8, 8), (16, 4, 4), (24, 2, 2)])
+    for i, found in enumerate(maps[:3], 1):  # each ends with its stage's norm
         normed = (found.permute(0, 2, 3, 1) - getattr(model, f"norm{i}").bias) / getattr(model, f"norm{i}").weight
         close(normed.mean(-1), torch.zeros(normed.shape[:-1]), 1e-4)
-    stage1, nhwc = model.forward_intermediates(x, indices=[0, 1], stop_early=True, output_fmt="NHWC")
-    close(stage1, maps[1])
-    for a, b in zip(nhwc, maps[:2], strict=True):
-        close(a.permute(0, 3, 1, 2), b)
-    with pytest.raises(ValueError, match=r"'NCHW' or 'NHWC'.*'NLC'"):
-        model.forward_intermediates(x, output_fmt="NLC")
-    assert model.prune_intermediate_layers([0, 2]) == [0, 2]
-    close(model.forward_intermediates(x, indices=[2], intermediates_only=True)[0], maps[2])
-    close(model(x), maps[2])
     assert not any(n.split(".")[0][-1] == "4" or n.startswith("head") for n, _ in model.named_parameters())
 
 
 @pytest.mark.parametrize("indices", [(0, 1, 2, 3), (1, 2), (-2,), 2])
 def test_feature_maps(indices: Any) -> None:
-    model, x = tiny(), torch.randn(1, 3, 64, 64)
     backbone = az.create_model("moh_transnext", features_only=True, out_indices=indices, **TINY).eval()
-    state = {f"model.{k}": v for k, v in model.state_dict().items()}
-    assert not backbone.load_state_dict(state, strict=False).missing_keys
-    want = model.forward_intermediates(x, indices=indices if isinstance(indices, int) else list(indices), intermediates_only=True)
-    maps = backbone(x)
-    for a, b in zip(maps, want, strict=True):
-        close(a, b)
-    assert backbone.feature_info.channels() == [m.shape[1] for m in maps]
-    assert backbone.feature_info.reduction() == [64 // m.shape[2] for m in maps]
+    check_feature_maps(tiny(), backbone, torch.randn(1, 3, 64, 64), indices, "model.")
     with pytest.raises(ValueError, match=r"out_indices.*features_only"):
         tiny(out_indices=[0])
 
@@ -282,7 +233,6 @@ def test_parameter_groups() -> None:
     want = {n for n, p in model.named_parameters() if p.ndim <= 1 or n.endswith(".bias") or any(k in n for k in keywords)}
     assert free == want
     assert not any("learnable_tokens" in n or "router" in n or "balance" in n for n in free)
-    scale = {names[id(p)]: g["lr_scale"] for g in param_groups_layer_decay(model, layer_decay=0.5) for p in g["params"]}
     order = [
         "patch_embed1.proj.weight",
         "block1.0.attn.q.weight",
@@ -294,9 +244,7 @@ def test_parameter_groups() -> None:
         "block4.0.attn.qkv.weight",
         "head.weight",
     ]
-    scales = [scale[name] for name in order]
-    assert scales == sorted(scales)
-    assert len(set(scales)) == len(order) - 1  # a stage's norm goes with its last block
+    check_layer_decay(model, order, len(order) - 1)  # a stage's norm goes with its last block
 
 
 # --- other mechanisms and options -------------------------------------------------------------------------------------------------
