@@ -205,8 +205,8 @@ def _refusal(name: str, module: Any, vit: Any) -> str | None:
     dim = (module.qkv if "qkv" in projections else module.q_proj).in_features
     if module.proj.out_features != dim:
         return f"it turns {dim} channels into {module.proj.out_features}; mechanisms keep them"
-    if not isinstance(module, Attention) and getattr(vit, "rope_mixed", False):
-        return "each of its heads has rotary tables of its own (rope_mixed); mechanisms share one table"
+    if not isinstance(module, Attention) and (getattr(vit, "rope_mixed", False) or getattr(vit, "rope_is_mixed", False)):
+        return "each of its heads has rotary tables of its own (mixed); mechanisms share one table"
     if vit is None and not isinstance(module, Attention):
         return f"{name} stands in no Vision Transformer of timm's: it is not known whether it rotates queries and keys"
     return None

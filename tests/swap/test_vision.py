@@ -10,6 +10,8 @@ import pytest
 import timm
 import torch
 from swap_case import BIDIRECTIONAL, PRESERVING, assert_same_state, build, fits, put, shake, snapshot
+from timm.layers import AttentionRope
+from timm.models._features_fx import create_feature_extractor
 from torch import nn
 
 import attention_zoo as az
@@ -101,6 +103,47 @@ def test_both_layouts_of_rotation(rotate_half: bool) -> None:
     want = model(x)
     put(ADAPTER, model, "moh")
     torch.testing.assert_close(model(x), want, atol=2e-5, rtol=1e-4)
+
+
+def test_grouped_key_value_heads() -> None:
+    model, x = make("eva02"), images()
+    for block in model.blocks:
+        block.attn = AttentionRope(24, 3, qkv_fused=False, num_kv_heads=1, rotate_half=True).eval()
+    want = model(x)
+    assert [host.num_kv_heads for host in ADAPTER.find(model)] == [1, 1]
+    put(ADAPTER, model, "gqa", num_kv_heads=1)
+    torch.testing.assert_close(model(x), want, atol=2e-5, rtol=1e-4)
+
+
+def test_dropped_patches_take_their_rotation_with_them() -> None:
+    model, x = make("dinov3", patch_drop_rate=0.5).train(), images()
+    torch.manual_seed(3)
+    want = model(x)
+    put(ADAPTER, model, "gqa", num_kv_heads=3)
+    torch.manual_seed(3)
+    torch.testing.assert_close(model(x), want, atol=2e-5, rtol=1e-4)
+
+
+def test_images_of_native_aspect_ratio() -> None:
+    """NaFlexVit: no grid, and a mask for the padding."""
+    model = timm.create_model("naflexvit_base_patch16_gap", patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5).eval()
+    shake(model)
+    rows, columns = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
+    valid = torch.ones(2, 16, dtype=torch.bool)
+    valid[1, 12:] = False
+    coord = torch.stack([rows, columns], -1).flatten(0, 1).expand(2, 16, 2)
+    feed = {"patches": torch.randn(2, 16, 192), "patch_coord": coord, "patch_valid": valid}
+    want = model(feed)
+    assert not any(host.spatial for host in ADAPTER.find(model))
+    put(ADAPTER, model, "moh")
+    torch.testing.assert_close(model(feed), want, atol=2e-5, rtol=1e-4)
+
+
+def test_traced_feature_extraction() -> None:
+    model, x = make("siglip"), images()
+    put(ADAPTER, model, "hilo", window_size=1)
+    traced = create_feature_extractor(model, ["norm"])
+    torch.testing.assert_close(traced(x)["norm"], model.forward_features(x))
 
 
 @pytest.mark.parametrize("kind", ["vit", "eva02"])
