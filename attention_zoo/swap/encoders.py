@@ -110,12 +110,14 @@ class _HuggingFaceAdapter(Adapter):
             prefix_tokens=prefix_tokens,
             spatial=conv is not None,
             layer_idx=index,
-            refuse=self._refusal(module, settings, linear),
+            refuse=self._refusal(name, module, settings, linear),
             **settings,
         )
 
-    def _refusal(self, module: nn.Module, settings: dict[str, Any], linear: dict[str, Any]) -> str | None:
+    def _refusal(self, name: str, module: nn.Module, settings: dict[str, Any], linear: dict[str, Any]) -> str | None:
         """Why the layer cannot be swapped; None if it can."""
+        if not name:
+            return "it is the whole model; a swap replaces layers inside one"
         family = _family(module)
         if family == "beit":
             return "its model adds a relative position bias, which would be lost"

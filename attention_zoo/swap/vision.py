@@ -191,6 +191,8 @@ def _fused_bias(module: Any) -> Tensor | None:
 
 def _refusal(name: str, module: Any, vit: Any) -> str | None:
     """Why a layer of timm's plain attention cannot be swapped; None if it can."""
+    if not name:
+        return "it is the whole model; a swap replaces layers inside one"
     if type(module) not in _PLAIN:
         return f"{type(module).__name__} changes timm's {type(module).__mro__[1].__name__}; what it computes is not known"
     if module.gate is not None:

@@ -232,6 +232,9 @@ def test_other_layers_are_refused() -> None:
     assert all("is_decoder=True" in str(host.refuse) for host in BertAdapter().find(decoder))
     audio = transformers.ASTModel(transformers.ASTConfig(**_SIZES, patch_size=8, num_mel_bins=16, max_length=32))
     assert all("of a family that is not known" in str(host.refuse) for host in EncoderAdapter().find(audio))
+    for kind in ("bert", "vit"):
+        layer = adapter_of(kind).find(make(kind))[0].module
+        assert "whole model" in str(adapter_of(kind).find(layer)[0].refuse)
     changed = make("vit")
     layers = [host.module for host in EncoderAdapter().find(changed)]
     layers[0].register_parameter("sink", nn.Parameter(torch.zeros(3)))

@@ -224,6 +224,7 @@ def test_changed_layers_are_refused() -> None:
 def test_models_that_are_no_hosts() -> None:
     assert ADAPTER.find(nn.Sequential(nn.Linear(3, 3))) == []
     assert ADAPTER.find(timm.create_model("resnet10t")) == []
+    assert "whole model" in str(ADAPTER.find(make("vit").blocks[0].attn)[0].refuse)
 
 
 def test_dropped_patches_leave_no_grid() -> None:
