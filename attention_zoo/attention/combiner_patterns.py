@@ -522,7 +522,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: boo
     """Unscaled attention, in the wider dtype of q and k: pools of low precision may have been summed up in float32."""
     kind = torch.promote_types(q.dtype, k.dtype)
     settings: dict[str, Any] = {"attn_mask": mask, "is_causal": is_causal, "scale": 1.0, "dropout_p": dropout, "return_lse": lse}
-    with torch.autocast(q.device.type, enabled=False):
+    with ops.no_autocast(q):
         result = ops.attention(q.to(kind), k.to(kind), v.to(kind), **settings)
     return result if isinstance(result, tuple) else (result,)
 

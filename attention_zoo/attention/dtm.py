@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attention_zoo import ops
 from attention_zoo.attention.base import AttentionModule, check_grid, check_tokens
 from attention_zoo.registry import register_attention
 
@@ -108,8 +109,7 @@ class DeformableConv2d(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type if x.device.type != "meta" else "cpu"
-        with torch.autocast(device, enabled=False):
+        with ops.no_autocast(x):
             x = x.to(self.weight.dtype)
             exact = torch.promote_types(x.dtype, torch.float32)  # positions of more than 256 are not exact in bfloat16
             taps = _sample(x.to(exact), self.conv_offset(x).to(exact))

@@ -1,5 +1,6 @@
 """Attention as functions of tensors: the reference, the engines, and which of them serves a call."""
 
+from attention_zoo.ops._autocast import no_autocast
 from attention_zoo.ops.attention import attention, merge_attention
 from attention_zoo.ops.dispatch import BACKENDS, BackendError, backends, explain, use_backend
 from attention_zoo.ops.halo import halo_attention
@@ -13,6 +14,7 @@ __all__ = [
     "explain",
     "halo_attention",
     "merge_attention",
+    "no_autocast",
     "routed_attention",
     "use_backend",
 ]

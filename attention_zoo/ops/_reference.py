@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attention_zoo.ops._autocast import no_autocast
 from attention_zoo.ops._problem import Problem
 
 __all__ = ["packed_positions", "reference_attention", "visible"]
@@ -19,7 +20,7 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tu
     Shape: q (B, H_q, N_q, D), k (B, H_kv, N_k, D), v (B, H_kv, N_k, D_v) -> (B, H_q, N_q, D_v), (B, H_q, N_q) float32 or float64.
     Query head h reads key/value head h // (H_q / H_kv). A row that may attend to nothing gives 0 and a log-normaliser of -inf.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         return _attend(q, k, v, problem)
 
 

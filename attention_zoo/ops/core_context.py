@@ -11,6 +11,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from attention_zoo.ops._autocast import no_autocast
+
 __all__ = ["CORE_HEADS", "POOLS", "core_context_attention", "core_context_visible", "pool_core_tokens", "pooling_weights"]
 
 POOLS = ("cca", "mean", "max")
@@ -62,7 +64,7 @@ def pool_core_tokens(
             f"q must be (B, H, m, D), k and v (B, G, m * {group_size}, D) with G a divisor of H; got {tuple(q.shape)}, "
             f"{tuple(k.shape)}, {tuple(v.shape)}"
         )
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         groups = tuple(t.unflatten(2, (-1, group_size)) for t in (k, v))  # (B, G, m, group_size, D)
         if pool == "max":
             return groups[0].amax(3), groups[1].amax(3)
@@ -139,7 +141,7 @@ def core_context_attention(
         raise ValueError(f"the last query sees {needed} core tokens, core_k has {core_k.shape[2]}")
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     parts = []
-    with torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         for first in range(0, max(q.shape[2], 1), _BLOCK):
             block = q[:, :, first : first + _BLOCK]
             keys, core = slice(None), slice(None)

@@ -6,11 +6,11 @@ specification that a kernel, which would read the windows from the maps and neve
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from attention_zoo.ops._autocast import no_autocast
 
 __all__ = ["halo_attention"]
 
@@ -57,7 +57,7 @@ def halo_attention(
         ValueError: tensors that do not fit together, or a grid that the blocks do not divide without `mask_padding`.
     """
     _check(q, k, v, height_rel, width_rel, block_size, halo_size, query_stride, mask_padding)
-    with contextlib.nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
+    with no_autocast(q):
         work = torch.promote_types(q.dtype, torch.float32)
         factor = k.shape[-1] ** -0.5 if scale is None else scale
         queries = _to_blocks(q.to(work), block_size // query_stride)  # (B, heads, U, V, i, j, D)

@@ -160,6 +160,16 @@ def test_meta_construction_then_reset_parameters(case: Case) -> None:
     assert run(module, x, **kwargs).isfinite().all()
 
 
+@each(BOTH)
+def test_meta_forward(case: Case) -> None:
+    """Shapes, and multiply-adds, can be had without computing anything."""
+    x, kwargs = case.inputs()
+    want = run(case.build(generic=False), x, **kwargs).shape
+    kwargs = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+    out = run(case.build(generic=False, device="meta"), x.to("meta"), **kwargs)
+    assert (out.device.type, out.shape) == ("meta", want)
+
+
 @each(PLAIN)
 def test_reset_parameters_initialises_again(case: Case) -> None:
     fresh, module = case.build(generic=False), case.build(generic=False)
