@@ -125,7 +125,7 @@ class MoHDiT(nn.Module):
         dim: channels C of the tokens.
         depth: number of blocks.
         num_heads: heads of a block, one number or one for each.
-        head_dim: channels of a head; None: dim / num_heads.
+        head_dim: channels of a head, one number or one for each block; None: dim / num_heads.
         mlp_ratio: hidden width of the MLPs over C.
         class_dropout_prob: probability with which a label is dropped in training; 0: the model cannot be guided.
         num_classes: number of labels; the label `num_classes` stands for none.
@@ -149,7 +149,7 @@ class MoHDiT(nn.Module):
         dim: int = 1152,
         depth: int = 28,
         num_heads: int | Sequence[int] = 16,
-        head_dim: int | None = None,
+        head_dim: PerLayer = None,
         mlp_ratio: float = 4.0,
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
@@ -165,7 +165,7 @@ class MoHDiT(nn.Module):
         factory = {"device": device, "dtype": dtype}
         check_attention(attention, "MoH-DiT")
         self.input_size, self.patch_size = to_2tuple(input_size), patch_size
-        if any(side < 1 or side % patch_size for side in self.input_size) or dim % 4:
+        if patch_size < 1 or any(side < 1 or side % patch_size for side in self.input_size) or dim % 4:
             raise ValueError(
                 f"patch_size={patch_size} must divide input_size={self.input_size}, and dim={dim} be a multiple of 4, for the "
                 f"positions; the nearest dim is {max(4, round(dim / 4) * 4)}"
@@ -173,7 +173,7 @@ class MoHDiT(nn.Module):
         self.in_channels, self.out_channels = in_channels, in_channels * (2 if learn_sigma else 1)
         self.num_classes, self.attention, self.grad_checkpointing = num_classes, attention, False
         self.grid_size = (self.input_size[0] // patch_size, self.input_size[1] // patch_size)
-        heads = _per_layer("num_heads", num_heads, depth)
+        heads, widths = _per_layer("num_heads", num_heads, depth), _per_layer("head_dim", head_dim, depth)
         own = {
             name: _per_layer(name, value, depth) for name, value in (("shared_heads", shared_heads), ("routed_topk", routed_topk))
         }
@@ -186,7 +186,7 @@ class MoHDiT(nn.Module):
         blocks = []
         for i in range(depth):
             moh = {name: values[i] for name, values in own.items()} if attention == "moh" else {}
-            options = {**({} if head_dim is None else {"head_dim": head_dim}), **moh, **(attention_kwargs or {})}
+            options = {**({} if widths[i] is None else {"head_dim": widths[i]}), **moh, **(attention_kwargs or {})}
             layer = build_attention(attention, dim, heads[i], host, options)
             blocks.append(MoHDiTBlock(dim, layer, mlp_ratio, **factory))
         self.blocks: Any = nn.ModuleList(blocks)

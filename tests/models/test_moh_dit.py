@@ -218,6 +218,7 @@ def test_heads_of_each_layer() -> None:
     layers = [block.attn for block in model.blocks]
     assert [(m.num_heads, m.head_dim, m.shared_heads, m.routed_topk) for m in layers] == [(2, 5, 2, 0), (6, 5, 3, 2)]
     assert tuple(layers[1].proj.weight.shape) == (16, 30)
+    assert [block.attn.head_dim for block in tiny(head_dim=[5, 3]).blocks] == [5, 3]
     assert [m.routed_topk for m in (block.attn for block in tiny(shared_heads=None, routed_topk=None).blocks)] == [1, 1]
     assert tiny(attention_kwargs={"qk_norm": True}).blocks[0].attn.q_norm.weight.shape == (4,)
 
@@ -242,6 +243,8 @@ def test_dense_is_all_heads_with_silent_routers() -> None:
     [
         ({"num_heads": [4, 4, 4]}, r"num_heads.*depth=2.*got 3"),
         ({"routed_topk": [1]}, r"routed_topk.*depth=2.*got 1"),
+        ({"head_dim": [4]}, r"head_dim.*depth=2.*got 1"),
+        ({"patch_size": 0}, r"patch_size=0 must divide"),
         ({"input_size": 9}, r"patch_size=2 must divide input_size=\(9, 9\)"),
         ({"dim": 18, "num_heads": 2, "shared_heads": 1, "routed_topk": 1}, r"dim=18.*nearest dim is 16"),
         ({"attention": "dtm"}, "cannot stand in MoH-DiT"),
