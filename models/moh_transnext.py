@@ -221,7 +221,7 @@ _SMALL = {"embed_dims": (72, 144, 288, 576), "depths": (5, 5, 22, 5), "num_heads
 _BASE = {"embed_dims": (96, 192, 384, 768), "depths": (5, 5, 23, 5), "num_heads": (4, 8, 16, 32), "drop_path_rate": 0.6}
 _BASE_75 = {**_BASE, "shared_heads": (4, 8, 4, 5), "routed_topk": (0, 0, 8, 16)}
 _VARIANTS: dict[str, dict[str, Any]] = {
-    "moh_transnext": _BASE_75,
+    "moh_transnext": {**_BASE_75, "drop_path_rate": 0.0},  # of any size: how deep it is to drop out is for whoever says the size
     "moh_transnext_small_75": {**_SMALL, "shared_heads": (3, 6, 3, 4), "routed_topk": (0, 0, 6, 12)},
     "moh_transnext_small_80": {**_SMALL, "shared_heads": (3, 6, 3, 8), "routed_topk": (0, 0, 6, 12)},
     "moh_transnext_base_75": _BASE_75,
@@ -244,7 +244,7 @@ def _create_moh_transnext(variant: str, pretrained: bool = False, **kwargs: Any)
 
 @register_model
 def moh_transnext(pretrained: bool = False, **kwargs: Any) -> Any:
-    """MoH-TransNeXt of any size; base_75 unless the arguments say otherwise."""
+    """MoH-TransNeXt of any size; base_75, without its stochastic depth, unless the arguments say otherwise."""
     return _create_moh_transnext("moh_transnext", pretrained, **kwargs)
 
 

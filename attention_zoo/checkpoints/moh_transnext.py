@@ -72,7 +72,7 @@ def convert_moh_transnext(
     shapes: dict[str, tuple[int, ...] | None] = {}
     for i, depth in enumerate(depths, 1):
         name = "moh_transnext_global" if sr_ratios[i - 1] == 1 else "moh_transnext_aggregated"
-        own = {} if sr_ratios[i - 1] == 1 else {"window_size": window_sizes[i - 1]}
+        own = {} if sr_ratios[i - 1] == 1 else {"window_size": window_sizes[i - 1] or 3}
         heads = {"num_heads": num_heads[i - 1], "shared_heads": shared_heads[i - 1], "routed_topk": routed_topk[i - 1]}
         layer = official_shapes(name, dim=embed_dims[i - 1], qkv_bias=qkv_bias, **{**heads, **own, **(attention_kwargs or {})})
         shapes |= dict.fromkeys(parameter_keys(f"patch_embed{i}.proj", f"patch_embed{i}.norm", f"norm{i}"))

@@ -129,6 +129,7 @@ def test_options_that_change_keys() -> None:
     for options in (
         {"qkv_bias": False},
         {"sr_ratios": (4, 1, 2, 1), "window_sizes": (5, None, 1, None)},
+        {"sr_ratios": (4, 2, 2, 1), "window_sizes": (None, 5, None, None)},
         {"attention_kwargs": {"cpb_hidden": 7}},
     ):
         az.create_model("moh_transnext", **TINY, **options).load_state_dict(

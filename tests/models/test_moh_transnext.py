@@ -103,6 +103,7 @@ def test_layout(name: str, shared: tuple[int, ...], topk: tuple[int, ...], rate:
     assert stages == [{pair} for pair in zip(shared, topk, strict=True)]
     used = sum(a.shared_heads + a.routed_topk for a in found) / sum(a.num_heads for a in found)
     assert used == pytest.approx(active, abs=0.025)
+    assert not any(isinstance(m, DropPath) for m in az.create_model("moh_transnext", device="meta").modules())
     ends = [m.drop_prob for n, m in model.named_modules() if n.endswith("drop_path1") and isinstance(m, DropPath)]
     assert ends == pytest.approx(torch.linspace(0, rate, len(found)).tolist()[1:])
     for i, side, ratio in ((1, 56, 8), (2, 28, 4), (3, 14, 2)):
