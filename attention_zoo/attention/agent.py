@@ -33,7 +33,7 @@ from attention_zoo.attention.base import (
     resolve_head_dim,
     split_heads,
 )
-from attention_zoo.attention.conversion import refuse_tensors, source_settings, split_projections
+from attention_zoo.attention.conversion import projection_settings, refuse_tensors, source_heads, source_settings, split_projections
 from attention_zoo.registry import register_attention
 
 __all__ = [
@@ -561,19 +561,14 @@ class AgentAttention(AgentTables):
         """
         if getattr(source, "is_causal", False):
             raise ValueError("the source is causal: agents are means over all queries, future ones too")
-        tensors = source.state_dict() if isinstance(source, nn.Module) else source
-        num_heads = getattr(source, "num_heads", None) if num_heads is None else num_heads
-        if num_heads is None:
-            raise ValueError("the weights do not say how many heads they are: give num_heads")
-        state = split_projections(tensors)
+        state = split_projections(source)
         inner, dim = state["q.weight"].shape
+        num_heads = source_heads(source, inner) if num_heads is None else num_heads
         head_dim = resolve_head_dim(inner, num_heads)
         settings: dict[str, Any] = {
             "head_dim": head_dim,
             "num_kv_heads": state["k.weight"].shape[0] // head_dim,
-            "qkv_bias": "q.bias" in state,
-            "device": state["q.weight"].device,
-            "dtype": state["q.weight"].dtype,
+            **projection_settings(state),
             **noncausal_settings(source),
         }
         module = cls(dim, num_heads, **{**settings, **options})

@@ -28,7 +28,7 @@ from attention_zoo.attention.base import (
     resolve_head_dim,
     split_heads,
 )
-from attention_zoo.attention.conversion import refuse_tensors, source_heads, split_projections
+from attention_zoo.attention.conversion import projection_settings, refuse_tensors, source_heads, split_projections
 from attention_zoo.registry import register_attention
 
 __all__ = ["AgentCSwinAttention", "AgentStripes", "SoftmaxStripes"]
@@ -311,7 +311,7 @@ class AgentCSwinAttention(AttentionModule):
             ValueError: a causal or grouped source, one of another width than its tokens, or tensors that are missing or have no
                 place here; all of them are listed.
         """
-        state = split_projections(source.state_dict() if isinstance(source, nn.Module) else source)
+        state = split_projections(source)
         (inner, dim), kv_shape = state["q.weight"].shape, tuple(state["k.weight"].shape)
         if getattr(source, "is_causal", False) or inner != dim or kv_shape != (dim, dim):
             raise ValueError(
@@ -319,13 +319,13 @@ class AgentCSwinAttention(AttentionModule):
                 f"{(inner, dim)}, k.weight {kv_shape}, is_causal={getattr(source, 'is_causal', False)}"
             )
         weight = state["q.weight"]
-        settings = {"qkv_bias": "q.bias" in state, "device": weight.device, "dtype": weight.dtype, **noncausal_settings(source)}
+        settings = {**projection_settings(state), **noncausal_settings(source)}
         module = cls(dim, source_heads(source, inner) if num_heads is None else num_heads, **{**settings, **options})
         own = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in {"q", "k", "v"}}
         own.setdefault("proj.bias", weight.new_zeros(dim))
         own |= {f"qkv.{k}": torch.cat([state[f"{name}.{k}"] for name in "qkv"]) for k in ("weight", "bias") if f"q.{k}" in state}
         own |= {name: torch.zeros_like(tensor) for name, tensor in module.state_dict().items() if name.startswith("attns.")}
-        current = module.state_dict()
+        current = module.state_dict()  # a refusal lists the tensors in the layer's own order
         refuse_tensors(cls.__name__, [n for n in current if n not in own], [n for n in own if n not in current])
         module.load_state_dict(own)
         return module.train(source.training) if isinstance(source, nn.Module) else module

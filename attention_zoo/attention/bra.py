@@ -29,7 +29,7 @@ from attention_zoo.attention.base import (
     resolve_head_dim,
     split_heads,
 )
-from attention_zoo.attention.conversion import refuse_tensors, source_heads, source_settings, split_projections
+from attention_zoo.attention.conversion import load_converted, projection_settings, source_heads, source_settings, split_projections
 from attention_zoo.attention.lepe import LocalPositionEncoding
 from attention_zoo.registry import register_attention
 
@@ -217,8 +217,7 @@ class BiLevelRoutingAttention(AttentionModule):
             ValueError: a causal or grouped source, heads whose channels are not dim / num_heads, pooled keys, or tensors without a
                 place here (normalised queries and keys); all of them are listed.
         """
-        tensors = source.state_dict() if isinstance(source, nn.Module) else source
-        state = split_projections(tensors)
+        state = split_projections(source)
         num_heads = source_heads(source, state["q.weight"].shape[0]) if num_heads is None else num_heads
         shapes = {name: tuple(state[f"{name}.weight"].shape) for name in ("q", "k", "v", "proj")}
         dim = shapes["q"][1]
@@ -230,8 +229,7 @@ class BiLevelRoutingAttention(AttentionModule):
             raise ValueError(f"kv_downsample={kind!r} pools keys that the source attends to one by one; convert with 'identity'")
         if not options.get("out_proj", True):
             raise ValueError("the source has an output projection: out_proj=False would drop it")
-        settings: dict[str, Any] = {"qk_scale": (dim // num_heads) ** -0.5, "qkv_bias": "q.bias" in state}
-        settings |= {"device": state["q.weight"].device, "dtype": state["q.weight"].dtype}
+        settings = {"qk_scale": (dim // num_heads) ** -0.5, **projection_settings(state)}
         module = cls(dim, num_heads, **{**settings, **_source_settings(source), **options})
         own = {"qkv.weight": torch.cat([state.pop(f"{name}.weight") for name in "qkv"])}
         if "q.bias" in state:
@@ -239,10 +237,7 @@ class BiLevelRoutingAttention(AttentionModule):
         own |= {"proj.bias": state["proj.weight"].new_zeros(dim), **state}
         started = {name: torch.zeros_like(t) for name, t in module.state_dict().items() if name.startswith("lepe.")}
         started |= {name: t for name, t in module.state_dict().items() if name.startswith("router.")}
-        own = {**started, **own}
-        expected = module.state_dict()
-        refuse_tensors(cls.__name__, [n for n in expected if n not in own], [n for n in own if n not in expected])
-        module.load_state_dict(own)
+        load_converted(module, {**started, **own})
         return module.train(source.training) if isinstance(source, nn.Module) else module
 
     def forward(

@@ -31,7 +31,15 @@ from attention_zoo.attention.base import (
     split_heads,
 )
 from attention_zoo.attention.cache import StateCacheLayer, own_cache_layer
-from attention_zoo.attention.conversion import refuse_tensors, source_heads, source_settings, split_projections
+from attention_zoo.attention.conversion import (
+    load_converted,
+    projection_settings,
+    separate_names,
+    source_heads,
+    source_settings,
+    split_projections,
+    whole_heads,
+)
 from attention_zoo.ops.core_context import CORE_HEADS, POOLS, core_context_attention, pool_core_tokens
 from attention_zoo.registry import register_attention
 
@@ -179,30 +187,22 @@ class CoreContextAttention(AttentionModule):
         module_given = isinstance(source, nn.Module)
         if module_given and getattr(source, "is_causal", None) is False:
             raise ValueError(f"{cls.__name__} is causal, the source is not: old and recent tokens have no meaning without an order")
-        state = split_projections(source.state_dict() if isinstance(source, nn.Module) else source)
-        (inner, dim), kv_inner = state["q.weight"].shape, state["k.weight"].shape[0]
+        state = split_projections(source)
+        inner, dim = state["q.weight"].shape
         num_heads = source_heads(source, inner) if num_heads is None else num_heads
-        head_dim = inner // num_heads if num_heads > 0 and inner % num_heads == 0 else 0
-        if head_dim == 0 or kv_inner % head_dim:
-            raise ValueError(f"q.weight has {inner} rows, k.weight {kv_inner}: no whole number of heads; is num_heads={num_heads}?")
+        head_dim, num_kv_heads = whole_heads(state, num_heads)
         settings = source_settings(source) if isinstance(source, nn.Module) else {}
         settings.pop("is_causal", None)
         settings = {
             "head_dim": head_dim,
-            "qkv_bias": "q.bias" in state,
+            **projection_settings(state),
             "proj_bias": "proj.bias" in state,
             "layer_idx": getattr(source, "layer_idx", None),
-            "device": state["q.weight"].device,
-            "dtype": state["q.weight"].dtype,
             **settings,
             **options,
         }
-        module = cls(dim, num_heads, num_kv_heads=kv_inner // head_dim, rope_theta=rope_theta, **settings)
-        names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "o_proj"}
-        state = {names.get(part, part) + "." + kind: t for (part, _, kind), t in ((k.rpartition("."), t) for k, t in state.items())}
-        own = module.state_dict()
-        refuse_tensors(cls.__name__, [n for n in own if n not in state], [n for n in state if n not in own])
-        module.load_state_dict(state)
+        module = cls(dim, num_heads, num_kv_heads=num_kv_heads, rope_theta=rope_theta, **settings)
+        load_converted(module, separate_names(state))
         return module.train(source.training) if isinstance(source, nn.Module) else module
 
     def forward(

@@ -30,7 +30,7 @@ from attention_zoo.attention.base import (
 )
 from attention_zoo.attention.cache import StateCacheLayer, own_cache_layer
 from attention_zoo.attention.combiner_patterns import PATTERNS, Plan, State, pieces
-from attention_zoo.attention.conversion import refuse_tensors, source_heads, source_settings, split_projections
+from attention_zoo.attention.conversion import load_converted, projection_settings, source_heads, source_settings, split_projections
 from attention_zoo.registry import register_attention
 
 __all__ = ["CombinerAttention"]
@@ -214,7 +214,7 @@ class CombinerAttention(AttentionModule):
             raise ValueError("the source biases its logits by distance (ALiBi), which a summary of many tokens does not have")
         if isinstance(getattr(source, "q_norm", None), nn.LayerNorm):
             raise ValueError("the source normalises q and k by LayerNorm; Combiner has RMS normalisation")
-        state = split_projections(source.state_dict() if isinstance(source, nn.Module) else source)
+        state = split_projections(source)
         (inner, dim), kv_inner = state["q.weight"].shape, state["k.weight"].shape[0]
         num_heads = source_heads(source, inner) if num_heads is None else num_heads
         head_dim = inner // num_heads if num_heads > 0 and inner % num_heads == 0 else 0
@@ -223,11 +223,10 @@ class CombinerAttention(AttentionModule):
         causal = getattr(source, "is_causal", None)
         settings = {
             "head_dim": head_dim,
+            **projection_settings(state),
             "qkv_bias": any(f"{name}.bias" in state for name in "qkv"),
             "qk_norm": "q_norm.weight" in state,
             "proj_bias": "proj.bias" in state,
-            "device": state["q.weight"].device,
-            "dtype": state["q.weight"].dtype,
             **({"is_causal": causal} if isinstance(causal, bool) else {}),
             **(source_settings(source) if isinstance(source, nn.Module) else {}),
         }
@@ -260,8 +259,7 @@ class CombinerAttention(AttentionModule):
         for name in ("pool_q.weight", "pool_k.weight"):
             if name in own:
                 state[name] = torch.eye(self.head_dim)
-        refuse_tensors(type(self).__name__, [n for n in own if n not in state], [n for n in state if n not in own])
-        self.load_state_dict(state)
+        load_converted(self, state)
 
     def cache_elements(self, num_tokens: int) -> int:
         """Numbers that a cache keeps of one sequence; rotated axial rows keep 2 d more for each token of the unfinished one.

@@ -9,7 +9,17 @@ from torch import Tensor, nn
 
 from attention_zoo.attention.base import AttentionModule
 
-__all__ = ["refuse_tensors", "source_heads", "source_settings", "split_projections", "update_layer_options"]
+__all__ = [
+    "load_converted",
+    "projection_settings",
+    "refuse_tensors",
+    "separate_names",
+    "source_heads",
+    "source_settings",
+    "split_projections",
+    "update_layer_options",
+    "whole_heads",
+]
 
 # Names of the projections elsewhere, in order q, k, v, proj; fused ones have the rows [q; k; v] and [k; v].
 _LAYOUTS: tuple[dict[str, tuple[str, ...]], ...] = (
@@ -20,8 +30,9 @@ _LAYOUTS: tuple[dict[str, tuple[str, ...]], ...] = (
 )
 
 
-def split_projections(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def split_projections(source: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The source's tensors with separate q, k, v and proj. Raises ValueError when no known set of projections is there."""
+    source = source.state_dict() if isinstance(source, nn.Module) else source
     layout = next((names for names in _LAYOUTS if all(f"{name}.weight" in source for name in names)), None)
     if layout is None:
         raise ValueError(
@@ -44,6 +55,18 @@ def split_projections(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+def separate_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `q`, `k`, `v` and `proj` under the names of decoders, `q_proj`, ..., `o_proj`; others keep theirs."""
+    ours = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "o_proj"}
+    named = ((name.rpartition("."), tensor) for name, tensor in state.items())
+    return {f"{ours.get(module, module)}.{kind}": tensor for (module, _, kind), tensor in named}
+
+
+def projection_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Constructor arguments that the tensors of `q` tell, in any mechanism."""
+    return {"qkv_bias": "q.bias" in state, "device": state["q.weight"].device, "dtype": state["q.weight"].dtype}
+
+
 def source_settings(source: nn.Module) -> dict[str, Any]:
     """Constructor arguments that an attention module's attributes tell: dropout rates, and what the zoo's own carry."""
     found: dict[str, Any] = {}
@@ -63,6 +86,22 @@ def source_heads(source: nn.Module | Mapping[str, Tensor], inner: int) -> int:
     if isinstance(head_dim := getattr(source, "head_dim", None), int):
         return inner // head_dim
     raise ValueError("the weights do not say how many heads they are: give num_heads")
+
+
+def whole_heads(state: Mapping[str, Tensor], num_heads: int) -> tuple[int, int]:
+    """Channels of each of `num_heads` query heads, and how many key/value heads of that width there are. Raises ValueError."""
+    inner, kv_inner = state["q.weight"].shape[0], state["k.weight"].shape[0]
+    head_dim = inner // num_heads if num_heads > 0 and inner % num_heads == 0 else 0
+    if head_dim == 0 or kv_inner % head_dim:
+        raise ValueError(f"q.weight has {inner} rows, k.weight {kv_inner}: no whole number of heads; is num_heads={num_heads}?")
+    return head_dim, kv_inner // head_dim
+
+
+def load_converted(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load all tensors of a mechanism. Raises ValueError, listing them all, if some are missing or have no place."""
+    own = module.state_dict()
+    refuse_tensors(type(module).__name__, sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys()))
+    module.load_state_dict(state)
 
 
 def refuse_tensors(name: str, missing: Iterable[str], unknown: Iterable[str]) -> None:

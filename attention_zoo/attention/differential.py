@@ -33,7 +33,15 @@ from attention_zoo.attention.base import (
     resolve_visibility,
     split_heads,
 )
-from attention_zoo.attention.conversion import refuse_tensors, source_heads, source_settings, split_projections
+from attention_zoo.attention.conversion import (
+    load_converted,
+    projection_settings,
+    separate_names,
+    source_heads,
+    source_settings,
+    split_projections,
+    whole_heads,
+)
 
 __all__ = [
     "LAMBDA_VECTORS",
@@ -286,11 +294,8 @@ class DifferentialAttention(AttentionModule):
 
     def _load_conversion(self, state: Mapping[str, Tensor], source: nn.Module | Mapping[str, Tensor]) -> None:
         """Load converted tensors; lambda and the sub-norm keep what they are. Takes over the train mode of a module."""
-        own = self.state_dict()
-        new = {name: tensor for name, tensor in own.items() if name.startswith(("lambda_", "subln."))}
-        missing, unknown = sorted(own.keys() - new.keys() - state.keys()), sorted(state.keys() - own.keys())
-        refuse_tensors(type(self).__name__, missing, unknown)
-        self.load_state_dict({**new, **state})
+        new = {name: tensor for name, tensor in self.state_dict().items() if name.startswith(("lambda_", "subln."))}
+        load_converted(self, {**new, **state})
         if isinstance(source, nn.Module):
             self.train(source.training)
 
@@ -345,25 +350,17 @@ class SoftmaxSource:
     """
 
     def __init__(self, source: nn.Module | Mapping[str, Tensor], num_heads: int | None) -> None:
-        is_module = isinstance(source, nn.Module)
-        self.state = split_projections(source.state_dict() if is_module else source)  # type: ignore[union-attr, arg-type]
-        (inner, self.dim), (kv_inner, context_dim) = self.state["q.weight"].shape, self.state["k.weight"].shape
+        self.state = split_projections(source)
+        (inner, self.dim), context_dim = self.state["q.weight"].shape, self.state["k.weight"].shape[1]
         self.num_heads = num_heads or source_heads(source, inner)
-        if inner % self.num_heads or kv_inner % (inner // self.num_heads):
-            raise ValueError(
-                f"q.weight has {inner} rows, k.weight {kv_inner}: no whole number of heads; is num_heads={self.num_heads}?"
-            )
-        self.head_dim = inner // self.num_heads
-        self.num_kv_heads = kv_inner // self.head_dim
+        self.head_dim, self.num_kv_heads = whole_heads(self.state, self.num_heads)
         check_head_split(self.num_heads, self.num_kv_heads)
         self.settings: dict[str, Any] = {
             "head_dim": self.head_dim,
-            "qkv_bias": "q.bias" in self.state,
+            **projection_settings(self.state),
             "proj_bias": "proj.bias" in self.state,
             "qk_norm": "q_norm.weight" in self.state,
             "context_dim": context_dim,
-            "device": self.state["q.weight"].device,
-            "dtype": self.state["q.weight"].dtype,
         }
         if isinstance(source, nn.Module):
             is_causal, norm = getattr(source, "is_causal", None), getattr(source, "q_norm", None)
@@ -373,9 +370,7 @@ class SoftmaxSource:
 
     def projections(self) -> dict[str, Tensor]:
         """The tensors under our names."""
-        ours = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "o_proj"}
-        named = ((name.rpartition("."), tensor) for name, tensor in self.state.items())
-        return {f"{ours.get(module, module)}.{kind}": tensor for (module, _, kind), tensor in named}
+        return separate_names(self.state)
 
 
 def stripe_heads(state: Mapping[str, Tensor], num_heads: int, num_noise_heads: int, noise: float = 0.0) -> dict[str, Tensor]:

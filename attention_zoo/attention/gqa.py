@@ -24,7 +24,7 @@ from attention_zoo.attention.base import (
     resolve_head_dim,
     split_heads,
 )
-from attention_zoo.attention.conversion import refuse_tensors, source_settings, split_projections
+from attention_zoo.attention.conversion import projection_settings, refuse_tensors, source_heads, source_settings, split_projections
 from attention_zoo.registry import PATTERNS, register_attention
 
 __all__ = ["GroupedQueryAttention", "mean_pool_kv_heads"]
@@ -141,12 +141,9 @@ class GroupedQueryAttention(AttentionModule):
         Raises:
             ValueError: head counts that do not divide, or tensors that are missing or have no place here; all of them are listed.
         """
-        tensors = source.state_dict() if isinstance(source, nn.Module) else source
-        num_heads = getattr(source, "num_heads", None) if num_heads is None else num_heads
-        if num_heads is None:
-            raise ValueError("the weights do not say how many heads they are: give num_heads")
-        state = split_projections(tensors)
+        state = split_projections(source)
         (inner, dim), (kv_inner, context_dim) = state["q.weight"].shape, state["k.weight"].shape
+        num_heads = source_heads(source, inner) if num_heads is None else num_heads
         head_dim = _channels_per_head("q.weight", inner, num_heads)
         if kv_inner % head_dim:
             raise ValueError(
@@ -158,11 +155,9 @@ class GroupedQueryAttention(AttentionModule):
                 state[name] = mean_pool_kv_heads(state[name], kv_inner // head_dim, num_kv_heads)
         settings = {
             "head_dim": head_dim,
-            "qkv_bias": "q.bias" in state,
+            **projection_settings(state),
             "proj_bias": "proj.bias" in state,
             "context_dim": context_dim,
-            "device": state["q.weight"].device,
-            "dtype": state["q.weight"].dtype,
             **(source_settings(source) if isinstance(source, nn.Module) else {}),
             **options,
         }

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from attention_zoo import ops
 from attention_zoo.attention.base import AttentionModule, check_grid, check_tokens, merge_heads, resolve_head_dim, split_heads
-from attention_zoo.attention.conversion import refuse_tensors, source_settings, split_projections
+from attention_zoo.attention.conversion import load_converted, projection_settings, source_heads, source_settings, split_projections
 from attention_zoo.registry import register_attention
 
 __all__ = ["HaloAttention"]
@@ -171,11 +171,9 @@ class HaloAttention(AttentionModule):
             ValueError: a causal or grouped source, one with another scale of the logits or heads that do not make up its width, or
                 tensors that are missing or have no place here; all of them are listed.
         """
-        state = split_projections(source.state_dict() if isinstance(source, nn.Module) else source)
-        num_heads = getattr(source, "num_heads", None) if num_heads is None else num_heads
-        if num_heads is None:
-            raise ValueError("the weights do not say how many heads they are: give num_heads")
+        state = split_projections(source)
         (inner, dim), kv_shape = state["q.weight"].shape, tuple(state["k.weight"].shape)
+        num_heads = source_heads(source, inner) if num_heads is None else num_heads
         if inner != dim or kv_shape != (dim, dim) or dim % num_heads:
             raise ValueError(
                 f"halo attention needs as many key/value heads as query heads, which together have the width of the tokens: with "
@@ -183,10 +181,8 @@ class HaloAttention(AttentionModule):
             )
         settings = {
             "head_dim": dim // num_heads,
-            "qkv_bias": "q.bias" in state,
+            **projection_settings(state),
             "mask_padding": True,
-            "device": state["q.weight"].device,
-            "dtype": state["q.weight"].dtype,
             **_source_settings(source, dim // num_heads),
         }
         module = cls(dim, num_heads, **{**settings, **options})
@@ -204,9 +200,7 @@ class HaloAttention(AttentionModule):
                 own |= {f"{n}.{kind}": t[..., None, None] if kind == "weight" else t for n, t in maps.items()}
         own["proj.weight"] = state["proj.weight"]
         own["proj.bias"] = state.get("proj.bias", own["proj.weight"].new_zeros(self.dim_out))
-        expected = self.state_dict()
-        refuse_tensors(type(self).__name__, expected.keys() - own.keys() - tables.keys(), own.keys() - expected.keys())
-        self.load_state_dict({**own, **tables})
+        load_converted(self, {**own, **tables})
 
     def forward(self, x: Tensor, *, grid_size: tuple[int, int] | None = None) -> Tensor:
         if x.ndim == 4:

@@ -27,7 +27,7 @@ from attention_zoo.attention.base import (
     resolve_head_dim,
     split_heads,
 )
-from attention_zoo.attention.conversion import refuse_tensors, source_settings, split_projections
+from attention_zoo.attention.conversion import load_converted, projection_settings, source_heads, source_settings, split_projections
 from attention_zoo.registry import register_attention
 
 __all__ = ["HiLoAttention"]
@@ -179,12 +179,9 @@ class HiLoAttention(AttentionModule):
             ValueError: a causal or grouped source, heads that it does not have, both `alpha` and `high_heads`, or tensors that are
                 missing or have no place here; all of them are listed.
         """
-        tensors = source.state_dict() if isinstance(source, nn.Module) else source
-        num_heads = getattr(source, "num_heads", None) if num_heads is None else num_heads
-        if num_heads is None:
-            raise ValueError("the weights do not say how many heads they are: give num_heads")
-        state = split_projections(tensors)
+        state = split_projections(source)
         (inner, dim), kv_shape = state["q.weight"].shape, tuple(state["k.weight"].shape)
+        num_heads = source_heads(source, inner) if num_heads is None else num_heads
         if kv_shape != (inner, dim) or inner % num_heads:
             raise ValueError(
                 "HiLo needs as many key/value heads as query heads, all of the same tokens: with "
@@ -192,10 +189,8 @@ class HiLoAttention(AttentionModule):
             )
         settings = {
             "head_dim": inner // num_heads,
-            "qkv_bias": "q.bias" in state,
+            **projection_settings(state),
             "output_proj": output_proj,
-            "device": state["q.weight"].device,
-            "dtype": state["q.weight"].dtype,
             **_source_settings(source, inner // num_heads),
         }
         order = list(range(num_heads))
@@ -227,10 +222,7 @@ class HiLoAttention(AttentionModule):
             own |= {"l_proj.weight": weight[h_dim:, h_dim:], "l_proj.bias": bias[h_dim:]}
         own |= {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in {"q", "k", "v", "proj"}}
         own = {name: tensor for name, tensor in own.items() if tensor.numel()}  # a branch without heads has no parameters
-        expected = self.state_dict()
-        missing, unknown = [n for n in expected if n not in own], [n for n in own if n not in expected]
-        refuse_tensors(type(self).__name__, missing, unknown)
-        self.load_state_dict(own)
+        load_converted(self, own)
 
     def forward(self, x: Tensor, *, grid_size: tuple[int, int]) -> Tensor:
         check_tokens(x, self.dim)

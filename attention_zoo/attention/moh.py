@@ -32,11 +32,14 @@ from attention_zoo.attention.base import (
     split_heads,
 )
 from attention_zoo.attention.conversion import (
-    refuse_tensors,
+    load_converted,
+    projection_settings,
+    separate_names,
     source_heads,
     source_settings,
     split_projections,
     update_layer_options,
+    whole_heads,
 )
 from attention_zoo.registry import PATTERNS, register_attention
 
@@ -306,13 +309,10 @@ class MoHAttention(MixtureOfHeads):
             ValueError: head counts that do not divide, an order that is no permutation or splits a group, or tensors that are
                 missing or have no place here; all of them are listed.
         """
-        state = split_projections(source.state_dict() if isinstance(source, nn.Module) else source)
-        (inner, dim), (kv_inner, context_dim) = state["q.weight"].shape, state["k.weight"].shape
+        state = split_projections(source)
+        (inner, dim), context_dim = state["q.weight"].shape, state["k.weight"].shape[1]
         num_heads = source_heads(source, inner) if num_heads is None else num_heads
-        head_dim = inner // num_heads if num_heads > 0 and inner % num_heads == 0 else 0
-        if head_dim == 0 or kv_inner % head_dim:
-            raise ValueError(f"q.weight has {inner} rows, k.weight {kv_inner}: no whole number of heads; is num_heads={num_heads}?")
-        num_kv_heads = kv_inner // head_dim
+        head_dim, num_kv_heads = whole_heads(state, num_heads)
         check_head_split(num_heads, num_kv_heads)
         if shared_heads is None:
             group = num_heads // num_kv_heads
@@ -326,12 +326,10 @@ class MoHAttention(MixtureOfHeads):
             num_kv_heads=num_kv_heads,
             **{
                 "head_dim": head_dim,
-                "qkv_bias": "q.bias" in state,
+                **projection_settings(state),
                 "qk_norm": "q_norm" in {name.partition(".")[0] for name in state},
                 "proj_bias": "proj.bias" in state,
                 "context_dim": context_dim,
-                "device": state["q.weight"].device,
-                "dtype": state["q.weight"].dtype,
                 **(_source_settings(source) if isinstance(source, nn.Module) else {}),
                 **options,
             },
@@ -382,7 +380,7 @@ class MoHAttention(MixtureOfHeads):
                 norm = getattr(source, name, None)
                 if isinstance(norm, nn.Module) and nn.Identity not in (type(norm), type(getattr(self, name))):
                     setattr(self, name, deepcopy(norm))
-        loaded = {_split_name(name): tensor for name, tensor in state.items()}
+        loaded = separate_names(state)
         if self.fused:
             for kind in ("weight", "bias"):
                 parts = [loaded.pop(f"{name}_proj.{kind}") for name in "qkv" if f"{name}_proj.{kind}" in loaded]
@@ -391,9 +389,7 @@ class MoHAttention(MixtureOfHeads):
             loaded = {name.replace("o_proj.", "proj."): tensor for name, tensor in loaded.items()}
         own = self.state_dict()
         routers = {name for name in own if name.split(".")[0] in ("router", "shared_router", "balance")}
-        missing, unknown = sorted(own.keys() - routers - loaded.keys()), sorted(loaded.keys() - own.keys())
-        refuse_tensors(type(self).__name__, missing, unknown)
-        self.load_state_dict({**{name: torch.zeros_like(own[name]) for name in routers}, **loaded})
+        load_converted(self, {**{name: torch.zeros_like(own[name]) for name in routers}, **loaded})
 
 
 def set_routed_topk(model: nn.Module, routed_topk: int | Sequence[int]) -> None:
@@ -533,12 +529,6 @@ def _source_settings(source: nn.Module) -> dict[str, Any]:
     """What the source's attributes tell, causality also of modules that are not the zoo's."""
     is_causal = getattr(source, "is_causal", None)
     return {**source_settings(source), **({"is_causal": is_causal} if isinstance(is_causal, bool) else {})}
-
-
-def _split_name(name: str) -> str:
-    """Our name in the split form of a tensor of `q`, `k`, `v`, `proj`; others keep theirs."""
-    module, _, kind = name.rpartition(".")
-    return {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "o_proj"}.get(module, module) + "." + kind
 
 
 def _reorder_heads(state: dict[str, Tensor], order: Sequence[int], num_heads: int, num_kv_heads: int) -> dict[str, Tensor]:

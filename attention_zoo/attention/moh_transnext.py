@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from attention_zoo import ops
 from attention_zoo.attention.base import check_grid, check_tokens, merge_heads, resolve_head_dim, split_heads
-from attention_zoo.attention.conversion import refuse_tensors, source_settings
+from attention_zoo.attention.conversion import load_converted, source_settings
 from attention_zoo.attention.moh import MixtureOfHeads, work_dtype
 from attention_zoo.registry import register_attention
 
@@ -126,8 +126,7 @@ class _TransNeXtHeads(MixtureOfHeads):
         module = cls(state["proj.weight"].shape[0], num_heads, **{**settings, **options})
         own = module.state_dict()
         zeros = {name: torch.zeros_like(tensor) for name, tensor in own.items() if name.split(".")[0] in _ROUTERS}
-        refuse_tensors(cls.__name__, sorted(own.keys() - zeros.keys() - state.keys()), sorted(state.keys() - own.keys()))
-        module.load_state_dict({**zeros, **state})
+        load_converted(module, {**zeros, **state})
         return module.train(source.training) if isinstance(source, nn.Module) else module
 
     def extra_repr(self) -> str:
