@@ -26,15 +26,7 @@ def convert_cca(state_dict: State, *, qkv_bias: bool = False, proj_bias: bool = 
 
 @register_converter("llama_cca")
 def convert_llama_cca(
-    state_dict: State,
-    *,
-    attention: Any = None,
-    attention_kwargs: Any = None,
-    attention_bias: bool = False,
-    num_hidden_layers: int = 32,
-    mlp_bias: bool = False,
-    tie_word_embeddings: bool = False,
-    **config: Any,
+    state_dict: State, *, attention: Any = None, attention_kwargs: Any = None, attention_bias: bool = False, **config: Any
 ) -> State:
     """A whole decoder; arguments as for `create_model`.
 
@@ -42,10 +34,4 @@ def convert_llama_cca(
         CheckpointError: another mechanism, biases in some layers only, unknown or missing keys.
     """
     check_mechanism(attention, "cca")
-    return convert_decoder(
-        state_dict,
-        projection_keys(**layer_options(attention_kwargs, attention_bias)),
-        num_hidden_layers=num_hidden_layers,
-        mlp_bias=mlp_bias,
-        tie_word_embeddings=tie_word_embeddings,
-    )
+    return convert_decoder(state_dict, projection_keys(**layer_options(attention_kwargs, attention_bias)), **config)

@@ -61,14 +61,11 @@ def convert_diff(state_dict: State, *, num_heads: int = 8, num_kv_heads: int | N
 def convert_diffllama(
     state_dict: State,
     *,
-    num_hidden_layers: int = 32,
     num_attention_heads: int = 32,
     num_key_value_heads: int | None = None,
     attention: Any = None,
     attention_kwargs: Any = None,
     attention_bias: bool = False,
-    mlp_bias: bool = False,
-    tie_word_embeddings: bool = False,
     **config: Any,
 ) -> State:
     """A whole DiffLlama; arguments as for `create_model`, so that numbers of heads count differential heads.
@@ -83,10 +80,8 @@ def convert_diffllama(
     return convert_decoder(
         state_dict,
         layer_keys("diff", options),
-        num_hidden_layers=num_hidden_layers,
-        mlp_bias=mlp_bias,
-        tie_word_embeddings=tie_word_embeddings,
         convert_layer=lambda layer: _lay_out(layer, "halves", heads, kv_heads, options),
+        **config,
     )
 
 

@@ -29,13 +29,10 @@ def convert_gda(state_dict: State, **options: Any) -> State:
 def convert_motif(
     state_dict: State,
     *,
-    num_hidden_layers: int = 32,
     hidden_act: str = "poly_norm",
     attention: Any = None,
     attention_kwargs: Any = None,
     attention_bias: bool = False,
-    mlp_bias: bool = False,
-    tie_word_embeddings: bool = False,
     **config: Any,
 ) -> State:
     """A whole Motif; arguments as for `create_model`.
@@ -46,8 +43,6 @@ def convert_motif(
     return convert_decoder(
         state_dict,
         layer_keys("gda", decoder_options("gda", attention, attention_kwargs, attention_bias)),
-        num_hidden_layers=num_hidden_layers,
-        mlp_bias=mlp_bias,
-        tie_word_embeddings=tie_word_embeddings,
         act_keys=("weight", "bias") if hidden_act == "poly_norm" else (),
+        **config,
     )

@@ -31,6 +31,7 @@ def convert_decoder(
     tie_word_embeddings: bool = False,
     act_keys: tuple[str, ...] = (),
     convert_layer: Callable[[State], State] | None = None,
+    **config: Any,
 ) -> State:
     """A whole decoder with Hugging Face's names.
 
@@ -39,6 +40,7 @@ def convert_decoder(
         num_hidden_layers, mlp_bias, tie_word_embeddings: as in LlamaConfig.
         act_keys: names of the MLP's activation, below `mlp.act_fn.`.
         convert_layer: maps the state of one attention, names below `self_attn.`; None: they stay.
+        config: the other arguments of `create_model`, which change no name here.
 
     Returns: a state dict that has the output layer in any case: where it is tied to the embedding, checkpoints leave it out.
 
@@ -103,15 +105,7 @@ def projection_keys(qkv_bias: bool, proj_bias: bool) -> list[str]:
 
 @register_converter("llama")
 def convert_llama(
-    state_dict: State,
-    *,
-    attention: Any = None,
-    attention_kwargs: Any = None,
-    attention_bias: bool = False,
-    num_hidden_layers: int = 32,
-    mlp_bias: bool = False,
-    tie_word_embeddings: bool = False,
-    **config: Any,
+    state_dict: State, *, attention: Any = None, attention_kwargs: Any = None, attention_bias: bool = False, **config: Any
 ) -> State:
     """Hugging Face's Llama -> `llama` with plain attention, "gqa" (the default) or "mha", in every layer.
 
@@ -121,26 +115,13 @@ def convert_llama(
     layers = {"gqa": _rename_projections, "mha": _fuse_projections}
     convert_layer = layers[check_mechanism(attention, *layers)]
     return convert_decoder(
-        state_dict,
-        projection_keys(**layer_options(attention_kwargs, attention_bias)),
-        num_hidden_layers=num_hidden_layers,
-        mlp_bias=mlp_bias,
-        tie_word_embeddings=tie_word_embeddings,
-        convert_layer=convert_layer,
+        state_dict, projection_keys(**layer_options(attention_kwargs, attention_bias)), convert_layer=convert_layer, **config
     )
 
 
 @register_converter("moh_llama")
 def convert_moh_llama(
-    state_dict: State,
-    *,
-    attention: Any = None,
-    attention_kwargs: Any = None,
-    attention_bias: bool = False,
-    num_hidden_layers: int = 32,
-    mlp_bias: bool = False,
-    tie_word_embeddings: bool = False,
-    **config: Any,
+    state_dict: State, *, attention: Any = None, attention_kwargs: Any = None, attention_bias: bool = False, **config: Any
 ) -> State:
     """MoH-LLaMA3, whose query-norm router has no parameters: the names are Llama's and ours.
 
@@ -151,13 +132,7 @@ def convert_moh_llama(
     options = layer_options(attention_kwargs, attention_bias, {"router"})
     if options.pop("router", "query_norm") != "query_norm":
         raise CheckpointError("official Mixture-of-Head decoders have router='query_norm' in every layer")
-    return convert_decoder(
-        state_dict,
-        projection_keys(**options),
-        num_hidden_layers=num_hidden_layers,
-        mlp_bias=mlp_bias,
-        tie_word_embeddings=tie_word_embeddings,
-    )
+    return convert_decoder(state_dict, projection_keys(**options), **config)
 
 
 _PLAIN_NAMES = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "proj"}
