@@ -66,17 +66,48 @@ def resize_state(
         wanted: tensors (or anything with a `shape`) of the model's sizes, by our keys; keys may be missing.
         grids: the model's grid (H, W) of each position embedding that is not square.
         num_prefix_tokens: P.
+
+    Raises:
+        CheckpointError: positions of a grid that nothing in `state` tells the sides of.
     """
     resized = {}
     for key, tensor in state.items():
         shape = tuple(wanted[key].shape) if key in wanted else tuple(tensor.shape)
         if shape != tuple(tensor.shape):
-            tensor = _resize(key.rpartition(".")[2], tensor, shape, (grids or {}).get(key), num_prefix_tokens)
+            name = key.rpartition(".")[2]
+            if name.startswith("pos_embed") or name == "absolute_pos_embed":
+                old = _grid_of_positions(state, key, tensor.shape[1] - num_prefix_tokens)
+                tensor = _resize_positions(tensor, old, shape[1], (grids or {}).get(key), num_prefix_tokens)
+            else:
+                tensor = _resize(name, tensor, shape)
         resized[key] = tensor
     return resized
 
 
-def _resize(name: str, tensor: Tensor, shape: tuple[int, ...], grid: Grid | None, num_prefix_tokens: int) -> Tensor:
+def _grid_of_positions(state: Mapping[str, Tensor], key: str, num_positions: int) -> Grid:
+    """The grid that positions were trained on: that of an agents' table of as many tokens, else a square."""
+    for name, rows in state.items():
+        columns = state.get(name.removesuffix("ha_bias") + "wa_bias")
+        if name.endswith("ha_bias") and columns is not None and rows.shape[2] * columns.shape[3] == num_positions:
+            return rows.shape[2], columns.shape[3]
+    side = math.isqrt(num_positions)
+    if side * side != num_positions:
+        raise CheckpointError(
+            f"{key} has {num_positions} positions, of a grid that is not square: load it at the img_size of the checkpoint, then "
+            "call set_input_size"
+        )
+    return side, side
+
+
+def _resize_positions(tensor: Tensor, old: Grid, num_tokens: int, grid: Grid | None, num_prefix_tokens: int) -> Tensor:
+    """(1, P + N, C) -> (1, num_tokens, C), on `grid` or a square."""
+    prefix, positions = tensor.tensor_split([num_prefix_tokens], dim=1)
+    side = math.isqrt(num_tokens - num_prefix_tokens)
+    image = positions.transpose(1, 2).unflatten(2, old)
+    return torch.cat([prefix, _resample(image, grid or (side, side), "bicubic").flatten(2).transpose(1, 2)], dim=1)
+
+
+def _resize(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     if name in {"ah_bias", "aw_bias"}:  # (1, h, n, H, 1), (1, h, n, 1, W)
         return _resample(tensor[0], (shape[3], shape[4]), "bilinear")[None]
     if name in {"ha_bias", "wa_bias"}:  # (1, h, H, 1, n), (1, h, 1, W, n)
@@ -85,11 +116,6 @@ def _resize(name: str, tensor: Tensor, shape: tuple[int, ...], grid: Grid | None
         side, wanted = math.isqrt(tensor.shape[0]), math.isqrt(shape[0])
         image = tensor.T.unflatten(1, (side, side))[None]
         return _resample(image, (wanted, wanted), "bicubic")[0].flatten(1).T.contiguous()
-    if name.startswith("pos_embed") or name == "absolute_pos_embed":  # (1, P + N, C)
-        prefix, positions = tensor.tensor_split([num_prefix_tokens], dim=1)
-        side, wanted = math.isqrt(positions.shape[1]), math.isqrt(shape[1] - num_prefix_tokens)
-        image = positions.transpose(1, 2).unflatten(2, (side, side))
-        return torch.cat([prefix, _resample(image, grid or (wanted, wanted), "bicubic").flatten(2).transpose(1, 2)], dim=1)
     return tensor  # loading tells what does not fit
 
 

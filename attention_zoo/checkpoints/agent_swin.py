@@ -1,8 +1,9 @@
 """Official checkpoints of Agent-Swin and Agent-CSwin (LeapLabTHU/Agent-Attention).
 
 Agent-Swin's names are ours already; in Agent-CSwin's blocks, the projections and branches of the attention stand without `attn.`.
-Relative position indices and shift masks, which follow from the sizes, are left out. A checkpoint of another image size than the
-model is built for is resampled on the way, as the official loader does.
+Our own names are taken as well, so that files of other sizes and heads load whoever saved them. Relative position indices and
+shift masks, which follow from the sizes, are left out. A checkpoint of another image size than the model is built for is
+resampled on the way, as the official loader does.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _convert(family: str, state_dict: State, rules: list[tuple[str, str]], kwarg
     own = model.state_dict()
     official = {name: name.replace(".attn.", ".") if rules else name for name in own}
     ends = {name for name in own if name.startswith(("norm.", "head."))} if features_only else set()
-    state = {key: tensor for key, tensor in state_dict.items() if not key.endswith(_DERIVED)}
+    state = {official.get(key, key): tensor for key, tensor in state_dict.items() if not key.endswith(_DERIVED)}
     state = rename_keys(
         state if features_only else refit_head(state, num_classes),
         rules,

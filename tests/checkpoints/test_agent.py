@@ -131,6 +131,26 @@ def test_pvt_of_another_size(size: Any) -> None:
     torch.testing.assert_close(converted["pos_embed2"], want.flatten(2).transpose(1, 2))
 
 
+@pytest.mark.parametrize(("family", "size"), [("agent_deit", (72, 32)), ("agent_pvt", (128, 32)), ("agent_pvt", (32, 64))])
+def test_files_of_rectangles_load_at_another_size(family: str, size: tuple[int, int], tmp_path: Path) -> None:
+    """Also where the number of positions is a square: the agents' tables tell the sides of the grid."""
+    options = {**TINY[family], "img_size": size} | ({"attn_type": "AAAA"} if family == "agent_pvt" else {})
+    small = az.create_model(family, **options)
+    torch.save(small.state_dict(), tmp_path / "small.pth")
+    large = az.create_model(family, **{**options, "img_size": (size[0], 2 * size[1])}, checkpoint_path=tmp_path / "small.pth")
+    name, prefix = ("pos_embed", 1) if family == "agent_deit" else ("pos_embed2", 0)
+    height, width = (side // 8 for side in size)
+    image = small.state_dict()[name][:, prefix:].transpose(1, 2).unflatten(2, (height, width))
+    want = F.interpolate(image, size=(height, 2 * width), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(large.state_dict()[name][:, prefix:], want)
+
+
+def test_positions_of_an_unknown_grid() -> None:
+    state = {key: tensor for key, tensor in official_state("agent_deit").items() if not key.endswith("wa_bias")}
+    with pytest.raises(az.CheckpointError, match=r"pos_embed has 35 positions.*set_input_size"):
+        resize_state({**state, "pos_embed": torch.empty(1, 36, 4)}, {"pos_embed": torch.empty(1, 26, 4)}, num_prefix_tokens=1)
+
+
 def test_files_of_another_size_load(tmp_path: Path) -> None:
     state = official_state("agent_deit")
     torch.save({"model": state, "epoch": 299}, tmp_path / "agent.pth")

@@ -136,6 +136,17 @@ def test_other_sizes_load_and_agree(family: str, size: Any) -> None:
 
 
 @families
+def test_own_files_of_other_sizes_and_heads_load(family: str, tmp_path: Path) -> None:
+    options = {**TINY[family], "img_size": (64, 32)} | ({"ape": True} if family == "agent_swin" else {})
+    small = az.create_model(family, **options)
+    torch.save(small.state_dict(), tmp_path / "small.pth")
+    for changes in ({"img_size": (64, 96)}, {"num_classes": 7}, {"num_classes": 0}, {"num_classes": 7, "img_size": (96, 32)}):
+        model = az.create_model(family, **{**options, **changes}, checkpoint_path=tmp_path / "small.pth")
+        found = small.state_dict()
+        assert all(torch.equal(t, found[k]) for k, t in model.state_dict().items() if k.endswith(("qkv.weight", "norm.weight")))
+
+
+@families
 def test_heads(family: str) -> None:
     state = official_state(family)
     headless = az.create_model(family, **{**TINY[family], "num_classes": 0})
