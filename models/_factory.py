@@ -93,8 +93,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, name: str, **kwargs: Any
         CheckpointError: the file fits neither way; the model's weights are then untouched.
     """
     state, own = _name_shared(read_checkpoint(path), model), model.state_dict()
-    if kwargs.get("features_only"):
-        state = _dense_part(state, own)
+    if kwargs.get("features_only") or kwargs.get("num_classes") == 0:
+        state = _backbone_part(state, own)
     said = {k: v for k, v in kwargs.items() if v is not None}
     if state.keys() == own.keys() and any(state[k].shape != own[k].shape for k in own):
         with contextlib.suppress(registry.UnknownNameError, CheckpointError):  # of other sizes: some converters resample
@@ -128,8 +128,8 @@ def _name_shared(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
     return {**{name: state[other] for name, other in held.items()}, **state}
 
 
-def _dense_part(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a dense backbone has of a classifier's file, if all of it is there: timm's feature classes keep it under `model.`."""
+def _backbone_part(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a backbone has of a classifier's file, if all of it is there: timm's feature classes keep it under `model.`."""
     for prefix in ("", "model."):
         if all(key.startswith(prefix) and key.removeprefix(prefix) in state for key in own):
             return {key: state[key.removeprefix(prefix)] for key in own}

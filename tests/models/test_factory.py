@@ -90,6 +90,19 @@ def test_own_checkpoint(tmp_path, suffix):
     assert torch.equal(model.eval()(x), again.eval()(x))
 
 
+@pytest.mark.parametrize("name", ["litv2", "moh_transnext"])
+def test_a_classifiers_own_file_without_its_head(name, tmp_path):
+    options = {"num_heads": (1, 2, 2, 2), "depths": (1, 1, 1, 1), "num_classes": 5}
+    if name == "litv2":
+        options["embed_dim"] = 8
+    else:
+        options |= {"embed_dims": (4, 8, 8, 8), "shared_heads": (1, 2, 2, 1), "routed_topk": (0, 0, 0, 1)}
+    model, path = az.create_model(name, **options), tmp_path / "model.safetensors"
+    save_file(model.state_dict(), path)
+    headless = az.create_model(name, **{**options, "num_classes": 0}, checkpoint_path=path)
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in headless.state_dict().items())
+
+
 def test_checkpoint_that_does_not_fit(tmp_path):
     model, path = tiny(), tmp_path / "model.safetensors"
     save_file(model.state_dict(), path)
