@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -72,6 +72,18 @@ def check_registered(pattern: str, names: Sequence[str], *, license: str, paper:
         ending = name.rpartition("_")[2]
         side = int(ending) if ending.isdecimal() and len(ending) == 3 else 224
         assert (config.input_size, config.pool_size) == ((3, side, side), (side // 32, side // 32))
+
+
+def check_official_keys(manifest: Mapping[str, Any], shapes: Mapping[str, Any], prefix: str = "") -> None:
+    """An official file, whose tensors have these `shapes`, loads completely. With a prefix it is a whole detector's."""
+    with torch.device("meta"):
+        model = az.create_model(manifest["model"], **manifest["kwargs"])
+        state = {prefix + key: torch.empty(shape) for key, shape in shapes.items()}
+        if prefix:
+            state |= {"neck.lateral_convs.0.conv.weight": torch.empty(1), "bbox_head.retina_cls.bias": torch.empty(1)}
+    assert sum(p.numel() for p in model.parameters()) == manifest["parameters"]
+    converted = az.convert_official_state_dict(manifest["model"], state, **manifest["kwargs"])
+    model.load_state_dict(converted, strict=True, assign=True)
 
 
 # --- timm's interface -------------------------------------------------------------------------------------------------------------
