@@ -344,8 +344,7 @@ class BiLevelRoutingAttention(AttentionModule):
         """
         if not self.diff_routing:
             queries, keys = queries.detach(), keys.detach()
-        device = queries.device.type if queries.device.type != "meta" else "cpu"
-        with torch.autocast(device, enabled=False):  # near-ties would fall differently in low precision
+        with ops.no_autocast(queries):  # near-ties would fall differently in low precision
             q_mean, k_mean = (_region_means(t, real) for t in (queries, keys))
             if self.param_routing:
                 emb = self.router["emb"]

@@ -11,7 +11,6 @@ float32 under mixed precision. All heads are computed and the unused ones multip
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -414,8 +413,7 @@ def _normalise(x: Tensor) -> Tensor:
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """The layer in the dtype of x, which is not to be rounded."""
-    device = x.device.type
-    with torch.autocast(device, enabled=False) if device != "meta" else contextlib.nullcontext():
+    with ops.no_autocast(x):
         return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
