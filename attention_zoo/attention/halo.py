@@ -96,7 +96,8 @@ class HaloAttention(AttentionModule):
     (B, dim_out, H / stride, W / stride). Halves are rounded up where queries are strided, down where outputs are averaged.
 
     Raises:
-        ValueError: numbers that do not go together, a grid that b does not divide (without `mask_padding`) or that is not N tokens.
+        ValueError: numbers that do not go together, a grid that b does not divide (without `mask_padding`), that is not N tokens,
+            or that has nothing to average.
         TypeError: tokens without grid_size.
     """
 
@@ -220,6 +221,10 @@ class HaloAttention(AttentionModule):
 
     def _attend(self, image: Tensor, prefix: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(B, C, H, W) and (B, P, C) -> (B, dim_out, H / stride, W / stride) and (B, P, dim_out), before the output projection."""
+        if self.averages and min(image.shape[2:]) < 2:
+            raise ValueError(
+                f"the output is averaged over 2 x 2 pixels: both sides must be at least 2, got {tuple(image.shape[2:])}"
+            )
         q = _split_map(self.q(image), self.num_heads)
         k, v = _split_map(self.kv(image), self.num_heads).split([self.head_dim, self.value_dim], -1)
         result = ops.halo_attention(

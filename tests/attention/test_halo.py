@@ -338,6 +338,8 @@ def test_bad_inputs() -> None:
         module(image(4, 4, 6))
     with pytest.raises(ValueError, match="no place for num_prefix_tokens=1"):
         build(num_prefix_tokens=1)(image(4, 4))
+    with pytest.raises(ValueError, match=r"averaged over 2 x 2.*got \(1, 5\)"):
+        build(block_size=3, stride=2)(image(1, 5))
     with pytest.raises(ValueError, match="class and register tokens"):
         module(torch.randn(1, 17, 8, dtype=F64), grid_size=(4, 4))
     q, table = torch.randn(1, 1, 4, 4, 2), torch.randn(7, 2)
