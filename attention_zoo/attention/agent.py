@@ -43,6 +43,7 @@ __all__ = [
     "noncausal_settings",
     "padding_mask",
     "pool_agents",
+    "positive_grid",
     "resize_grid",
     "to_image",
 ]
@@ -331,9 +332,9 @@ class AgentAttention(AgentTables):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_head_split(num_heads, self.num_kv_heads)
         self.agent_num, self.agent_side = agent_num, _square_root(agent_num)
-        self.window_size = None if window_size is None else _positive_grid("window_size", window_size)
+        self.window_size = None if window_size is None else positive_grid("window_size", window_size)
         square = (self.agent_side, self.agent_side)
-        self.agent_grid = square if agent_grid is None else _positive_grid("agent_grid", agent_grid)
+        self.agent_grid = square if agent_grid is None else positive_grid("agent_grid", agent_grid)
         check_choice("agent_source", agent_source, AGENT_SOURCES)
         self.agent_source, self.num_prefix_tokens, self.sr_ratio, self.split_qkv = (
             agent_source,
@@ -342,7 +343,7 @@ class AgentAttention(AgentTables):
             split_qkv,
         )
         self._check_options(num_prefix_tokens, bias_grid)
-        self.scale = scale or self.head_dim**-0.5
+        self.scale = self.head_dim**-0.5 if scale is None else scale
 
         inner, kv_inner = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self._sizes = (inner, kv_inner, kv_inner)
@@ -416,7 +417,7 @@ class AgentAttention(AgentTables):
         """Resample the tables to another grid. Raises ValueError for one that is not positive, or for a sequence's module."""
         if self.window_size is None:
             raise ValueError("window_size=None is for sequences without a grid: there is nothing to resize")
-        self.window_size = rows, columns = _positive_grid("window_size", window_size)
+        self.window_size = rows, columns = positive_grid("window_size", window_size)
         if self.has_tables:
             self.resize_tables((rows, columns), (rows // self.sr_ratio, columns // self.sr_ratio))
 
@@ -611,20 +612,22 @@ def _square_root(agent_num: int) -> int:
     return side
 
 
-def _positive_grid(name: str, value: int | Grid) -> Grid:
-    height, width = to_2tuple(value)
-    if height < 1 or width < 1:
-        raise ValueError(f"{name} must be positive, got {value}; the nearest is {(max(height, 1), max(width, 1))}")
-    return int(height), int(width)
+def positive_grid(name: str, value: int | Grid) -> Grid:
+    """A grid from its sides or from the side of a square. Raises ValueError for sides that are not two or not positive."""
+    sides = tuple(int(side) for side in to_2tuple(value))
+    if len(sides) != 2 or min(sides) < 1:
+        nearest = tuple(max(side, 1) for side in (*sides, 1, 1)[:2])
+        raise ValueError(f"{name} must be (H, W), both at least 1, or one number for both; got {value}, the nearest is {nearest}")
+    return sides
 
 
 def padding_mask(attention_mask: Tensor | None, keys: Tensor) -> Tensor | None:
     """(B, M) boolean. Raises ValueError for any other kind of mask."""
     if attention_mask is None:
         return None
-    if attention_mask.ndim != 2 or attention_mask.is_floating_point() or attention_mask.shape[1] != keys.shape[1]:
+    if attention_mask.is_floating_point() or attention_mask.shape != keys.shape[:2]:
         raise ValueError(
-            f"attention_mask must be padding, (B, {keys.shape[1]}) boolean or integer: agents read for all queries alike; got "
+            f"attention_mask must be padding, {tuple(keys.shape[:2])} boolean or integer: agents read for all queries alike; got "
             f"{attention_mask.dtype} {tuple(attention_mask.shape)}"
         )
     return attention_mask.bool()

@@ -13,12 +13,20 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
-from timm.layers import to_2tuple, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_zoo import ops
-from attention_zoo.attention.agent import AgentTables, agent_attention, noncausal_settings, padding_mask, pool_agents, to_image
+from attention_zoo.attention.agent import (
+    AgentTables,
+    agent_attention,
+    noncausal_settings,
+    padding_mask,
+    pool_agents,
+    positive_grid,
+    to_image,
+)
 from attention_zoo.attention.base import (
     AttentionModule,
     check_choice,
@@ -72,10 +80,10 @@ class _Stripes(AgentTables):
         super().__init__()
         check_choice("idx", idx, (WHOLE, VERTICAL, HORIZONTAL))
         self.dim, self.num_heads, self.head_dim = dim, num_heads, resolve_head_dim(dim, num_heads)
-        self.resolution, self.idx, self.split_size = to_2tuple(resolution), idx, split_size
-        if min(split_size, *self.resolution) < 1:
-            raise ValueError(f"split_size and resolution must be positive, got split_size={split_size}, resolution={resolution}")
-        self.scale = scale or self.head_dim**-0.5
+        self.resolution, self.idx, self.split_size = positive_grid("resolution", resolution), idx, split_size
+        if split_size < 1:
+            raise ValueError(f"split_size must be positive, got {split_size}; the nearest is 1")
+        self.scale = self.head_dim**-0.5 if scale is None else scale
         self.attn_drop = attn_drop
         self.get_v = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, device=device, dtype=dtype)
 
@@ -99,8 +107,8 @@ class _Stripes(AgentTables):
         return _from_stripes(out + local.to(out.dtype), grid, stripe)
 
     def set_resolution(self, resolution: int | Grid) -> None:
-        """Be meant for another grid."""
-        self.resolution = to_2tuple(resolution)
+        """Be meant for another grid. Raises ValueError for one that is not positive."""
+        self.resolution = positive_grid("resolution", resolution)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, stripe: Grid, real: Tensor | None) -> Tensor:
         """q, k, v (B * stripes, tokens of a stripe, C) -> the same; `real` (B * stripes, tokens), None: all are."""
@@ -155,7 +163,8 @@ class AgentStripes(_Stripes):
             dim, num_heads, resolution=resolution, idx=idx, split_size=split_size, scale=scale, attn_drop=attn_drop, **factory
         )
         self.create_tables(num_heads, agent_num, self.stripe(self.resolution), bias_grid=bias_grid, **factory)
-        self.agent_grid = (self.agent_side, self.agent_side) if agent_grid is None else to_2tuple(agent_grid)
+        square = (self.agent_side, self.agent_side)
+        self.agent_grid = square if agent_grid is None else positive_grid("agent_grid", agent_grid)
         self.reset_tables()
 
     def reset_parameters(self) -> None:
@@ -251,7 +260,7 @@ class AgentCSwinAttention(AttentionModule):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         self.dim, self.num_heads, self.head_dim = dim, num_heads, resolve_head_dim(dim, num_heads)
-        self.resolution, self.split_size, self.use_agents = to_2tuple(resolution), split_size, use_agents
+        self.resolution, self.split_size, self.use_agents = positive_grid("resolution", resolution), split_size, use_agents
         whole = split_size is None or split_size >= max(self.resolution)
         sides = (WHOLE,) if whole else (VERTICAL, HORIZONTAL)
         if num_heads % len(sides):
@@ -280,8 +289,8 @@ class AgentCSwinAttention(AttentionModule):
                 nn.init.zeros_(linear.bias)
 
     def set_resolution(self, resolution: int | Grid) -> None:
-        """Resample the tables to another grid; the number of branches stays."""
-        self.resolution = to_2tuple(resolution)
+        """Resample the tables to another grid; the number of branches stays. Raises ValueError for one that is not positive."""
+        self.resolution = positive_grid("resolution", resolution)
         for branch in self.attns:
             branch.set_resolution(resolution)
 

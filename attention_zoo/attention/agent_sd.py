@@ -376,7 +376,7 @@ class AgentSDPatch:
         self._undo.append(unet.register_forward_pre_hook(self._begin_step, with_kwargs=True).remove)
         for block in blocks:
             layer = _PatchedLayer(self, block.attn1)  # type: ignore[arg-type]
-            self._undo += [block.norm1.register_forward_pre_hook(layer.remember).remove, layer.restore]  # type: ignore[union-attr, operator]
+            self._undo += [block.norm1.register_forward_pre_hook(layer.remember, with_kwargs=True).remove, layer.restore]  # type: ignore[union-attr, operator]
             self.layers += 1
 
     def remove(self) -> None:
@@ -385,7 +385,9 @@ class AgentSDPatch:
             self._undo.pop()()
 
     def _begin_step(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        latent = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim == 4)
+        latent = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim == 4), None)
+        if latent is None:
+            raise ValueError(f"AgentSD finds no latent image (B, C, H, W) among the arguments of {type(unet).__name__}")
         self._size = (latent.shape[-2], latent.shape[-1])
         found = kwargs.get("timestep", kwargs.get("timesteps", args[1] if len(args) > 1 else None))
         timestep = None if found is None else float(torch.as_tensor(found).flatten()[0])
@@ -428,8 +430,8 @@ class _PatchedLayer:
         if self.own_forward is not None:
             self.layer.forward = self.own_forward
 
-    def remember(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
-        self.metric = args[0]
+    def remember(self, norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.metric = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim == 3), None)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         metric, self.metric = self.metric, None

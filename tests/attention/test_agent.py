@@ -399,8 +399,9 @@ def test_multiply_adds() -> None:
         ({"num_prefix_tokens": -1}, "num_prefix_tokens=-1"),
         ({"agent_source": "random"}, r"agent_source must be one of 'pool', 'learned'; got 'random'"),
         ({"agent_source": "learned", "agent_grid": (2, 4)}, r"leave out agent_grid=\(2, 4\)"),
-        ({"window_size": (0, 4)}, r"window_size must be positive, got \(0, 4\); the nearest is \(1, 4\)"),
-        ({"agent_grid": (0, 4)}, "agent_grid must be positive"),
+        ({"window_size": (0, 4)}, r"window_size must be \(H, W\), both at least 1.*got \(0, 4\), the nearest is \(1, 4\)"),
+        ({"window_size": (3,)}, r"window_size must be \(H, W\).*got \(3,\), the nearest is \(3, 1\)"),
+        ({"agent_grid": (0, 4)}, r"agent_grid must be \(H, W\)"),
         ({"num_kv_heads": 3}, r"num_kv_heads=3; the nearest that does is 2"),
     ],
 )
@@ -417,6 +418,8 @@ def test_wrong_inputs() -> None:
         build(window_size=None, num_prefix_tokens=2)(tokens(2))
     with pytest.raises(ValueError, match="attention_mask must be padding"):
         build()(tokens(12), attention_mask=torch.zeros(12, 12))
+    with pytest.raises(ValueError, match=r"padding, \(2, 12\) boolean.*got torch\.bool \(3, 12\)"):
+        build()(tokens(12), attention_mask=torch.ones(3, 12).bool())
 
 
 # --- from softmax attention -------------------------------------------------------------------------------------------------------

@@ -226,8 +226,9 @@ def test_dropout_reaches_the_branches() -> None:
     [
         ({"num_heads": 1, "split_size": 2}, r"two branches.*num_heads=1.*nearest is 2"),
         ({"agent_num": 5}, r"agent_num.*square.*5.*nearest is 4"),
-        ({"split_size": 0}, r"positive.*split_size=0"),
-        ({"resolution": (0, 4)}, r"positive.*resolution=\(0, 4\)"),
+        ({"split_size": 0}, r"split_size must be positive, got 0"),
+        ({"resolution": (0, 4)}, r"resolution must be \(H, W\).*got \(0, 4\)"),
+        ({"agent_grid": 0}, r"agent_grid must be \(H, W\).*got 0, the nearest is \(1, 1\)"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str) -> None:

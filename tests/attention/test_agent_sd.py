@@ -410,6 +410,25 @@ def test_what_is_refused() -> None:
     assert not hasattr(unet, "agent_sd_patch")
 
 
+def test_a_model_without_a_latent_image_is_refused() -> None:
+    unet, (sample, time, context) = build(BasicTransformerBlock)
+    apply_agent_sd(unet)
+    with pytest.raises(ValueError, match=r"no latent image \(B, C, H, W\) among the arguments of UNet"):
+        unet(sample[:, :, None], time, context)
+
+
+def test_named_arguments_of_the_normalisation() -> None:
+    unet, inputs = build(BasicTransformerBlock)
+    want = apply_agent_sd(unet, sx=3, sy=3, use_rand=False) and unet(*inputs)
+    remove_agent_sd(unet)
+    for block in unet.blocks:
+        norm, block.norm1 = block.norm1, nn.Module()
+        block.norm1.forward = lambda input, norm=norm: norm(input)
+        block.norm1.register_forward_pre_hook(lambda m, args, kwargs: ((), {"input": args[0]}), with_kwargs=True)
+    apply_agent_sd(unet, sx=3, sy=3, use_rand=False)
+    close(unet(*inputs), want)
+
+
 def test_self_attention_that_reads_a_context() -> None:
     """CompVis' blocks can be built without self attention: the queries are merged, agents have no place."""
     unet, (sample, time, context) = build(BasicTransformerBlock)
