@@ -1,5 +1,7 @@
 """A zoo of attention: every paper's mechanism as a module that is provably the paper's, with backbones and fast engines."""
 
+from typing import TYPE_CHECKING, Any
+
 from attention_zoo import attention as _mechanisms  # noqa: F401 - registers them
 from attention_zoo import ops
 from attention_zoo._version import __version__
@@ -16,10 +18,14 @@ from attention_zoo.registry import (
     register_attention,
 )
 
+if TYPE_CHECKING:
+    from attention_zoo.swap import SwapReport, from_pretrained, save_pretrained, swap_attention, unswap
+
 __all__ = [
     "AttentionInfo",
     "BackendError",
     "CheckpointError",
+    "SwapReport",
     "UnknownNameError",
     "__version__",
     "attention_info",
@@ -30,13 +36,32 @@ __all__ = [
     "create_attention",
     "create_model",
     "explain",
+    "from_pretrained",
     "grow_model",
     "grow_signal_heads",
     "list_attentions",
     "list_models",
     "ops",
     "register_attention",
+    "save_pretrained",
     "set_routed_topk",
     "set_training_step",
+    "swap_attention",
+    "unswap",
     "use_backend",
 ]
+
+_SWAP = ("SwapReport", "from_pretrained", "save_pretrained", "swap_attention", "unswap")
+
+
+def __getattr__(name: str) -> Any:
+    """The swap's names, which are imported when they are asked for: who does not swap does not wait for it."""
+    if name not in _SWAP:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from attention_zoo import swap
+
+    return getattr(swap, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SWAP})

@@ -11,6 +11,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from attention_zoo.attention.base import AttentionModule, read_padding
+from attention_zoo.attention.cache import check_cache
 
 __all__ = ["Slot", "describe_refusal", "install_slot", "linear_problem", "replace_module"]
 
@@ -31,36 +32,43 @@ class Slot(nn.Module):
         self._inputs = frozenset(inspect.signature(mechanism.forward).parameters)
 
     def attend(
-        self, x: Tensor, attention_mask: Tensor | None, is_causal: bool, position_embeddings: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None,
+        is_causal: bool,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Any = None,
     ) -> Tensor:
         """Call the mechanism with what the host says in our vocabulary; (B, N, C) -> (B, N, C).
 
         Raises:
-            ValueError: something that the mechanism has no input for, or causality of one that was built without.
+            ValueError: something that the mechanism has no input for, causality of one that was built without, or a preallocated
+                cache where it keeps something else than one key and value for each token.
         """
-        info, inputs = self.mechanism.attention_info, {}
+        info = self.mechanism.attention_info
+        check_cache(self.mechanism, past_key_values)
         if attention_mask is not None and attention_mask.ndim == 4 and info.padding_masks_only:
-            attention_mask = _padding(attention_mask, *x.shape[:2], causal=self.mechanism.is_causal)
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length(self.mechanism.layer_idx)
+            attention_mask = _padding(attention_mask, x.shape[0], x.shape[1], seen, causal=self.mechanism.is_causal)
         if is_causal and not self.mechanism.is_causal:
             raise ValueError(f"the model asks for causal attention, {info.name!r} was built noncausal")
-        for name, value in (("attention_mask", attention_mask), ("position_embeddings", position_embeddings)):
-            if value is not None and name not in self._inputs:
-                raise ValueError(f"the model hands over {name}, {info.name!r} takes none")
-            if value is not None:
-                inputs[name] = value
+        said = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, "past_key_values": past_key_values}
+        inputs = {name: value for name, value in said.items() if value is not None}
+        if lost := inputs.keys() - self._inputs:
+            raise ValueError(f"the model hands over {', '.join(sorted(lost))}, {info.name!r} takes none")
         if info.spatial and self.grid_size is not None:
-            inputs["grid_size"] = self.grid_size  # type: ignore[assignment]
+            inputs["grid_size"] = self.grid_size
         return self.mechanism(x, **inputs)  # type: ignore[no-any-return]
 
 
-def _padding(mask: Tensor, batch: int, length: int, *, causal: bool) -> Tensor | None:
+def _padding(mask: Tensor, batch: int, length: int, seen: int, *, causal: bool) -> Tensor | None:
     """Which tokens are real, (B, N), of a 4-D mask that hides padding, and of a causal mechanism's future tokens, and nothing else.
 
     Raises:
         ValueError: the mask hides or weighs single pairs of tokens.
     """
     if causal:
-        return read_padding(mask, batch, length, 0)
+        return read_padding(mask, batch, length, seen)
     allowed = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask
     rows = allowed[:, :1, :1]
     if not torch.compiler.is_compiling():

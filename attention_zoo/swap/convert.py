@@ -1,0 +1,264 @@
+"""One layer's mechanism, built from the layer: what of the host it must have, its options, its weights, and what became of them."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attention_zoo.attention.base import AttentionModule
+from attention_zoo.attention.gqa import GroupedQueryAttention, mean_pool_kv_heads
+from attention_zoo.registry import attention_class, attention_info, did_you_mean
+from attention_zoo.swap.hosts import Host
+from attention_zoo.swap.report import LayerSwap
+
+__all__ = ["INITS", "Plan", "build_mechanism", "check_plan", "describe_swap"]
+
+INITS = ("convert", "mean_pool", "random")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to stand in the place of one layer: a mechanism's name, its options, and how it starts (one of `INITS`)."""
+
+    host: Host
+    mechanism: str
+    options: Mapping[str, Any]
+    init: str
+
+
+@dataclass(frozen=True)
+class _NormLike:
+    """Builds normalisations like one of the host's: its class and epsilon."""
+
+    kind: type[nn.Module]
+    eps: float | None
+
+    def __call__(self, dim: int, *, device: Any = None, dtype: Any = None) -> nn.Module:
+        norm = self.kind(dim) if self.eps is None else self.kind(dim, eps=self.eps)
+        return norm.to(device=device, dtype=dtype)
+
+
+def check_plan(plan: Plan) -> list[str]:
+    """Why the mechanism cannot take the layer's place; nothing if it can. Raises TypeError for an option that it lacks."""
+    host, info = plan.host, attention_info(plan.mechanism)
+    if host.refuse is not None:
+        return [host.refuse]
+    own, takes = _constructor(plan.mechanism), _inputs(plan.mechanism)
+    allowed = {*own, *(_conversion(plan.mechanism) if plan.init != "random" else ())} - {"dim", "num_heads", "source", "options"}
+    if unknown := [name for name in plan.options if name not in allowed]:
+        hints = ", ".join(f"{name!r}{did_you_mean(name, allowed)}" for name in unknown)
+        raise TypeError(f"{plan.mechanism!r} has no option {hints}; its options here: {', '.join(sorted(allowed))}")
+    pattern = "causal_self" if host.is_causal else "noncausal_self"
+    problems = {
+        f"it needs {pattern}, which is not among {', '.join(sorted(info.patterns))}": pattern not in info.patterns,
+        "the mechanism changes the number of tokens or channels": not info.keeps_shape,
+        "the mechanism needs a grid, which the layer has not": info.spatial and not host.spatial,
+        f"the layer has {host.prefix_tokens} class or register tokens, for which the mechanism has no place": info.spatial
+        and host.prefix_tokens > 0
+        and "num_prefix_tokens" not in own,
+        "the layer rotates queries and keys, the mechanism does not": host.rope and "position_embeddings" not in takes,
+        "the layer normalises queries and keys, the mechanism has no place for its norm_layer": host.qk_norm
+        and "norm_layer" not in own,
+        f"the layer bounds its logits (softcap={host.softcap}), which no mechanism does": bool(host.softcap),
+        f"the layer has a window of {host.window_size} tokens, the mechanism takes no mask that could hold it": host.window_size
+        is not None
+        and ("attention_mask" not in takes or info.padding_masks_only),
+        "the layer has a cache, the mechanism none": host.is_causal and host.layer_idx is not None and not info.kv_cache,
+        f"{plan.mechanism!r} has no conversion from softmax attention; use init='random'": plan.init != "random"
+        and not _conversion(plan.mechanism),
+    }
+    for name in ("attn_drop", "proj_drop"):
+        problems[f"the layer has {name}={getattr(host, name)}, the mechanism has no {name}"] = (
+            getattr(host, name) > 0 and name not in own
+        )
+    return [reason for reason, applies in problems.items() if applies]
+
+
+def build_mechanism(plan: Plan) -> AttentionModule:
+    """The mechanism, in the layer's dtype, on its device, in its train or eval mode.
+
+    Parameters that come from the layer require gradients as the layer's do, new ones if any of the layer's does.
+
+    Raises:
+        ValueError: what the mechanism's constructor or conversion says of the layer.
+    """
+    state = {name: tensor.detach() for name, tensor in plan.host.adapter.softmax_state(plan.host).items()}
+    module = _build(plan, state)
+    module.train(plan.host.module.training)
+    if not any(parameter.requires_grad for parameter in plan.host.module.parameters()):
+        module.requires_grad_(False)
+    return module
+
+
+def describe_swap(plan: Plan, num_tokens: int) -> LayerSwap:
+    """The row of a report. The layer is converted once more, from other weights, to see which parameters depend on it."""
+    host = plan.host
+    source = {name: tensor.detach() for name, tensor in host.adapter.softmax_state(host).items()}
+    if any(tensor.is_meta for tensor in source.values()):
+        source = {name: torch.arange(tensor.numel()).float().sin().view(tensor.shape) for name, tensor in source.items()}
+    with _quiet() as said:
+        module = _repeatable(plan, source)
+        other = dict(_repeatable(plan, {n: 0.5 * t.flip(0) + 1.0 for n, t in source.items()}).named_parameters())
+    counts = {"carried": 0, "converted": 0, "new": 0}
+    for name, parameter in module.named_parameters():
+        if plan.init == "random" or torch.equal(parameter, other[name]):
+            kind = "new"
+        else:
+            kind = "carried" if _is_carried(parameter, source) else "converted"
+        counts[kind] += parameter.numel()
+    width = next(iter(source.values())).element_size()
+    cached = host.is_causal and host.layer_idx is not None
+    kept = num_tokens if host.window_size is None else min(num_tokens, host.window_size - 1)
+    return LayerSwap(
+        name=host.name,
+        mechanism=plan.mechanism,
+        **counts,
+        removed=sum(tensor.numel() for tensor in source.values()),
+        preserving=False if plan.init == "random" or said else _keeps_function(plan, module, source),
+        cache_bytes_before=2 * host.num_kv_heads * host.head_dim * kept * width if cached else 0,
+        cache_bytes_after=module.cache_elements(kept) * width if cached else 0,
+    )
+
+
+def _build(plan: Plan, state: dict[str, Tensor]) -> AttentionModule:
+    cls: Any = attention_class(plan.mechanism)
+    host, options = plan.host, dict(plan.options)
+    if plan.init == "random":
+        return cls(host.dim, options.pop("num_heads", host.num_heads), **{**_sizes(plan, state), **_settings(plan), **options})
+    takes_kv_heads = "num_kv_heads" in _conversion(plan.mechanism)
+    wanted = options.get("num_kv_heads")
+    if plan.init == "mean_pool":
+        if wanted is None:
+            raise ValueError("init='mean_pool' averages key and value heads: say to how many, num_kv_heads=...")
+        for name in [n for n in state if n.startswith(("k_proj.", "v_proj."))]:
+            state[name] = mean_pool_kv_heads(state[name], host.num_kv_heads, wanted)
+    elif wanted is None and takes_kv_heads and host.num_kv_heads < host.num_heads:
+        options["num_kv_heads"] = host.num_kv_heads  # grouped already
+    elif wanted not in (None, host.num_kv_heads) and not takes_kv_heads:
+        raise ValueError(
+            f"{plan.mechanism!r} keeps the layer's {host.num_kv_heads} key/value heads; init='mean_pool' averages them"
+        )
+    if not takes_kv_heads:
+        options.pop("num_kv_heads", None)
+    module: AttentionModule = cls.from_softmax_attention(
+        _with_usual_scale(host, state), num_heads=host.num_heads, **{**_settings(plan), **options}
+    )
+    return module
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    """What the layer says of itself, as options of the mechanism; the weights say the rest."""
+    host, own = plan.host, _constructor(plan.mechanism)
+    said: dict[str, Any] = {"attn_drop": host.attn_drop, "proj_drop": host.proj_drop}
+    if host.spatial:
+        said["num_prefix_tokens"] = host.prefix_tokens
+    if host.is_causal:
+        said |= {"is_causal": True, **attention_info(plan.mechanism).causal_options}
+    if host.layer_idx is not None:
+        said["depth"] = host.layer_idx
+    if host.qk_norm:
+        norm: Any = host.module.q_norm
+        eps = next((getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name)), None)
+        said |= {"qk_norm": True, "norm_layer": _NormLike(type(norm), eps)}
+    return {name: value for name, value in said.items() if name in own}
+
+
+def _sizes(plan: Plan, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the weights say, for a mechanism that is not converted from them."""
+    host, own = plan.host, _constructor(plan.mechanism)
+    sizes: dict[str, Any] = {
+        "head_dim": host.head_dim,
+        "qkv_bias": host.qkv_bias,
+        "proj_bias": host.proj_bias,
+        "device": state["q_proj.weight"].device,
+        "dtype": state["q_proj.weight"].dtype,
+    }
+    if host.num_kv_heads < host.num_heads:
+        sizes["num_kv_heads"] = host.num_kv_heads
+    return {name: value for name, value in sizes.items() if name in own}
+
+
+def _with_usual_scale(host: Host, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with which logits scaled by head_dim ** -0.5 are the host's, whose scale may be another.
+
+    Raises:
+        ValueError: queries are normalised after their projection by a class whose weight cannot take the factor.
+    """
+    factor = host.scale * host.head_dim**0.5
+    if abs(factor - 1.0) < 1e-6:
+        return state
+    if not host.qk_norm:
+        return {name: t * factor if name.startswith("q_proj.") else t for name, t in state.items()}
+    kind = type(host.module.q_norm).__name__
+    if "q_norm.weight" not in state:
+        raise ValueError(f"the logits are scaled by {host.scale}, and {kind} has no weight that could take that over")
+    one = 1.0 if kind.startswith("Gemma") else 0.0  # Gemma's normalisations multiply by 1 + weight
+    scaled = {n: t * factor for n, t in state.items() if n.startswith("q_norm.")}
+    return {**state, **scaled, "q_norm.weight": (state["q_norm.weight"] + one) * factor - one}
+
+
+def _repeatable(plan: Plan, state: Mapping[str, Tensor]) -> AttentionModule:
+    """The mechanism from `state`, with the same random numbers each time, which nobody else sees."""
+    devices = [t.device for t in state.values() if t.is_cuda][:1]
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        return _build(plan, dict(state)).requires_grad_(False)
+
+
+def _is_carried(parameter: Tensor, source: Mapping[str, Tensor]) -> bool:
+    """Whether a parameter is one of the source's tensors, or several on top of each other."""
+    groups = [[name] for name in source]
+    groups += [[f"{part}_proj.{kind}" for part in parts] for parts in ("qkv", "kv") for kind in ("weight", "bias")]
+    found = [[source[name] for name in names] for names in groups if all(name in source for name in names)]
+    same = (pieces for pieces in found if sum(piece.numel() for piece in pieces) == parameter.numel())
+    return any(parameter.shape == (whole := torch.cat(pieces)).shape and torch.equal(parameter, whole) for pieces in same)
+
+
+def _keeps_function(plan: Plan, module: AttentionModule, source: Mapping[str, Tensor]) -> bool | None:
+    """Whether `module` and the softmax attention of the source agree on 16 random tokens; None if that cannot be tried."""
+    host = plan.host
+    options = {**_settings(Plan(host, "gqa", {}, "convert")), "num_kv_heads": host.num_kv_heads}
+    dtype, device = source["q_proj.weight"].dtype, source["q_proj.weight"].device
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+            torch.manual_seed(0)
+            usual = _with_usual_scale(host, dict(source))
+            softmax = GroupedQueryAttention.from_softmax_attention(usual, num_heads=host.num_heads, **options)
+            grid = {"grid_size": (4, 4)} if module.attention_info.spatial else {}
+            tokens = 16 + (host.prefix_tokens if grid else 0)
+            x = torch.randn(2, tokens, host.dim, dtype=dtype, device=device)
+            want, got = softmax.eval()(x).float(), module.eval()(x, **grid).float()
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 3e-2
+    return bool((got - want).abs().max() <= tolerance * want.abs().max())
+
+
+@contextmanager
+def _quiet() -> Iterator[list[warnings.WarningMessage]]:
+    """Collect the warnings of conversions that do not keep the function; the report says it."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield said
+
+
+def _constructor(mechanism: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(attention_class(mechanism)).parameters
+
+
+def _inputs(mechanism: str) -> Mapping[str, inspect.Parameter]:
+    cls: Any = attention_class(mechanism)
+    return inspect.signature(cls.forward).parameters
+
+
+def _conversion(mechanism: str) -> Mapping[str, inspect.Parameter]:
+    """What the mechanism's conversion takes by name; nothing where it has none."""
+    convert = getattr(attention_class(mechanism), "from_softmax_attention", None)
+    return inspect.signature(convert).parameters if convert is not None else {}
