@@ -204,10 +204,16 @@ def _check_standard_block(name: str) -> None:
 
 
 def share_grid(model: nn.Module) -> nn.Module:
-    """Let the blocks of a Vision Transformer (or of timm's feature wrapper around one) follow the grid of the patch embedding."""
+    """Let the blocks of a Vision Transformer (or of timm's feature wrapper around one) follow the grid of the patch embedding.
+
+    Raises:
+        ValueError: patches are dropped in training, and a mechanism needs their grid.
+    """
     for vit in [m for m in model.modules() if isinstance(m, VisionTransformer)]:
         blocks = [b for b in vit.blocks if isinstance(b, AttentionBlock)]
         if any(b.attn.attention_info.spatial for b in blocks):
+            if not isinstance(vit.patch_drop, nn.Identity):
+                raise ValueError(f"patch_drop_rate={vit.patch_drop.prob} leaves no grid for attention that works on one; give 0")
             vit.patch_embed.register_forward_hook(_ShareGrid(blocks))
     return model
 

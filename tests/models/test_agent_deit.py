@@ -109,6 +109,9 @@ def test_another_mechanism_and_options() -> None:
     assert model(torch.randn(1, 3, 40, 40)).shape == (1, 5)
     with pytest.raises(ValueError, match="no place for class or register tokens"):
         tiny(attention="hilo")
+    with pytest.raises(ValueError, match=r"patch_drop_rate=0\.25 leaves no grid"):
+        tiny(patch_drop_rate=0.25)
+    assert tiny(patch_drop_rate=0.25, attention="mha").train()(torch.randn(1, 3, 40, 40)).shape == (1, 5)
     with pytest.raises(ValueError, match="'dtm' cannot stand in Agent-DeiT"):
         tiny(attention="dtm")
     attn = tiny(attention_kwargs={"use_dwc": False, "agent_grid": (2, 4)}, attn_drop_rate=0.1, proj_drop_rate=0.2).blocks[0].attn
