@@ -83,7 +83,14 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
 
 
+# Transformers before 5.20 or so have DINOv2's layers in another shape, which is not read: such a host has no layers to swap.
+OTHER_SHAPE = {kind for kind in HOSTS if not adapter_of(kind).find(make(kind))}
+HOSTS = {kind: host for kind, host in HOSTS.items() if kind not in OTHER_SHAPE}
 PAIRS = [(kind, name) for kind in HOSTS for name in BIDIRECTIONAL if fits(adapter_of(kind).find(make(kind))[0], name)]
+
+
+def test_only_dinov2_has_had_another_shape() -> None:
+    assert {"dinov2", "dinov2_registers"} >= OTHER_SHAPE
 
 
 @pytest.mark.parametrize("kind", HOSTS)
