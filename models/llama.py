@@ -9,6 +9,7 @@ PEFT treat it as any other. Families: `llama` (any mechanism), and the papers' o
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -128,7 +129,10 @@ class ZooLlamaPreTrainedModel(LlamaPreTrainedModel):
         def loss(*args: Any, **kwargs: Any) -> Tensor:
             value: Tensor = task_loss(*args, **kwargs)
             if self.training and self.config.aux_loss_coef:
-                value = value + _update_share(**kwargs) * self.config.aux_loss_coef * auxiliary_loss(self).to(value.device)
+                auxiliary = auxiliary_loss(self).to(value.device)
+                if value.requires_grad and not auxiliary.requires_grad:
+                    _warn_of_a_cut_loss(self)
+                value = value + _update_share(**kwargs) * self.config.aux_loss_coef * auxiliary
             return value
 
         return loss
@@ -145,6 +149,16 @@ class ZooLlamaPreTrainedModel(LlamaPreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, AttentionModule):
             _reset_own_parameters(module)
+
+
+def _warn_of_a_cut_loss(model: nn.Module) -> None:
+    """Say so when there are auxiliary losses and none has a gradient: they were computed without one, inside a checkpoint."""
+    if any(isinstance(getattr(module, "aux_loss", None), Tensor) for module in model.modules()):
+        warnings.warn(
+            "the mechanisms' auxiliary losses have no gradient: reentrant gradient checkpointing cuts it; enable checkpointing with "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}",
+            stacklevel=3,
+        )
 
 
 def _update_share(

@@ -356,6 +356,15 @@ def test_classifiers_train_with_auxiliary_losses() -> None:
     torch.testing.assert_close(got - want, 0.5 * az.auxiliary_loss(model), atol=1e-5, rtol=1e-4)
 
 
+def test_reentrant_checkpointing_says_what_it_loses() -> None:
+    ids = prompt()
+    model = DecoderCase("moh", {"shared_heads": 1, "routed_topk": 1}).build().train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    with pytest.warns(UserWarning, match="use_reentrant"):
+        model(inputs_embeds=embedded, labels=ids).loss.backward()
+
+
 class Repeating(torch.utils.data.Dataset):
     """Sequences that count upwards: something to learn in a few steps."""
 
