@@ -155,7 +155,7 @@ def _warn_of_a_cut_loss(model: nn.Module) -> None:
     """Say so when there are auxiliary losses and none has a gradient: they were computed without one, inside a checkpoint."""
     if any(isinstance(getattr(module, "aux_loss", None), Tensor) for module in model.modules()):
         warnings.warn(
-            "the mechanisms' auxiliary losses have no gradient: reentrant gradient checkpointing cuts it; enable checkpointing with "
+            "the mechanisms' auxiliary losses have no gradient: reentrant gradient checkpointing cuts it; enable it with "
             "gradient_checkpointing_kwargs={'use_reentrant': False}",
             stacklevel=3,
         )
