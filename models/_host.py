@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from timm.layers import register_notrace_module
 
 from attention_zoo.registry import AttentionInfo, attention_class, attention_info, create_attention
 
-__all__ = ["ZOO_ATTENTION", "build_attention", "build_causal_attention", "check_attention"]
+__all__ = ["ZOO_ATTENTION", "build_attention", "build_causal_attention", "check_attention", "check_plain"]
 
 ZOO_ATTENTION = "zoo"  # ours among transformers' attention implementations, see `_hf_attention.py`
 
@@ -48,6 +49,14 @@ def build_attention(attention: str, dim: int, num_heads: int, host: Mapping[str,
     register_notrace_module(cls)  # a leaf for torch.fx, as timm's own layers with data-dependent Python are
     shared = {k: v for k, v in {"num_heads": num_heads, **host}.items() if k in parameters}
     return create_attention(attention, **{"dim": dim, **shared, **own})
+
+
+def check_plain(attention_kwargs: Any) -> None:
+    """Raise ValueError unless a configuration can save these options of a mechanism."""
+    try:
+        json.dumps(attention_kwargs)
+    except TypeError as error:
+        raise ValueError(f"attention_kwargs are saved in config.json, so only plain values can stand there: {error}") from None
 
 
 def build_causal_attention(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,6 +11,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from attention_zoo.attention.base import check_choice
 from attention_zoo.registry import attention_info
+
+from ._host import check_plain
 
 __all__ = ["ACTS", "POSITIONS", "CombinerLMConfig"]
 
@@ -85,10 +86,7 @@ class CombinerLMConfig(PreTrainedConfig):
         info = attention_info(self.attention)
         if not {"causal_self", "noncausal_self"} & info.patterns or not info.keeps_shape or info.spatial:
             raise ValueError(f"{self.attention!r} cannot stand in a language model: that needs self attention of a sequence")
-        try:
-            json.dumps(self.attention_kwargs)
-        except TypeError as error:
-            raise ValueError(f"attention_kwargs are saved in config.json, so only plain values can stand there: {error}") from None
+        check_plain(self.attention_kwargs)
         options = self.layer_options()
         grows = self.attention == "combiner" and options["pattern"] != "logsparse" and options["window_size"] is None
         if not self.causal or grows or not info.kv_cache:

@@ -184,9 +184,7 @@ def build_llama(
     chosen = own if attention is None else attention if isinstance(attention, str) else list(attention)
     options = _add_family_options(chosen, attention_kwargs, own, {**defaults, **of_preset})
     configuration = ZooLlamaConfig(attention=chosen, attention_kwargs=options or None, **settings)
-    with torch.device(device if device is not None else torch.get_default_device()):
-        model = ZooLlamaForCausalLM(configuration)
-    return model if dtype is None else model.to(dtype)
+    return _instantiate(ZooLlamaForCausalLM, configuration, device, dtype)
 
 
 def _family_attention(family: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -254,8 +252,13 @@ def build_combiner_lm(
     spelled = {CombinerLMConfig.attribute_map.get(key, key): value for key, value in {**_COMBINER_PRESETS[name], **config}.items()}
     options = dict(attention_kwargs) if attention_kwargs else None
     configuration = CombinerLMConfig(attention=attention or "combiner", attention_kwargs=options, **spelled)
+    return _instantiate(CombinerLMForCausalLM, configuration, device, dtype)
+
+
+def _instantiate(cls: Any, configuration: Any, device: Any, dtype: Any) -> Any:
+    """The model, its parameters on `device` and in `dtype`; None: torch's defaults."""
     with torch.device(device if device is not None else torch.get_default_device()):
-        model = CombinerLMForCausalLM(configuration)
+        model = cls(configuration)
     return model if dtype is None else model.to(dtype)
 
 

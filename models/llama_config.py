@@ -13,7 +13,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 
 from attention_zoo.registry import attention_class, attention_info
 
-from ._host import ZOO_ATTENTION, build_causal_attention
+from ._host import ZOO_ATTENTION, build_causal_attention, check_plain
 
 __all__ = ["ZooLlamaConfig"]
 
@@ -75,10 +75,7 @@ def _check_layers(config: ZooLlamaConfig) -> None:
             raise ValueError(f"{name!r} cannot stand in a decoder: that needs causal self attention of a sequence")
     if any(config.layer_attention(i)[1].get("is_causal") is False for i in range(config.num_hidden_layers)):
         raise ValueError("attention_kwargs has is_causal=False, but a decoder is causal: leave it out")
-    try:
-        json.dumps(config.attention_kwargs)
-    except TypeError as error:
-        raise ValueError(f"attention_kwargs are saved in config.json, so only plain values can stand there: {error}") from None
+    check_plain(config.attention_kwargs)
 
 
 def _resolve_heads(config: ZooLlamaConfig) -> None:
