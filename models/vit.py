@@ -230,7 +230,12 @@ _PATCHES = {"img_size": 224, "patch_size": 16}
 _VARIANTS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "vit_kdgqa": ({**_PATCHES, **_SIZES["base"][0]}, "kdgqa", {}),
     **{
-        f"vit_{size}_patch16_224_{attention}": ({**_PATCHES, **arguments}, attention, {"num_kv_heads": num_kv_heads})
+        f"vit_{size}_patch16_224_{attention}": (
+            {**_PATCHES, **arguments},
+            attention,
+            # the official pgqa is random in eval as well; a model with a name gives one answer
+            {"num_kv_heads": num_kv_heads, **({"eval_seed": 0} if attention == "pgqa" else {})},
+        )
         for size, (arguments, num_kv_heads) in _SIZES.items()
         for attention in _KDGQA
     },
@@ -255,7 +260,8 @@ def _register(name: str) -> None:
     preset, mechanism, own = _VARIANTS[name]
 
     def entry(pretrained: bool = False, attention: str = mechanism, attention_kwargs: Any = None, **kwargs: Any) -> Any:
-        options = {**(own if attention in _KDGQA else {}), **(attention_kwargs or {})}
+        kept = own if attention == mechanism else {k: v for k, v in own.items() if k == "num_kv_heads" and attention in _KDGQA}
+        options = {**kept, **(attention_kwargs or {})}
         num_prefix_tokens = int(kwargs.get("class_token", True)) + kwargs.get("reg_tokens", 0)
         arguments = _host_arguments(attention, options, {**preset, **kwargs}, num_prefix_tokens)
         model = build_model_with_cfg(

@@ -3,11 +3,13 @@
 Beyond Uniform Query Distribution: Key-Driven Grouped Query Attention, arXiv 2408.08454, 2024. Follows the official code
 (zohaib-khan5040/key-driven-gqa) where paper and code differ: the noise is uniform, standardised, on the outputs of attention, not
 Gaussian on its weights, and it is there in eval as well.
-Deviations: noise can be kept to training or left out; padded tokens count in no statistic; a head output of one number becomes 0.
+Deviations: noise can be kept to training or left out, and be the same in every call in eval; padded tokens count in no statistic; a
+head output of one number becomes 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +46,8 @@ class PerturbedGroupedQueryAttention(GroupedQueryAttention):
             context_dim: as for `GroupedQueryAttention`.
         num_kv_heads: number of key/value heads G, a divisor of H; None: H / 2, or the largest divisor below it.
         noise_mode: "always" (official, so that eval is random as well), "train" or "never" (which is `gqa`).
+        eval_seed: in eval, the noise is a function of this number and of `layer_idx`, so that two calls agree; None: drawn anew
+            (official).
 
     Shape: x (B, N, C), context (B, M, context_dim) -> (B, N, C).
 
@@ -60,6 +64,7 @@ class PerturbedGroupedQueryAttention(GroupedQueryAttention):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         noise_mode: str = "always",
+        eval_seed: int | None = None,
         qkv_bias: bool = False,
         qk_norm: bool = False,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
@@ -95,6 +100,7 @@ class PerturbedGroupedQueryAttention(GroupedQueryAttention):
             dtype=dtype,
         )
         self.noise_mode = noise_mode
+        self.eval_seed = eval_seed
 
     def forward(
         self,
@@ -106,7 +112,7 @@ class PerturbedGroupedQueryAttention(GroupedQueryAttention):
         past_key_values: Any = None,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """`noise`: the raw uniforms (G, H/G, N d) of this call, drawn on the tokens' device when None."""
+        """`noise`: the raw uniforms (G, H/G, N d) of this call, drawn when None."""
         if past_key_values is not None and self.noise_mode != "never":
             raise ValueError(f"noise_mode={self.noise_mode!r} takes statistics of all tokens: a cache needs noise_mode='never'")
         q, k, v = self._project(x, context)
@@ -123,7 +129,7 @@ class PerturbedGroupedQueryAttention(GroupedQueryAttention):
         if self.noise_mode == "always" or (self.noise_mode == "train" and self.training):
             shape = (self.num_kv_heads, self.num_heads // self.num_kv_heads, out.shape[2] * self.head_dim)
             if noise is None:
-                noise = torch.rand(shape, device=out.device)
+                noise = self._draw(shape, out.device)
             elif noise.shape != shape:
                 raise ValueError(f"noise must be (num_kv_heads, heads per group, N * head_dim) = {shape}, got {tuple(noise.shape)}")
             out = perturb(out, noise, _real_queries(attention_mask, out.shape[2]) if context is None else None)
@@ -133,8 +139,27 @@ class PerturbedGroupedQueryAttention(GroupedQueryAttention):
             )
         return self._output(out)
 
+    def _draw(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        if self.training or self.eval_seed is None:
+            return torch.rand(shape, device=device)
+        return hashed_uniforms(shape, self.eval_seed, self.layer_idx or 0, device)
+
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, noise_mode={self.noise_mode!r}"
+        seed = "" if self.eval_seed is None else f", eval_seed={self.eval_seed}"
+        return f"{super().extra_repr()}, noise_mode={self.noise_mode!r}{seed}"
+
+
+def hashed_uniforms(shape: tuple[int, ...], seed: int, stream: int, device: Any = None) -> Tensor:
+    """Numbers of [0, 1) that look drawn, the same on every device: a 32-bit mixer of the position, of `seed` and of `stream`.
+
+    A generator object would do as well, but torch.compile does not take one into a graph.
+    """
+    mask = 0xFFFFFFFF
+    start = (seed * 0x9E3779B1 + stream * 0x85EBCA77) & mask
+    x = (torch.arange(math.prod(shape), device=device) * 0x9E3779B1 + start) & mask
+    for _ in range(2):
+        x = ((x >> 16) ^ x) * 0x45D9F3B & mask
+    return (((x >> 16) ^ x) >> 8).to(torch.float32).mul(2.0**-24).view(shape)
 
 
 def perturb(heads: Tensor, noise: Tensor, tokens: Tensor | None = None) -> Tensor:

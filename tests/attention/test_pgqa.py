@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 import attention_zoo as az
 from attention_zoo.attention import PerturbedGroupedQueryAttention
-from attention_zoo.attention.pgqa import perturb
+from attention_zoo.attention.pgqa import hashed_uniforms, perturb
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
@@ -81,6 +81,35 @@ def test_modes(mode: str, training: bool, noisy: bool) -> None:
     if not noisy:
         with pytest.raises(ValueError, match=f"noise was given, but noise_mode='{mode}'"):
             module(x, noise=torch.rand(3, 2, 20))
+
+
+def test_a_seed_makes_eval_repeatable() -> None:
+    module = PerturbedGroupedQueryAttention(24, 6, num_kv_heads=3, eval_seed=3).eval()
+    x = torch.randn(2, 5, 24)
+    out, other = module(x), PerturbedGroupedQueryAttention(24, 6, num_kv_heads=3, eval_seed=3).eval()
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(out, module(x))
+    assert torch.equal(out, other(x))
+    assert torch.equal(out, module(x, noise=hashed_uniforms((3, 2, 20), 3, 0)))
+    other.layer_idx = 1
+    assert not torch.allclose(out, other(x), atol=1e-3)  # another layer, other noise
+    module.train()
+    assert not torch.allclose(module(x), module(x), atol=1e-3)  # drawn in training
+
+
+@pytest.mark.parametrize(("seed", "stream"), [(0, 0), (0, 1), (1, 0), (2**40, 11)])
+def test_hashed_numbers_look_uniform(seed: int, stream: int) -> None:
+    x = hashed_uniforms((200, 300), seed, stream).double()
+    assert x.min() >= 0
+    assert x.max() < 1
+    assert (x.mean() - 0.5).abs() < 5 * (1 / 12 / 60_000) ** 0.5
+    assert (x.var() - 1 / 12).abs() < 5 * (1 / 180 / 60_000) ** 0.5
+    assert torch.histc(x, 20, 0, 1).sub(3_000).abs().max() < 5 * 3_000**0.5
+    rows = x - x.mean(1, keepdim=True)
+    correlation = (rows[:-1] * rows[1:]).mean(1) * 12
+    assert correlation.abs().max() < 5 / 300**0.5
+    assert (rows[:, :-1] * rows[:, 1:]).mean().abs() * 12 < 5 / 60_000**0.5
+    assert not torch.equal(hashed_uniforms((6,), seed, stream), hashed_uniforms((6,), seed + 1, stream))
 
 
 def test_one_number_per_head_becomes_zero() -> None:

@@ -109,6 +109,16 @@ def test_a_named_variant_takes_another_mechanism_and_the_family_other_sizes():
     assert model.blocks[0].attn.num_kv_heads == 2
 
 
+def test_a_named_model_gives_one_answer():
+    x = torch.randn(2, 3, 32, 32)
+    model = az.create_model("vit_small_patch16_224_pgqa", **TINY).eval()
+    assert [b.attn.noise_mode for b in model.blocks] == ["always"] * len(model.blocks)
+    assert torch.equal(model(x), model(x))
+    drawn = az.create_model("vit_small_patch16_224_pgqa", **TINY, attention_kwargs={"eval_seed": None}).eval()
+    assert not torch.equal(drawn(x), drawn(x))
+    assert not hasattr(az.create_model("vit_small_patch16_224_pgqa", attention="kdgqa", **TINY).blocks[0].attn, "eval_seed")
+
+
 def test_options_reach_the_mechanism():
     model = tiny("gqa", attention_kwargs={"num_kv_heads": 1}, attn_drop_rate=0.25, proj_drop_rate=0.5)
     attn = model.blocks[0].attn
