@@ -9,7 +9,6 @@ PEFT treat it as any other. Families: `llama` (any mechanism), and the papers' o
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +34,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from attention_zoo.attention.base import AttentionModule, auxiliary_loss, read_padding
+from attention_zoo.attention.auxiliary import auxiliary_loss
+from attention_zoo.attention.base import AttentionModule, read_padding
 from attention_zoo.attention.cache import check_cache
 
 from ._host import build_causal_attention
@@ -130,8 +130,6 @@ class ZooLlamaPreTrainedModel(LlamaPreTrainedModel):
             value: Tensor = task_loss(*args, **kwargs)
             if self.training and self.config.aux_loss_coef:
                 auxiliary = auxiliary_loss(self).to(value.device)
-                if value.requires_grad and not auxiliary.requires_grad:
-                    _warn_of_a_cut_loss(self)
                 value = value + _update_share(**kwargs) * self.config.aux_loss_coef * auxiliary
             return value
 
@@ -149,16 +147,6 @@ class ZooLlamaPreTrainedModel(LlamaPreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, AttentionModule):
             _reset_own_parameters(module)
-
-
-def _warn_of_a_cut_loss(model: nn.Module) -> None:
-    """Say so when there are auxiliary losses and none has a gradient: they were computed without one, inside a checkpoint."""
-    if any(isinstance(getattr(module, "aux_loss", None), Tensor) for module in model.modules()):
-        warnings.warn(
-            "the mechanisms' auxiliary losses have no gradient: reentrant gradient checkpointing cuts it; enable it with "
-            "gradient_checkpointing_kwargs={'use_reentrant': False}",
-            stacklevel=3,
-        )
 
 
 def _update_share(

@@ -3,7 +3,7 @@
 from attention_zoo.attention.agent import AgentAttention
 from attention_zoo.attention.agent_cswin import AgentCSwinAttention
 from attention_zoo.attention.agent_sd import apply_agent_sd, published_schedule, remove_agent_sd
-from attention_zoo.attention.base import auxiliary_loss
+from attention_zoo.attention.auxiliary import auxiliary_loss
 from attention_zoo.attention.bra import BiLevelRoutingAttention
 from attention_zoo.attention.cache import cache_report
 from attention_zoo.attention.cca import CoreContextAttention

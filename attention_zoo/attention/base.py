@@ -20,7 +20,6 @@ __all__ = [
     "AttentionModule",
     "apply_rotary",
     "attend",
-    "auxiliary_loss",
     "check_choice",
     "check_context",
     "check_cross",
@@ -366,19 +365,3 @@ def extend_cache(module: AttentionModule, past_key_values: Any, k: Tensor, v: Te
         return k, v, None
     last = torch.arange(new, device=k.device)[:, None] + seen if module.is_causal else seen + new - 1
     return k, v, torch.atleast_2d(torch.arange(k.shape[2], device=k.device) <= last)[None, None]
-
-
-def auxiliary_loss(model: nn.Module) -> Tensor:
-    """Mean of the auxiliary losses of the last forward over the layers that have one; 0 when none has.
-
-    A mechanism keeps its loss as `aux_loss` in training mode (None otherwise). Multiply by the paper's weight and add it to the
-    task's loss: `loss + 0.01 * auxiliary_loss(model)`.
-
-    Returns: a scalar on the layers' device, differentiable.
-    """
-    found = (getattr(module, "aux_loss", None) for module in model.modules())
-    losses = [loss for loss in found if isinstance(loss, Tensor)]
-    if losses:  # at least float32, on the first one's device: a model may be spread over several
-        return torch.stack([loss.to(losses[0].device, torch.promote_types(loss.dtype, torch.float32)) for loss in losses]).mean()
-    parameter = next(model.parameters(), None)
-    return torch.zeros((), device=parameter.device if parameter is not None else None)

@@ -18,9 +18,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from attention_zoo.attention.auxiliary import AuxiliaryLossModule
 from attention_zoo.attention.base import (
     ROPE_LAYOUTS,
-    AttentionModule,
     attend,
     check_choice,
     check_context,
@@ -48,7 +48,7 @@ __all__ = ["MixtureOfHeads", "MoHAttention", "load_balance_loss", "set_routed_to
 _GATES = {"linear": "soft", "query_norm": "hard"}  # the kind of gate that each router makes
 
 
-class MixtureOfHeads(AttentionModule):
+class MixtureOfHeads(AuxiliaryLossModule):
     """What every Mixture-of-Head layer has, whatever its heads compute: shared and routed heads, linear routers, gates, the loss.
 
     A subclass calls `_set_heads` and `_create_routers` in its constructor, multiplies its heads' outputs by the gates of
@@ -56,7 +56,6 @@ class MixtureOfHeads(AttentionModule):
     """
 
     debug: bool = False
-    aux_loss: Tensor | None = None
     last_head_load: Tensor | None = None
     num_heads: int
     shared_heads: int
@@ -108,13 +107,16 @@ class MixtureOfHeads(AttentionModule):
     def _wants_statistics(self) -> bool:
         return self.training or self.debug
 
-    def _keep_statistics(self, scores: Tensor | None, chosen: Tensor | None, real: Tensor | None = None) -> None:
-        """Set `aux_loss` and `last_head_load` for this forward; `real` (B, N) or broadcastable says which tokens count."""
+    def _keep_statistics(self, heads: Tensor, scores: Tensor | None, chosen: Tensor | None, real: Tensor | None = None) -> Tensor:
+        """Set `aux_loss` and `last_head_load` for this forward; `real` (B, N) or broadcastable says which tokens count.
+
+        Returns: the outputs of the heads, to go on with, see `AuxiliaryLossModule`.
+        """
         aux_loss, load = None, None
         if self._wants_statistics and scores is not None and chosen is not None:
             aux_loss, load = load_balance_loss(scores, chosen, real)
-        self.aux_loss = aux_loss if self.training else None
         self.last_head_load = load if self.debug else None
+        return self._keep_auxiliary_loss(aux_loss, heads)
 
 
 @register_attention(
@@ -272,7 +274,7 @@ class MoHAttention(MixtureOfHeads):
         if self._wants_statistics and attention_mask is not None and context is None:
             start = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx) - x.shape[1]
             real = _real_tokens(attention_mask, x.shape[1], start)
-        self._keep_statistics(scores, chosen, real)
+        heads = self._keep_statistics(heads, scores, chosen, real)
         output = self.proj if self.fused else self.o_proj
         return self.proj_drop(output(merge_heads(heads)))
 

@@ -238,7 +238,7 @@ class MoHTransNeXtGlobal(_TransNeXtHeads):
         drop = self.attn_drop if self.training else 0.0
         heads = ops.attention(queries, _normalise(k).to(v.dtype), v, bias=bias, scale=1.0, dropout_p=drop)
         assert isinstance(heads, Tensor)  # no log-normaliser was asked for
-        self._keep_statistics(scores, chosen)
+        heads = self._keep_statistics(heads, scores, chosen)
         return self._mix(heads, gates)
 
 
@@ -377,7 +377,7 @@ class MoHTransNeXtAggregated(_TransNeXtHeads):
         local, coarse = weights.split([self.window_size**2, pool[0] * pool[1]], dim=-1)
         local = local + (q.to(v.dtype) @ self.learnable_tokens.to(v.dtype) + self.learnable_bias.to(v.dtype))
         heads = _weighted_sum(local, v, grid, self.window_size) + coarse @ pooled_v
-        self._keep_statistics(scores, chosen)
+        heads = self._keep_statistics(heads, scores, chosen)
         return self._mix(heads, gates)
 
     def _pool(self, x: Tensor, grid: Grid, pool: Grid) -> Tensor:

@@ -356,13 +356,24 @@ def test_classifiers_train_with_auxiliary_losses() -> None:
     torch.testing.assert_close(got - want, 0.5 * az.auxiliary_loss(model), atol=1e-5, rtol=1e-4)
 
 
-def test_reentrant_checkpointing_says_what_it_loses() -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_keeps_the_gradients_of_auxiliary_losses(reentrant: bool) -> None:
     ids = prompt()
-    model = DecoderCase("moh", {"shared_heads": 1, "routed_topk": 1}).build().train()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model = DecoderCase("moh", {"shared_heads": 1, "routed_topk": 1}).build(aux_loss_coef=3.0).train()
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-    with pytest.warns(UserWarning, match="use_reentrant"):
-        model(inputs_embeds=embedded, labels=ids).loss.backward()
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        for scale in (1.0, 0.25):  # gradients of two batches add up
+            (model(inputs_embeds=embedded, labels=ids).loss * scale).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    want = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    got = gradients()
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 class Repeating(torch.utils.data.Dataset):
