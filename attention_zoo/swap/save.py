@@ -22,7 +22,7 @@ from attention_zoo.checkpoints.files import read_checkpoint
 from attention_zoo.registry import some
 from attention_zoo.swap.core import swap_attention, swaps_of
 
-__all__ = ["from_pretrained", "save_pretrained"]
+__all__ = ["from_pretrained", "save_pretrained", "swap_again"]
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _TIMM_FORMAT = "attention_zoo.timm"
@@ -86,7 +86,7 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     if kwargs:
         raise TypeError(f"a timm model is built as it was saved; {', '.join(kwargs)} cannot be given")
     model = timm.create_model(config["architecture"], **config["model_args"])
-    _swap_again(model, config["zoo_swap"])
+    swap_again(model, config["zoo_swap"])
     state = read_checkpoint(folder / _WEIGHTS)
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
@@ -96,7 +96,7 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     return model.eval()
 
 
-def _swap_again(model: nn.Module, entries: list[dict[str, Any]]) -> None:
+def swap_again(model: nn.Module, entries: list[dict[str, Any]]) -> None:
     """Swap as the entries say, which is how the layers are built; their weights are read afterwards."""
     for init in dict.fromkeys(entry["init"] for entry in entries):
         chosen = {entry["name"]: (entry["mechanism"], _tuples(entry["options"])) for entry in entries if entry["init"] == init}
@@ -119,7 +119,7 @@ def _load_transformers(folder: Path, kwargs: dict[str, Any]) -> Any:
     dtype = kwargs.get("dtype", "auto")
     dtype = config.dtype if dtype in (None, "auto") else dtype
     model = kind._from_config(config, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    _swap_again(model, entries)
+    swap_again(model, entries)
     wanted = model.state_dict().keys()
     loaded, info = _with_skeleton(kind, model).from_pretrained(folder, output_loading_info=True, **kwargs)
     _refuse_other_keys([n for n in info["missing_keys"] if n in wanted], info["unexpected_keys"])
