@@ -121,6 +121,7 @@ class DecoderAdapter(Adapter):
             proj_drop=float(module.resid_dropout.p) if gpt2 else 0.0,
             prefix_tokens=0,
             spatial=False,
+            grid_size=None,
             layer_idx=module.layer_idx,
             refuse=_refusal(module, linear, model),
         )

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from attention_zoo.swap.hosts import Adapter, Host, register_adapter
@@ -91,7 +92,7 @@ class _HuggingFaceAdapter(Adapter):
         raise NotImplementedError
 
     def _describe(self, name: str, module: nn.Module, index: int, model: nn.Module) -> Host:
-        linear, (prefix_tokens, conv) = self._linear(module), _patches(model, name)
+        linear, (prefix_tokens, conv, grid_size) = self._linear(module), _patches(model, name)
         settings = self._settings(module)
         return Host(
             name=name,
@@ -109,6 +110,7 @@ class _HuggingFaceAdapter(Adapter):
             proj_drop=0.0,
             prefix_tokens=prefix_tokens,
             spatial=conv is not None,
+            grid_size=grid_size,
             layer_idx=index,
             refuse=self._refusal(name, module, settings, linear),
             **settings,
@@ -187,7 +189,7 @@ class EncoderAdapter(_HuggingFaceAdapter):
 
     def install(self, model: nn.Module, host: Host, mechanism: Any) -> Callable[[], None]:
         parent, _, leaf = host.name.rpartition(".")
-        _, conv = _patches(model, host.name)
+        _, conv, _ = _patches(model, host.name)
         return install_slot(model.get_submodule(parent), leaf, EncoderSlot(mechanism), host.layer_idx, conv)
 
     def _fits(self, module: nn.Module) -> bool:
@@ -225,8 +227,10 @@ def _family(module: nn.Module) -> str:
     return (type(module).__module__.split(".") + [""] * 3)[2]
 
 
-def _patches(model: nn.Module, name: str) -> tuple[int, nn.Module | None]:
-    """Of the tower around the module `name`: class, distillation and register tokens, and the convolution whose map is the grid."""
+def _patches(model: nn.Module, name: str) -> tuple[int, nn.Module | None, tuple[int, int] | None]:
+    """Of the tower around the module `name`: class, distillation and register tokens, the convolution whose map is the grid, and
+    that grid for an image of the model's size.
+    """
     parts = name.split(".")
     for depth in range(len(parts) - 1, -1, -1):
         embeddings: Any = getattr(model.get_submodule(".".join(parts[:depth])), "embeddings", None)
@@ -234,12 +238,22 @@ def _patches(model: nn.Module, name: str) -> tuple[int, nn.Module | None]:
             continue
         conv = getattr(getattr(embeddings, "patch_embeddings", None), "projection", getattr(embeddings, "patch_embedding", None))
         if not isinstance(conv, nn.Conv2d):
-            return 0, None
+            return 0, None, None
         registers = getattr(embeddings, "register_tokens", None)
         single = ("cls_token", "class_embedding", "distillation_token")
         prefix_tokens = sum(isinstance(getattr(embeddings, token, None), nn.Parameter) for token in single)
-        return prefix_tokens + (0 if registers is None else registers.shape[1]), conv
-    return 0, None
+        return prefix_tokens + (0 if registers is None else registers.shape[1]), conv, _grid(embeddings, conv)
+    return 0, None, None
+
+
+def _grid(embeddings: nn.Module, conv: nn.Conv2d) -> tuple[int, int] | None:
+    """(H, W) of the patches of an image of the size that the embeddings were built for, where they say it."""
+    holders = (embeddings, getattr(embeddings, "patch_embeddings", None))
+    size = next((size for holder in holders if (size := getattr(holder, "image_size", None)) is not None), None)
+    if size is None:
+        return None
+    height, width = ((s - k) // step + 1 for s, k, step in zip(to_2tuple(size), conv.kernel_size, conv.stride, strict=True))
+    return height, width
 
 
 register_adapter(BertAdapter())

@@ -31,6 +31,7 @@ class Host:
         attn_drop, proj_drop: dropout rates.
         prefix_tokens: class and register tokens before a grid of patches; 0 otherwise.
         spatial: whether the host can tell `grid_size`.
+        grid_size: (H, W) of the patches of an image of the size that the model is made for; None: no patches, or any size.
         layer_idx: its layer in a cache, where the host has one.
         refuse: why this layer cannot be swapped at all; None if it can.
     """
@@ -55,6 +56,7 @@ class Host:
     proj_drop: float
     prefix_tokens: int
     spatial: bool
+    grid_size: tuple[int, int] | None
     layer_idx: int | None
     refuse: str | None
 

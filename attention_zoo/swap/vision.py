@@ -131,6 +131,7 @@ class TimmAdapter(Adapter):
             proj_drop=module.proj_drop.p,
             prefix_tokens=_prefix_tokens(module, vit),
             spatial=vit is not None and _patch_conv(vit) is not None and not _drops_patches(vit),
+            grid_size=getattr(getattr(vit, "patch_embed", None), "grid_size", None),
             layer_idx=index,
             refuse=_refusal(name, module, vit),
         )
@@ -139,7 +140,8 @@ class TimmAdapter(Adapter):
         return Host(
             name=name, module=module, adapter=self, index=index, dim=0, num_heads=0, num_kv_heads=0, head_dim=0,
             is_causal=False, qkv_bias=False, proj_bias=False, scale=1.0, qk_norm=False, rope=False, window_size=None, softcap=None,
-            attn_drop=0.0, proj_drop=0.0, prefix_tokens=0, spatial=False, layer_idx=None, refuse=_other_reason(module),
+            attn_drop=0.0, proj_drop=0.0, prefix_tokens=0, spatial=False, grid_size=None, layer_idx=None,
+            refuse=_other_reason(module),
         )  # fmt: skip
 
 
