@@ -34,7 +34,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 
-from attention_zoo.attention.auxiliary import auxiliary_loss
+from attention_zoo.attention.auxiliary import add_auxiliary_loss
 from attention_zoo.attention.base import AttentionModule, read_padding
 from attention_zoo.attention.cache import check_cache
 
@@ -49,6 +49,10 @@ __all__ = [
     "ZooLlamaForTokenClassification",
     "ZooLlamaModel",
 ]
+
+
+# Of the arguments of transformers' losses: what tells a batch's share of an update.
+_ITEMS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index")
 
 
 class ZooLlamaMLP(LlamaMLP):
@@ -128,10 +132,11 @@ class ZooLlamaPreTrainedModel(LlamaPreTrainedModel):
 
         def loss(*args: Any, **kwargs: Any) -> Tensor:
             value: Tensor = task_loss(*args, **kwargs)
-            if self.training and self.config.aux_loss_coef:
-                auxiliary = auxiliary_loss(self).to(value.device)
-                value = value + _update_share(**kwargs) * self.config.aux_loss_coef * auxiliary
-            return value
+            coefficient = self.config.aux_loss_coef
+            if not self.training or not coefficient:
+                return value
+            items = {name: kwargs[name] for name in _ITEMS if name in kwargs}
+            return add_auxiliary_loss(self, value, coefficient, **items)
 
         return loss
 
@@ -147,21 +152,6 @@ class ZooLlamaPreTrainedModel(LlamaPreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, AttentionModule):
             _reset_own_parameters(module)
-
-
-def _update_share(
-    *,
-    labels: Tensor | None = None,
-    shift_labels: Tensor | None = None,
-    num_items_in_batch: Tensor | float | None = None,
-    ignore_index: int = -100,
-    **kwargs: Any,  # what else a loss of transformers takes
-) -> Tensor | float:
-    """The share of this batch in an update that gathers several: `Trainer` adds up losses that are divided by all their tokens."""
-    counted = shift_labels if shift_labels is not None else None if labels is None else labels[..., 1:]
-    if num_items_in_batch is None or counted is None:
-        return 1.0
-    return counted.ne(ignore_index).sum() / num_items_in_batch
 
 
 def _reset_own_parameters(module: AttentionModule) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from attention_zoo.attention.base import AttentionModule
 
-__all__ = ["AuxiliaryLossModule", "auxiliary_loss"]
+__all__ = ["AuxiliaryLossModule", "add_auxiliary_loss", "auxiliary_loss"]
 
 
 class AuxiliaryLossModule(AttentionModule):
@@ -55,6 +55,46 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
         return torch.stack([loss.to(losses[0].device, torch.promote_types(loss.dtype, torch.float32)) for loss in losses]).mean()
     parameter = next(model.parameters(), None)
     return torch.zeros((), device=parameter.device if parameter is not None else None)
+
+
+def add_auxiliary_loss(
+    model: Any,
+    loss: Tensor,
+    coefficient: float,
+    *,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | float | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """The training loss of a Hugging Face model: its task's `loss` + coefficient * auxiliary_loss(model) * this batch's share.
+
+    `Trainer` adds up the losses of several batches that are each divided by all the items of the update: with them, the shares of
+    the batches add up to 1.
+
+    Args:
+        model: a Hugging Face model after its forward.
+        loss: of its task.
+        coefficient: weight of the auxiliary losses.
+        labels, shift_labels: what the items are counted from, as `Trainer` does.
+        num_items_in_batch: items of the whole update; None: this batch is all of it.
+        ignore_index: the label of what is no item.
+    """
+    share: Tensor | float = 1.0
+    counted = shift_labels if shift_labels is not None else labels
+    if num_items_in_batch is not None and counted is not None:
+        if shift_labels is None and _compares_with_the_next(model):
+            counted = counted[..., 1:]
+        items = num_items_in_batch.to(loss.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+        share = counted.ne(ignore_index).sum().to(loss.device) / items
+    return loss + coefficient * share * auxiliary_loss(model).to(loss.device)
+
+
+def _compares_with_the_next(model: Any) -> bool:
+    """Whether the model's loss holds each token against the label of the next one; the first label counts for nothing then."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss  # as Trainer decides it
 
 
 def _joined(module: Any) -> Tensor:
