@@ -414,7 +414,9 @@ def _normalise(x: Tensor) -> Tensor:
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """The layer in the dtype of x, which is not to be rounded."""
     with ops.no_autocast(x):
-        return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+        if type(layer) is nn.Linear:
+            return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+        return layer(x.to(layer.weight.dtype)).to(x.dtype)  # adapted: its own forward is the only right one
 
 
 # --- neighbours -------------------------------------------------------------------------------------------------------------------

@@ -345,6 +345,27 @@ def test_every_parameter_matters(case: Case) -> None:
     assert silent <= set(case.info.silent_parameters)
 
 
+class _Adapted(nn.Linear):
+    """What an adapter or a quantised layer is: the weight alone does not say what it computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out * torch.linspace(0.5, 2.0, out.shape[-1], dtype=out.dtype, device=out.device)
+
+
+@each(PLAIN)
+def test_adapted_projections(case: Case) -> None:
+    """Every linear layer is called, so that LoRA and quantisation reach it: none is read past its own forward."""
+    module = case.build()
+    x, kwargs = case.inputs()
+    want = run(module, x, **kwargs)
+    for name, layer in module.named_modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = _Adapted
+            assert not torch.allclose(run(module, x, **kwargs), want, atol=1e-5), name
+            layer.__class__ = nn.Linear
+
+
 @each(PLAIN)
 def test_bfloat16_autocast_is_close_to_float32(case: Case) -> None:
     module = case.build()
