@@ -100,15 +100,22 @@ class StateCacheLayer:
 _Layer = TypeVar("_Layer", bound=StateCacheLayer)
 
 
+@torch.compiler.assume_constant_result  # done while tracing: it is no matter of tensors
+def _register_layers() -> bool:
+    """Make our layers known for isinstance, by which a Hugging Face cache tells its kinds of layers apart."""
+    from transformers.cache_utils import CacheLayerMixin
+
+    CacheLayerMixin.register(StateCacheLayer)
+    return True
+
+
 def own_cache_layer(module: AttentionModule, past_key_values: Any, layer_class: type[_Layer], *args: Any) -> _Layer:
     """The module's layer of a Hugging Face cache: a `layer_class(*args)`, put there when the cache's own is still empty.
 
     Raises:
         ValueError: the module's `layer_idx` is not set, the cache is preallocated, or its layer holds another mechanism's tokens.
     """
-    from transformers.cache_utils import CacheLayerMixin
-
-    CacheLayerMixin.register(StateCacheLayer)  # for isinstance, by which a cache tells its kinds of layers apart
+    _register_layers()
     index, name = module.layer_idx, type(module).__name__
     if index is None:
         raise ValueError("past_key_values needs to know the layer: set `layer_idx` on the module, 0 for the first layer")

@@ -46,7 +46,8 @@ class CombinerCacheLayer(StateCacheLayer):
     def keep(self, state: State, length: int) -> None:
         """Replace what is kept, after `length` more tokens."""
         for name, tensor in state.items():
-            whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            compiling = torch.compiler.is_compiling()  # then nobody can tell
+            whole = not compiling and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
             setattr(self, name, tensor if whole else tensor.clone())  # a view would keep all of its storage alive
         self.tokens_seen += length
 
