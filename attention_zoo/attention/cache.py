@@ -210,6 +210,6 @@ def measured_cache_bytes(past_key_values: Any) -> int:
         value
         for layer in past_key_values.layers
         for name, value in vars(layer).items()
-        if isinstance(value, Tensor) and name != "cumulative_length"  # a static layer's counter
+        if isinstance(value, Tensor) and name not in ("cumulative_length", "_sliding_window_tensor")  # a layer's counters
     )
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

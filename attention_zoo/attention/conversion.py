@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from attention_zoo.attention.base import AttentionModule
 
 __all__ = [
+    "adopt_norms",
+    "fuse_rows",
     "load_converted",
     "projection_settings",
     "refuse_tensors",
+    "relative_scale",
+    "repeat_heads",
     "separate_names",
     "source_heads",
     "source_settings",
@@ -60,6 +67,43 @@ def separate_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ours = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "o_proj"}
     named = ((name.rpartition("."), tensor) for name, tensor in state.items())
     return {f"{ours.get(module, module)}.{kind}": tensor for (module, _, kind), tensor in named}
+
+
+def repeat_heads(state: Mapping[str, Tensor], num_heads: int, q_factor: float = 1.0) -> dict[str, Tensor]:
+    """The tensors with as many key/value heads as query heads: grouped ones are repeated. Those of q are multiplied by `q_factor`.
+
+    Where some of q, k and v have a bias, it is 0 in the others.
+    """
+    repeated, inner = dict(state), state["q.weight"].shape[0]
+    biased = any(f"{part}.bias" in state for part in "qkv")
+    for part in "qkv":
+        rows = state[f"{part}.weight"].shape[0]
+        for kind in ("weight", "bias") if biased else ("weight",):
+            tensor = state.get(f"{part}.{kind}", state[f"{part}.weight"].new_zeros(rows))
+            heads = tensor.unflatten(0, (-1, inner // num_heads)).repeat_interleave(inner // rows, 0).flatten(0, 1)
+            repeated[f"{part}.{kind}"] = heads * q_factor if part == "q" else heads
+    return repeated
+
+
+def fuse_rows(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors with the rows of q, k and v, or k and v, in one projection, whose `name` is "qkv" or "kv"."""
+    fused = {full: tensor for full, tensor in state.items() if full.rpartition(".")[0] not in set(name)}
+    kinds = [kind for kind in ("weight", "bias") if f"{name[0]}.{kind}" in state]
+    return fused | {f"{name}.{kind}": torch.cat([state[f"{part}.{kind}"] for part in name]) for kind in kinds}
+
+
+def relative_scale(source: nn.Module | Mapping[str, Tensor], head_dim: int) -> float:
+    """The factor of the source's logits, relative to 1 / sqrt(d)."""
+    scale = getattr(source, "scale", None) or getattr(source, "scaling", None)
+    return scale * math.sqrt(head_dim) if isinstance(scale, float) and not math.isclose(scale, head_dim**-0.5) else 1.0
+
+
+def adopt_norms(module: nn.Module, source: nn.Module | Mapping[str, Tensor], names: Iterable[str]) -> None:
+    """Give a mechanism copies of the normalisations that the source module and it both have: their kind, with their epsilon."""
+    for name in names:
+        norm = getattr(source, name, None)
+        if isinstance(norm, nn.Module) and nn.Identity not in (type(norm), type(getattr(module, name))):
+            setattr(module, name, copy.deepcopy(norm))
 
 
 def projection_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:

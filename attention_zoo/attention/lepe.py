@@ -3,13 +3,15 @@
 The last stage of BiFormer: Vision Transformer with Bi-Level Routing Attention, arXiv 2303.08810, 2023; LePE, the locally enhanced
 positional encoding, is CSWin Transformer's (arXiv 2107.00652). Follows the official code (rayleizhu/BiFormer): its first
 implementation convolves the input of the attention, its later one the values.
-Deviations: dropout is an option; the softmax is float32.
+Deviations: dropout is an option; the softmax is float32; class tokens may stand before the grid.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from attention_zoo.attention.base import (
@@ -17,10 +19,22 @@ from attention_zoo.attention.base import (
     attend,
     check_choice,
     check_grid,
+    check_head_split,
     check_tokens,
     merge_heads,
     resolve_head_dim,
     split_heads,
+)
+from attention_zoo.attention.conversion import (
+    fuse_rows,
+    load_converted,
+    projection_settings,
+    relative_scale,
+    repeat_heads,
+    source_heads,
+    source_settings,
+    split_projections,
+    whole_heads,
 )
 from attention_zoo.registry import register_attention
 
@@ -58,6 +72,7 @@ class LocalPositionEncoding(nn.Conv2d):
     repository="rayleizhu/BiFormer",
     patterns={"noncausal_self"},
     spatial=True,
+    prefix_tokens=True,
     cost="O(N^2 C + N s^2 C)",
     engines=("flash", "torch", "xformers", "flex"),
 )
@@ -80,9 +95,10 @@ class LepeAttention(AttentionModule):
         qk_scale: factor of the logits; None (or 0): 1 / sqrt(d).
         side_dwconv: side s of the convolution's kernel, odd; 0: no convolution.
         lepe_on: what is convolved, the input "x" or the values "v".
+        num_prefix_tokens: tokens before the grid, a class token for instance; they take no part in LePE.
         attn_drop, proj_drop: dropout rates on the attention weights and on the output.
 
-    Shape: x (B, N, C), N = H * W row-major -> (B, N, C).
+    Shape: x (B, P + N, C), P = num_prefix_tokens, N = H * W row-major -> (B, P + N, C).
 
     Raises:
         ValueError: heads that do not divide `dim`, an even kernel, an unknown `lepe_on`, a grid that is not N tokens.
@@ -97,6 +113,7 @@ class LepeAttention(AttentionModule):
         qk_scale: float | None = None,
         side_dwconv: int = 5,
         lepe_on: str = "x",
+        num_prefix_tokens: int = 0,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         device: Any = None,
@@ -106,7 +123,9 @@ class LepeAttention(AttentionModule):
         factory = {"device": device, "dtype": dtype}
         check_choice("lepe_on", lepe_on, LEPE_SOURCES)
         self.dim, self.num_heads, self.head_dim = dim, num_heads, resolve_head_dim(dim, num_heads)
-        self.side_dwconv, self.lepe_on = side_dwconv, lepe_on
+        if num_prefix_tokens < 0:
+            raise ValueError(f"num_prefix_tokens must be at least 0, got {num_prefix_tokens}")
+        self.side_dwconv, self.lepe_on, self.num_prefix_tokens = side_dwconv, lepe_on, num_prefix_tokens
         self.scale = qk_scale or self.head_dim**-0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **factory)
         self.lepe = LocalPositionEncoding(dim, side_dwconv, **factory) if side_dwconv else None
@@ -114,15 +133,64 @@ class LepeAttention(AttentionModule):
         self.attn_drop = attn_drop
         self.proj_drop = nn.Dropout(proj_drop)
 
+    @classmethod
+    def from_softmax_attention(
+        cls, source: nn.Module | Mapping[str, Tensor], *, num_heads: int | None = None, **options: Any
+    ) -> Self:
+        """Build this mechanism from the weights of a softmax attention; LePE starts at zero, so it computes what the source does.
+
+        Grouped key/value heads are repeated, the logits keep the source's scale. Memory is not shared with the source. From a
+        module, its dropout rates, scale and train mode are taken over.
+
+        Args:
+            source: an attention module or its state dict: timm's or the zoo's fused `qkv` and `proj`, or separate projections.
+            num_heads: query heads of the source; needed for a state dict, and for modules without a `num_heads`.
+            options: further constructor arguments (`num_prefix_tokens`, ...); they win over the settings of the source.
+
+        Raises:
+            ValueError: a causal source, heads that are together not as wide as the tokens, or tensors without a place here
+                (normalised queries and keys); all of them are listed.
+        """
+        if getattr(source, "is_causal", False):
+            raise ValueError("the source is causal: LePE attention attends both ways over a grid of image patches")
+        state = split_projections(source)
+        inner, dim = state["q.weight"].shape
+        num_heads = source_heads(source, inner) if num_heads is None else num_heads
+        head_dim, num_kv_heads = whole_heads(state, num_heads)
+        check_head_split(num_heads, num_kv_heads)
+        if inner != dim:
+            raise ValueError(
+                f"LePE attention has dim / num_heads channels in each head: {num_heads} heads of {head_dim} are not {dim}"
+            )
+        rates = source_settings(source) if isinstance(source, nn.Module) else {}
+        settings = {
+            "qk_scale": relative_scale(source, head_dim) * head_dim**-0.5,
+            **projection_settings(state),
+            "qkv_bias": any(f"{part}.bias" in state for part in "qkv"),
+            **{name: rates[name] for name in ("attn_drop", "proj_drop") if name in rates},
+        }
+        module = cls(dim, num_heads, **{**settings, **options})
+        own = {"proj.bias": state["proj.weight"].new_zeros(dim), **fuse_rows(repeat_heads(state, num_heads), "qkv")}
+        still = {name: torch.zeros_like(tensor) for name, tensor in module.state_dict().items() if name.startswith("lepe.")}
+        load_converted(module, {**still, **own})
+        return module.train(source.training) if isinstance(source, nn.Module) else module
+
     def forward(self, x: Tensor, *, grid_size: tuple[int, int]) -> Tensor:
         check_tokens(x, self.dim)
-        grid_size = check_grid(x, grid_size)
+        image = x[:, self.num_prefix_tokens :]
+        grid_size = check_grid(image, grid_size)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         out = merge_heads(attend(self, *(split_heads(t, self.num_heads) for t in (q, k, v)), scale=self.scale))
         if self.lepe is not None:
-            nearby = self.lepe((x if self.lepe_on == "x" else v).unflatten(1, grid_size))
-            out = out + nearby.flatten(1, 2)
+            source = image if self.lepe_on == "x" else v[:, self.num_prefix_tokens :]
+            nearby = self.lepe(source.unflatten(1, grid_size)).flatten(1, 2)
+            if self.num_prefix_tokens:
+                prefix, patches = out.tensor_split([self.num_prefix_tokens], dim=1)
+                out = torch.cat([prefix, patches + nearby], dim=1)
+            else:
+                out = out + nearby
         return self.proj_drop(self.proj(out))
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, side_dwconv={self.side_dwconv}, lepe_on={self.lepe_on!r}"
+        text = f"num_heads={self.num_heads}, head_dim={self.head_dim}, side_dwconv={self.side_dwconv}, lepe_on={self.lepe_on!r}"
+        return text + (f", num_prefix_tokens={self.num_prefix_tokens}" if self.num_prefix_tokens else "")

@@ -6,8 +6,8 @@ Deviations: a fully masked row gives 0; rotary embeddings, query/key normalisati
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -17,11 +17,24 @@ from attention_zoo.attention.base import (
     attend,
     check_choice,
     check_context,
+    check_head_split,
     check_tokens,
     merge_heads,
     project_qkv,
     resolve_head_dim,
     split_heads,
+)
+from attention_zoo.attention.conversion import (
+    adopt_norms,
+    fuse_rows,
+    load_converted,
+    projection_settings,
+    relative_scale,
+    repeat_heads,
+    source_heads,
+    source_settings,
+    split_projections,
+    whole_heads,
 )
 from attention_zoo.registry import PATTERNS, register_attention
 
@@ -105,6 +118,62 @@ class MultiHeadAttention(AttentionModule):
         self.norm = norm_layer(inner, **factory) if scale_norm else nn.Identity()
         self.proj = nn.Linear(inner, dim, bias=proj_bias, **factory)
         self.proj_drop = nn.Dropout(proj_drop)
+
+    @classmethod
+    def from_softmax_attention(
+        cls, source: nn.Module | Mapping[str, Tensor], *, num_heads: int | None = None, **options: Any
+    ) -> Self:
+        """Build this mechanism from the weights of a softmax attention; it computes what the source does.
+
+        Grouped key/value heads are repeated, another scale of the logits goes into the queries (or into their normalisation).
+        Memory is not shared with the source. From a module, its dropout rates, causality, normalisations and train mode are taken
+        over.
+
+        Args:
+            source: an attention module or its state dict, with fused `qkv` and `proj` (timm's, the zoo's), or separate projections
+                named `q, k, v, proj` or `q_proj, k_proj, v_proj, o_proj`. It may have fewer key/value heads than query heads.
+            num_heads: query heads of the source; needed for a state dict, and for modules without `num_heads` or `head_dim`.
+            options: further constructor arguments; they win over the settings of the source. For a state dict with normalisations
+                give their norm_layer.
+
+        Raises:
+            ValueError: head counts that do not divide, a scale that normalised queries cannot take over, or tensors that are
+                missing or have no place here; all of them are listed.
+        """
+        state = split_projections(source)
+        (inner, dim), context_dim = state["q.weight"].shape, state["k.weight"].shape[1]
+        num_heads = source_heads(source, inner) if num_heads is None else num_heads
+        head_dim, num_kv_heads = whole_heads(state, num_heads)
+        check_head_split(num_heads, num_kv_heads)
+        parts, causal = {name.partition(".")[0] for name in state}, getattr(source, "is_causal", None)
+        settings = {
+            "head_dim": head_dim,
+            **projection_settings(state),
+            "qkv_bias": any(f"{part}.bias" in state for part in "qkv"),
+            "proj_bias": "proj.bias" in state,
+            "qk_norm": "q_norm" in parts or not isinstance(getattr(source, "q_norm", nn.Identity()), nn.Identity),
+            "scale_norm": "norm" in parts,
+            "context_dim": context_dim,
+            **({"is_causal": causal} if isinstance(causal, bool) else {}),
+            **(source_settings(source) if isinstance(source, nn.Module) else {}),
+        }
+        module = cls(dim, num_heads, **{**settings, **options})
+        adopt_norms(module, source, ("q_norm", "k_norm", "norm"))
+        module._load_softmax_attention(state, relative_scale(source, head_dim))
+        return module.train(source.training) if isinstance(source, nn.Module) else module
+
+    def _load_softmax_attention(self, state: Mapping[str, Tensor], scale: float) -> None:
+        """Load q, k, v, proj and normalisations; `scale` is that of the source's logits to ours."""
+        normed = not isinstance(self.q_norm, nn.Identity)
+        if normed and scale != 1.0:
+            if not isinstance(self.q_norm, (nn.LayerNorm, nn.RMSNorm)) or "q_norm.weight" not in state:
+                raise ValueError(
+                    f"the source scales its logits by {scale:g} / sqrt(head_dim), and its {type(self.q_norm).__name__} of queries "
+                    "has no weight that is known to take that over"
+                )
+            state = {name: tensor * scale if name.startswith("q_norm.") else tensor for name, tensor in state.items()}
+        whole = repeat_heads(state, self.num_heads, 1.0 if normed else scale)
+        load_converted(self, fuse_rows(whole, "qkv" if self.context_dim == self.dim else "kv"))
 
     def forward(
         self,

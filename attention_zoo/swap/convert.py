@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo.attention.base import AttentionModule
+from attention_zoo.attention.flops import forward_flops
 from attention_zoo.attention.gqa import GroupedQueryAttention, mean_pool_kv_heads
 from attention_zoo.registry import attention_class, attention_info, did_you_mean
 from attention_zoo.swap.hosts import Host
@@ -21,6 +24,8 @@ from attention_zoo.swap.report import LayerSwap
 __all__ = ["INITS", "Plan", "build_mechanism", "check_plan", "describe_swap"]
 
 INITS = ("convert", "mean_pool", "random")
+
+_TRIED = 3 * 10**9  # multiply-adds at most of the projections in a trial of whether the function is kept
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ def check_plan(plan: Plan) -> list[str]:
         f"the layer has a window of {host.window_size} tokens, the mechanism takes no mask that could hold it": host.window_size
         is not None
         and ("attention_mask" not in takes or info.padding_masks_only),
-        "the layer has a cache, the mechanism none": host.is_causal and host.layer_idx is not None and not info.kv_cache,
+        "the layer has a cache, the mechanism none": host.is_causal and host.adapter.has_cache and not info.kv_cache,
         f"{plan.mechanism!r} has no conversion from softmax attention; use init='random'": plan.init != "random"
         and not _conversion(plan.mechanism),
     }
@@ -97,15 +102,44 @@ def build_mechanism(plan: Plan) -> AttentionModule:
     return module
 
 
-def describe_swap(plan: Plan, num_tokens: int) -> LayerSwap:
-    """The row of a report. The layer is converted once more, from other weights, to see which parameters depend on it."""
-    host = plan.host
-    source = {name: tensor.detach() for name, tensor in host.adapter.softmax_state(host).items()}
-    if any(tensor.is_meta for tensor in source.values()):
-        source = {name: torch.arange(tensor.numel()).float().sin().view(tensor.shape) for name, tensor in source.items()}
+def describe_swap(plan: Plan, num_tokens: int, known: dict[Any, LayerSwap] | None = None) -> LayerSwap:
+    """The row of a report.
+
+    The figures follow from shapes and settings, so the layer is converted from random weights of its shapes, once more from other
+    ones to see which parameters depend on them, and never run on data. Layers alike share a row by way of `known`.
+
+    Args:
+        plan: the layer and its mechanism.
+        num_tokens: length of the sequence that FLOPs and cache are counted for; a grid that the host knows says its own.
+        known: rows of earlier layers, to be extended.
+
+    Raises:
+        ValueError: what the conversion says of the layer, or the mechanism of the grid of an image of the model's size.
+    """
+    host, known = plan.host, {} if known is None else known
+    if host.grid_size is not None:
+        num_tokens = host.prefix_tokens + math.prod(host.grid_size)
+    state = host.adapter.softmax_state(host)
+    key = (_alike(plan), num_tokens, *((name, tensor.shape, tensor.dtype) for name, tensor in state.items()))
+    if key not in known:
+        known[key] = _describe(plan, state, num_tokens)
+    return dataclasses.replace(known[key], name=host.name)
+
+
+def _alike(plan: Plan) -> str:
+    """All that a layer's figures depend on, besides the shapes of its tensors."""
+    own = {"name", "module", "adapter", "index", "layer_idx"}
+    host = {field.name: getattr(plan.host, field.name) for field in dataclasses.fields(plan.host) if field.name not in own}
+    norms = [getattr(plan.host.module, name, None) for name in ("q_norm", "k_norm")]
+    return repr((plan.mechanism, plan.init, sorted(plan.options.items()), host, plan.host.adapter.has_cache, norms))
+
+
+def _describe(plan: Plan, state: Mapping[str, Tensor], num_tokens: int) -> LayerSwap:
+    host, width = plan.host, state["q_proj.weight"].element_size()
+    source, others = (_random_weights(state, seed) for seed in (0, 1))
     with _quiet() as said:
         module = _repeatable(plan, source)
-        other = dict(_repeatable(plan, {n: 0.5 * t.flip(0) + 1.0 for n, t in source.items()}).named_parameters())
+        other = dict(_repeatable(plan, others).named_parameters())
     counts = {"carried": 0, "converted": 0, "new": 0}
     for name, parameter in module.named_parameters():
         if plan.init == "random" or torch.equal(parameter, other[name]):
@@ -113,17 +147,22 @@ def describe_swap(plan: Plan, num_tokens: int) -> LayerSwap:
         else:
             kind = "carried" if _is_carried(parameter, source) else "converted"
         counts[kind] += parameter.numel()
-    width = next(iter(source.values())).element_size()
-    cached = host.is_causal and host.layer_idx is not None
+    preserving, tried_tokens = _keeps_function(plan, module, source, num_tokens)
+    cached = host.is_causal and host.adapter.has_cache
     kept = num_tokens if host.window_size is None else min(num_tokens, host.window_size - 1)
+    cache = (2 * host.num_kv_heads * host.head_dim * kept, module.cache_elements(kept)) if cached else (0, 0)
     return LayerSwap(
         name=host.name,
         mechanism=plan.mechanism,
+        num_tokens=num_tokens,
         **counts,
-        removed=sum(tensor.numel() for tensor in source.values()),
-        preserving=False if plan.init == "random" or said else _keeps_function(plan, module, source),
-        cache_bytes_before=2 * host.num_kv_heads * host.head_dim * kept * width if cached else 0,
-        cache_bytes_after=module.cache_elements(kept) * width if cached else 0,
+        removed=sum(p.numel() for part in host.adapter.replaced(host) for p in part.parameters()),
+        preserving=False if plan.init == "random" or said else preserving,
+        tried_tokens=tried_tokens,
+        flops_before=_softmax_flops(host, source, num_tokens),
+        flops_after=_mechanism_flops(host, module, num_tokens),
+        cache_bytes_before=cache[0] * width,
+        cache_bytes_after=cache[1] * width,
     )
 
 
@@ -221,24 +260,53 @@ def _is_carried(parameter: Tensor, source: Mapping[str, Tensor]) -> bool:
     return any(parameter.shape == (whole := torch.cat(pieces)).shape and torch.equal(parameter, whole) for pieces in same)
 
 
-def _keeps_function(plan: Plan, module: AttentionModule, source: Mapping[str, Tensor]) -> bool | None:
-    """Whether `module` and the softmax attention of the source agree on 16 random tokens; None if that cannot be tried."""
-    host = plan.host
+def _random_weights(state: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Weights of these shapes, such that logits are of the order of 1, in single precision on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
+    return {name: tensor * tensor.shape[-1] ** -0.5 if tensor.ndim > 1 else tensor for name, tensor in drawn.items()}
+
+
+def _keeps_function(plan: Plan, module: AttentionModule, source: Mapping[str, Tensor], num_tokens: int) -> tuple[bool | None, int]:
+    """Whether `module` and the softmax attention of the source agree on random tokens, and on how many; None if that fails."""
+    host, spatial = plan.host, module.attention_info.spatial
     options = {**_settings(Plan(host, "gqa", {}, "convert")), "num_kv_heads": host.num_kv_heads}
-    dtype, device = source["q_proj.weight"].dtype, source["q_proj.weight"].device
+    affordable = max(16, _TRIED // sum(tensor.numel() for tensor in source.values()))
+    grid_size = host.grid_size if num_tokens <= affordable else None
+    if spatial:
+        grid_size = grid_size or (4, 4)
+        tokens = host.prefix_tokens + math.prod(grid_size)
+    else:
+        tokens = min(num_tokens, affordable)
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        with torch.random.fork_rng([]), torch.no_grad():
             torch.manual_seed(0)
             usual = _with_usual_scale(host, dict(source))
             softmax = GroupedQueryAttention.from_softmax_attention(usual, num_heads=host.num_heads, **options)
-            grid = {"grid_size": (4, 4)} if module.attention_info.spatial else {}
-            tokens = 16 + (host.prefix_tokens if grid else 0)
-            x = torch.randn(2, tokens, host.dim, dtype=dtype, device=device)
-            want, got = softmax.eval()(x).float(), module.eval()(x, **grid).float()
+            x = torch.randn(1, tokens, host.dim)
+            want, got = softmax.eval()(x), module.eval()(x, **({"grid_size": grid_size} if spatial else {}))
     except (RuntimeError, TypeError, ValueError):
+        return None, tokens
+    return bool((got - want).abs().max() <= 1e-3 * want.abs().max()), tokens
+
+
+def _softmax_flops(host: Host, source: Mapping[str, Tensor], num_tokens: int) -> int:
+    """Of the host's projections, of all logits and of their products with the values."""
+    projections = sum(tensor.numel() for tensor in source.values() if tensor.ndim > 1)
+    return 2 * num_tokens * projections + 4 * num_tokens**2 * host.num_heads * host.head_dim
+
+
+def _mechanism_flops(host: Host, module: AttentionModule, num_tokens: int) -> int | None:
+    """None where they cannot be told. Raises ValueError where the mechanism cannot work on images of the model's size."""
+    spatial = module.attention_info.spatial
+    if spatial and host.grid_size is None:
         return None
-    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 3e-2
-    return bool((got - want).abs().max() <= tolerance * want.abs().max())
+    try:
+        return forward_flops(module, num_tokens, grid_size=host.grid_size if spatial else None)
+    except ValueError as error:
+        if host.grid_size is None:
+            return None  # texts may have other lengths
+        raise ValueError(f"on images of the model's size, {num_tokens} tokens: {error}") from error
 
 
 @contextmanager

@@ -63,8 +63,8 @@ def swap_attention(
     plans = _plans(model, attention, layers, init, options)
     _check(plans)
     entries = [_entry(plan) for plan in plans]
-    num_tokens = _context_length(model)
-    report = SwapReport(tuple(_named(plan, describe_swap, plan, num_tokens) for plan in plans), num_tokens, dry_run)
+    num_tokens, known = _context_length(model), {}  # type: ignore[var-annotated]
+    report = SwapReport(tuple(_named(plan, describe_swap, plan, num_tokens, known) for plan in plans), dry_run)
     if dry_run:
         return report
     mechanisms = [_named(plan, build_mechanism, plan) for plan in plans]
@@ -224,8 +224,12 @@ def _record(model: Any, entries: list[dict[str, Any]]) -> None:
 
 
 def _context_length(model: Any) -> int:
-    """How many tokens a report counts the cache for: those that the model is made for, 4096 where it does not say."""
+    """How many tokens of a text a report counts for: those that the model is made for, 4096 where it does not say."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     length = getattr(config, "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else 4096
+    if not isinstance(length, int) or length < 1:
+        return 4096
+    tables = [layer for name, layer in model.named_modules() if name.rpartition(".")[2] == "position_embeddings"]
+    unused = [index for table in tables if (index := getattr(table, "padding_idx", None)) is not None]
+    return length - 1 - max(unused, default=-1)  # RoBERTa's positions count from behind the padding's

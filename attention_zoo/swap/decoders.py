@@ -55,6 +55,8 @@ class DecoderSlot(Slot):
 class DecoderAdapter(Adapter):
     """Causal layers with a cache, called with `hidden_states`, rotary tables, a mask and a cache; they return a pair."""
 
+    has_cache = True
+
     def find(self, model: nn.Module) -> list[Host]:
         hosts: list[Host] = []
         count = 0

@@ -142,6 +142,10 @@ class BertAdapter(_HuggingFaceAdapter):
     slot = BertSlot
     place = "self"
 
+    def replaced(self, host: Host) -> list[nn.Module]:
+        module: Any = host.module
+        return [module.self, module.output.dense]
+
     def install(self, model: nn.Module, host: Host, mechanism: Any) -> Callable[[], None]:
         module: Any = host.module
         undo_self = install_slot(module, "self", BertSlot(mechanism), host.layer_idx, None)

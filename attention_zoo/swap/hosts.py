@@ -32,7 +32,7 @@ class Host:
         prefix_tokens: class and register tokens before a grid of patches; 0 otherwise.
         spatial: whether the host can tell `grid_size`.
         grid_size: (H, W) of the patches of an image of the size that the model is made for; None: no patches, or any size.
-        layer_idx: its layer in a cache, where the host has one.
+        layer_idx: its number for a mechanism that depends on the depth, and its layer in a cache where there is one.
         refuse: why this layer cannot be swapped at all; None if it can.
     """
 
@@ -62,7 +62,13 @@ class Host:
 
 
 class Adapter(ABC):
-    """Finds and replaces the attention layers of one calling convention."""
+    """Finds and replaces the attention layers of one calling convention.
+
+    Attributes:
+        has_cache: whether the layers are handed a cache, at their `layer_idx`.
+    """
+
+    has_cache = False
 
     @abstractmethod
     def find(self, model: nn.Module) -> list[Host]:
@@ -74,6 +80,10 @@ class Adapter(ABC):
 
         They share memory with the host's parameters, and require gradients where those do.
         """
+
+    def replaced(self, host: Host) -> list[nn.Module]:
+        """The modules whose place the mechanism takes, with all their parameters."""
+        return [host.module]
 
     @abstractmethod
     def install(self, model: nn.Module, host: Host, mechanism: nn.Module) -> Callable[[], None]:

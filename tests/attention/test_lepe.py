@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.layers import Attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -100,3 +101,54 @@ def test_multiply_adds() -> None:
     with FlopCounterMode(display=False) as counter, ops.use_backend("reference"), torch.no_grad():
         module(torch.randn(1, 49, 512), grid_size=(7, 7))
     assert counter.get_total_flops() / 2 == 4 * 49 * 512**2 + 2 * 49**2 * 512 + 49 * 512 * 25
+
+
+@pytest.mark.parametrize("lepe_on", ["x", "v"])
+def test_class_tokens_take_no_part_in_the_convolution(lepe_on: str) -> None:
+    plain = build(lepe_on=lepe_on)
+    module = build(lepe_on=lepe_on, num_prefix_tokens=2)
+    module.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 2 + 12, 8, dtype=F64)
+    q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in plain.qkv(x).chunk(3, -1))
+    out = ((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    assert plain.lepe is not None
+    image = (x if lepe_on == "x" else plain.qkv(x)[..., 16:])[:, 2:].unflatten(1, (3, 4))
+    out[:, 2:] += plain.lepe(image).flatten(1, 2)
+    close(module(x, grid_size=(3, 4)), plain.proj(out))
+    with pytest.raises(ValueError, match="num_prefix_tokens must be at least 0, got -1"):
+        build(num_prefix_tokens=-1)
+
+
+@pytest.mark.parametrize("source", ["timm", "scaled", "gqa", "split"])
+def test_conversion_keeps_the_function(source: str) -> None:
+    layer: Any = Attention(8, num_heads=2, qkv_bias=source != "scaled", proj_bias=source != "split", attn_drop=0.25)
+    if source == "gqa":
+        layer = az.create_attention("gqa", 8, 4, num_kv_heads=2, qkv_bias=True)
+    if source == "scaled":
+        layer.scale, layer.fused_attn = 0.7, False
+    layer = layer.double().eval()
+    given: Any = layer
+    if source == "split":
+        parts = {
+            f"{n}.{kind}": t for kind in ("weight", "bias") for n, t in zip("qkv", getattr(layer.qkv, kind).chunk(3), strict=True)
+        }
+        given = {**parts, "proj.weight": layer.proj.weight}
+    heads = {"num_heads": 2} if source == "split" else {}
+    module = LepeAttention.from_softmax_attention(given, **heads, num_prefix_tokens=1, lepe_on="v").eval()
+    x = torch.randn(2, 1 + 12, 8, dtype=F64)
+    close(module(x, grid_size=(4, 3)), layer(x))
+    assert module.attn_drop == {"split": 0.0, "gqa": 0.0}.get(source, 0.25)
+    module(x, grid_size=(4, 3)).square().sum().backward()
+    assert module.lepe is not None
+    assert module.lepe.weight.grad.abs().min() > 0
+
+
+def test_conversions_that_cannot_be() -> None:
+    convert = LepeAttention.from_softmax_attention
+    for layer, message in (
+        (MultiHeadAttention(8, 2, is_causal=True), "the source is causal"),
+        (MultiHeadAttention(8, 2, head_dim=8), "2 heads of 8 are not 8"),
+        (MultiHeadAttention(8, 2, qk_norm=True), "without a place: .*q_norm.weight"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -98,3 +99,67 @@ def test_permuting_the_tokens_permutes_the_output() -> None:
     module = az.create_attention("mha", dim=16, num_heads=4).eval()
     x, order = torch.randn(2, 9, 16), torch.randperm(9)
     same(module(x[:, order]), module(x)[:, order])
+
+
+# --- conversion -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"qkv_bias": True}, {"qk_norm": True, "scale_norm": True, "qkv_bias": True}, {"proj_bias": False, "attn_drop": 0.25}],
+    ids=lambda options: "-".join(options) or "default",
+)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_conversion_of_timms_keeps_the_function(options: dict[str, Any], scaled: bool) -> None:
+    theirs = TimmAttention(24, num_heads=4, norm_layer=functools.partial(nn.LayerNorm, eps=1e-2), **options).eval()
+    make_generic(theirs)
+    if scaled:
+        theirs.scale, theirs.fused_attn = 0.7, False
+    ours = MultiHeadAttention.from_softmax_attention(theirs)
+    x = torch.randn(2, 9, 24)
+    same(ours(x), theirs(x))
+    assert (ours.attn_drop, ours.training) == (options.get("attn_drop", 0.0), False)
+    assert not {t.data_ptr() for t in ours.parameters()} & {t.data_ptr() for t in theirs.parameters()}
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_conversion_repeats_grouped_heads(num_kv_heads: int) -> None:
+    config = LlamaConfig(
+        hidden_size=24, num_attention_heads=4, num_key_value_heads=num_kv_heads, head_dim=8, attn_implementation="eager",
+        attention_bias=True,
+    )  # fmt: skip
+    theirs = LlamaAttention(config, layer_idx=0).eval()
+    make_generic(theirs)
+    theirs.scaling *= 1.5
+    ours = MultiHeadAttention.from_softmax_attention(theirs)
+    assert ours.is_causal
+    x, (cos, sin) = torch.randn(2, 9, 24), rotary_tables(9, 8)
+    mask = torch.full((9, 9), -torch.inf).triu(1)[None, None]
+    want, _ = theirs(x, position_embeddings=(cos[None], sin[None]), attention_mask=mask)
+    same(ours(x, position_embeddings=(cos, sin)), want)
+    theirs.q_proj.bias = None  # a bias that only some have
+    ours = MultiHeadAttention.from_softmax_attention(theirs.state_dict(), num_heads=4)
+    assert not ours.qkv.bias[:32].any()
+    assert ours.qkv.bias[32:].all()
+
+
+def test_conversion_of_cross_attention() -> None:
+    source = az.create_attention("gqa", 24, 4, num_kv_heads=2, context_dim=10, qkv_bias=True).eval()
+    module = MultiHeadAttention.from_softmax_attention(source)
+    x, context = torch.randn(2, 5, 24), torch.randn(2, 7, 10)
+    same(module(x, context=context), source(x, context=context))
+
+
+def test_conversions_that_cannot_be() -> None:
+    convert, source = MultiHeadAttention.from_softmax_attention, az.create_attention("gqa", 24, 4, num_kv_heads=2)
+    with pytest.raises(ValueError, match="give num_heads"):
+        convert(source.state_dict())
+    with pytest.raises(ValueError, match="whole number of heads"):
+        convert(source.state_dict(), num_heads=5)
+    with pytest.raises(ValueError, match="without a place: table"):
+        convert({**source.state_dict(), "table": torch.zeros(2)}, num_heads=4)
+    normed = TimmAttention(24, num_heads=4, qk_norm=True, norm_layer=functools.partial(nn.LayerNorm, elementwise_affine=False))
+    same(convert(normed)(x := torch.randn(2, 5, 24)), normed(x))
+    normed.scale = 0.7
+    with pytest.raises(ValueError, match="no weight that is known to take that over"):
+        convert(normed)

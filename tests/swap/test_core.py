@@ -63,7 +63,7 @@ def test_mapping_of_layers_to_mechanisms() -> None:
         ("moh", {"num_kv_heads": 1}, "mean_pool"),
         ("moh", {"init": "mean_pool"}, "num_kv_heads"),
         ("hilo", {}, "needs causal_self"),
-        ("mha", {}, "init='random'"),
+        ("dtm", {}, "changes the number of tokens"),
         ({0: "gqa", "*.0.*": "moh"}, {}, "chosen twice"),
         ({0: 3}, {}, "name, or"),
         ({0: "gqa"}, {"layers": 1}, "mapping says its layers"),

@@ -49,10 +49,10 @@ HOSTS = {
         "GPT2", n_embd=32, n_layer=2, n_head=4, n_positions=128, scale_attn_by_inverse_layer_idx=True, num_key_value_heads=4
     ),
 }
-# Options with which a mechanism computes what the softmax attention did, for 16 tokens at least.
+# Options with which a mechanism computes what the softmax attention did, for all 128 tokens.
 PRESERVING: dict[str, dict[str, Any]] = {
-    "cca": {"window_size": 16},
-    "combiner": {"window_size": 16},
+    "cca": {"window_size": 128},
+    "combiner": {"window_size": 128},
     "dgqa": {"num_kv_heads": None},
     "diff": {},
     "gda": {},
