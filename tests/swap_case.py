@@ -41,17 +41,32 @@ def parameters_of(name: str) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(attention_class(name)).parameters)
 
 
-def fits(host: Host, name: str) -> bool:
-    """Whether the mechanism has what the host asks for."""
+def misfits(host: Any, name: str) -> list[str]:
+    """Why the mechanism cannot stand in the host's layers, in words of the refusal; from its capabilities, by rules of our own.
+
+    Args:
+        host: a `Host`, or whatever says the same of a layer.
+        name: the mechanism's.
+    """
     info, own = az.attention_info(name), parameters_of(name)
     takes = inspect.signature(attention_class(name).forward).parameters
-    return not (
-        (info.spatial and not host.spatial)
-        or (info.spatial and host.prefix_tokens and "num_prefix_tokens" not in own)
-        or (host.rope and "position_embeddings" not in takes)
-        or (host.qk_norm and "norm_layer" not in own)
-        or ("causal_self" if host.is_causal else "noncausal_self") not in info.patterns
-    )
+    pattern = "causal_self" if host.is_causal else "noncausal_self"
+    reasons = {
+        f"needs {pattern}": pattern not in info.patterns,
+        "changes the number of tokens": not info.keeps_shape,
+        "needs a grid": info.spatial and not host.spatial,
+        "class or register tokens": info.spatial and host.prefix_tokens > 0 and "num_prefix_tokens" not in own,
+        "rotates queries and keys": host.rope and "position_embeddings" not in takes,
+        "normalises queries and keys": host.qk_norm and "norm_layer" not in own,
+        "bounds its logits": host.softcap is not None,
+        "has a window": host.window_size is not None and (info.padding_masks_only or "attention_mask" not in takes),
+    }
+    return [reason for reason, applies in reasons.items() if applies]
+
+
+def fits(host: Any, name: str) -> bool:
+    """Whether the mechanism has what the host asks for."""
+    return not misfits(host, name)
 
 
 def build(adapter: Adapter, host: Host, name: str, **options: Any) -> nn.Module:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from attention_zoo.swap.hosts import Adapter, Host, register_adapter
-from attention_zoo.swap.slot import Slot, describe_refusal, install_slot, linear_problem
+from attention_zoo.swap.hugging_face import check_call, family_of, hook_again_after, read_mask, window_problem
+from attention_zoo.swap.slot import Slot, describe_refusal, install_slot, linear_problem, shared_problem
 
 __all__ = ["DecoderAdapter", "DecoderSlot"]
 
@@ -20,22 +22,29 @@ __all__ = ["DecoderAdapter", "DecoderSlot"]
 _FAMILIES = {"gemma", "gemma2", "gemma3", "gpt2", "llama", "mistral", "phi3", "qwen2", "qwen3"}
 # The projections of the three shapes; the last one is the output's.
 _SHAPES = (("q_proj", "k_proj", "v_proj", "o_proj"), ("qkv_proj", "o_proj"), ("c_attn", "c_proj"))
+_OUTPUTS = ("o_proj", "c_proj")
 _NORMS = ("q_norm", "k_norm")
-# What a model may say to its layers that changes nothing in their attention; positions are in the rotary tables.
-_HARMLESS = {
-    *("cache_position", "logits_to_keep", "num_items_in_batch", "output_attentions", "output_hidden_states", "position_ids"),
-    *("return_dict", "token_type_ids", "use_cache"),
-}
 
 
 class DecoderSlot(Slot):
-    """A mechanism that is called as Hugging Face's decoders call their attention; there are no attention weights to return."""
+    """A mechanism that is called as Hugging Face's decoders call their attention; there are no attention weights to return.
+
+    Args:
+        mechanism: what attends.
+        window_size: tokens that the layer saw; None: all.
+        config: the layer's, which says how the model attends now.
+    """
+
+    def __init__(self, mechanism: Any, window_size: int | None = None, config: Any = None) -> None:
+        super().__init__(mechanism)
+        self.window_size = window_size
+        self.config = config
 
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         cache: Any = None,
         past_key_values: Any = None,  # what cache was called before transformers 5.24
         **kwargs: Any,
@@ -43,13 +52,25 @@ class DecoderSlot(Slot):
         """(B, N, C), and masks of any kind that an attention implementation asks for -> (B, N, C), None.
 
         Raises:
-            ValueError: an input that the mechanism does not take.
+            ValueError: an input that the mechanism does not take, or something that the masks of the model's attention
+                implementation do not hold: a window, or the bounds of packed sequences.
         """
-        if lost := [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]:
-            raise ValueError(f"the model hands over {', '.join(lost)}, {self.mechanism.attention_info.name!r} takes none")
+        check_call(self.mechanism.attention_info.name, kwargs)
+        if problem := window_problem(self.window_size, self.config) or self._packing_problem(attention_mask, kwargs):
+            raise ValueError(problem)
         cache = past_key_values if cache is None else cache
         cache = getattr(cache, "self_attention_cache", cache)  # GPT-2's may hold one for cross attention beside it
-        return self.attend(hidden_states, attention_mask, False, position_embeddings, cache), None
+        return self.attend(hidden_states, read_mask(attention_mask), False, position_embeddings, cache), None
+
+    def _packing_problem(self, attention_mask: Any, said: Mapping[str, Any]) -> str | None:
+        """Why sequences that are packed in one row would be taken for one: flash-attn's kernels read that from the positions."""
+        positions = said.get("position_ids")
+        if attention_mask is not None or positions is None or torch.compiler.is_compiling():
+            return None
+        implementation = str(getattr(self.config, "_attn_implementation", None))
+        if implementation.startswith("flash") and bool((positions.diff() != 1).any()):
+            return f"packed sequences are in the masks of 'eager' and 'sdpa' attention, not in those of {implementation!r}"
+        return None
 
 
 class DecoderAdapter(Adapter):
@@ -90,7 +111,8 @@ class DecoderAdapter(Adapter):
 
     def install(self, model: nn.Module, host: Host, mechanism: Any) -> Callable[[], None]:
         parent, _, leaf = host.name.rpartition(".")
-        return install_slot(model.get_submodule(parent), leaf, DecoderSlot(mechanism), host.layer_idx, None)
+        slot = DecoderSlot(mechanism, host.window_size, getattr(host.module, "config", None))
+        return hook_again_after(install_slot(model.get_submodule(parent), leaf, slot, host.layer_idx, None), model)
 
     def state_prefix(self, host: Host) -> str:
         return f"{host.name}.mechanism."
@@ -109,7 +131,7 @@ class DecoderAdapter(Adapter):
             index=index,
             dim=int(config.hidden_size),
             num_heads=num_heads,
-            num_kv_heads=int(getattr(config, "num_key_value_heads", None) or num_heads),
+            num_kv_heads=_num_kv_heads(module),
             head_dim=head_dim,
             is_causal=bool(module.is_causal),
             qkv_bias=bias[0],
@@ -125,7 +147,7 @@ class DecoderAdapter(Adapter):
             spatial=False,
             grid_size=None,
             layer_idx=module.layer_idx,
-            refuse=_refusal(module, linear, model),
+            refuse=_refusal(module, linear, model) or shared_problem(model, name, module),
         )
 
 
@@ -139,12 +161,9 @@ def _shape(module: Any) -> tuple[str, ...] | None:
         return None
     if not hasattr(module, "head_dim") or not hasattr(module, "is_causal") or not hasattr(module, "config"):
         return None
+    if getattr(module, "is_cross_attention", False):
+        return None  # GPT-2's, to an encoder: it stays
     return next((names for names in _SHAPES if all(isinstance(getattr(module, n, None), nn.Module) for n in names)), None)
-
-
-def _family(module: nn.Module) -> str:
-    """The folder of transformers.models that the class stands in."""
-    return (type(module).__module__.split(".") + [""] * 3)[2]
 
 
 def _window(module: Any) -> int | None:
@@ -152,7 +171,7 @@ def _window(module: Any) -> int | None:
     if hasattr(module, "sliding_window"):
         window = module.sliding_window
     else:
-        window = getattr(module.config, "sliding_window", None) if _family(module) in {"mistral", "phi3"} else None
+        window = getattr(module.config, "sliding_window", None) if family_of(module) in {"mistral", "phi3"} else None
     return None if window is None else int(window)
 
 
@@ -164,13 +183,29 @@ def _rotated_share(config: Any) -> float:
     return float(min(shares, default=getattr(config, "partial_rotary_factor", None) or 1.0))
 
 
+def _num_kv_heads(module: Any) -> int:
+    """Key and value heads; GPT-2 has as many as query heads."""
+    config = module.config
+    grouped = None if hasattr(module, "c_attn") else getattr(config, "num_key_value_heads", None)
+    return int(grouped or config.num_attention_heads)
+
+
+def _size_problem(module: Any, linear: Mapping[str, Any]) -> str | None:
+    """Why projections are not of the sizes that the configuration says, as after heads were pruned; None if they are."""
+    heads, kv_heads = int(module.config.num_attention_heads), _num_kv_heads(module)
+    want = module.head_dim * (heads + 2 * kv_heads)
+    have = sum(layer.weight.shape[1 if name == "c_attn" else 0] for name, layer in linear.items() if name not in _OUTPUTS)
+    if have == want:
+        return None
+    heads_of = f"{heads} + 2 * {kv_heads} heads of {module.head_dim}"
+    return f"its projections have {have} rows, {heads_of} have {want}; were heads pruned?"
+
+
 def _refusal(module: Any, linear: Mapping[str, nn.Module], model: Any) -> str | None:
     """Why the layer cannot be swapped; None if it can."""
-    family = _family(module)
+    family = family_of(module)
     if family not in _FAMILIES:
         return f"{type(module).__name__} is of a family that is not known: known are {', '.join(sorted(_FAMILIES))}"
-    if getattr(module, "is_cross_attention", False):
-        return "it is cross attention to an encoder"
     plain = {name: layer for name, layer in linear.items() if not (name.startswith("c_") and type(layer).__name__ == "Conv1D")}
     if problem := linear_problem(**plain) or describe_refusal(module, {*linear, *_NORMS}):
         return problem
@@ -180,10 +215,9 @@ def _refusal(module: Any, linear: Mapping[str, nn.Module], model: Any) -> str | 
         return "its model lets the tokens of an image see each other, which a causal mechanism does not; swap its text model alone"
     if (share := _rotated_share(module.config)) != 1.0:
         return f"its rotary tables turn {share:.0%} of a head's channels; mechanisms turn all of them"
-    implementation = getattr(module.config, "_attn_implementation", None)
-    if _window(module) is not None and implementation not in ("eager", "sdpa", "zoo"):
-        return f"its window is in the masks of 'eager', 'sdpa' and 'zoo' attention only, not in those of {implementation!r}"
-    return None
+    if problem := _size_problem(module, linear):
+        return problem
+    return window_problem(_window(module), module.config)
 
 
 register_adapter(DecoderAdapter())

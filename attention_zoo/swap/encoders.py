@@ -15,7 +15,8 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from attention_zoo.swap.hosts import Adapter, Host, register_adapter
-from attention_zoo.swap.slot import Slot, describe_refusal, install_slot, linear_problem, replace_module
+from attention_zoo.swap.hugging_face import check_call, family_of, hook_again_after, read_mask
+from attention_zoo.swap.slot import Slot, describe_refusal, install_slot, linear_problem, replace_module, shared_problem
 
 __all__ = ["BertAdapter", "BertSlot", "EncoderAdapter", "EncoderSlot"]
 
@@ -23,24 +24,21 @@ __all__ = ["BertAdapter", "BertSlot", "EncoderAdapter", "EncoderSlot"]
 _BERTS = {"bert", "camembert", "electra", "roberta", "xlm_roberta"}
 _ENCODERS = {"clip", "deit", "dinov2", "dinov2_with_registers", "ijepa", "siglip", "siglip2", "vit", "vit_msn"}
 _CAUSAL_TOWERS = {"clip_text_model"}
-# What a model may say to its layers that changes nothing in them.
-_HARMLESS = {"num_items_in_batch", "output_attentions", "output_hidden_states", "return_dict", "use_cache"}
 
 
 class EncoderSlot(Slot):
     """A mechanism that is called as Hugging Face's encoders call their attention; there are no attention weights to return."""
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, is_causal: bool | None = None, **kwargs: Any
+        self, hidden_states: Tensor, attention_mask: Any = None, is_causal: bool | None = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         """(B, N, C) and a mask of any kind that an attention implementation asks for -> (B, N, C), None.
 
         Raises:
             ValueError: an input that the mechanism does not take.
         """
-        if lost := [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]:
-            raise ValueError(f"the model hands over {', '.join(lost)}, {self.mechanism.attention_info.name!r} takes none")
-        return self.attend(hidden_states, attention_mask, bool(is_causal)), None
+        check_call(self.mechanism.attention_info.name, kwargs)
+        return self.attend(hidden_states, read_mask(attention_mask), bool(is_causal)), None
 
 
 class BertSlot(EncoderSlot):
@@ -112,7 +110,7 @@ class _HuggingFaceAdapter(Adapter):
             spatial=conv is not None,
             grid_size=grid_size,
             layer_idx=index,
-            refuse=self._refusal(name, module, settings, linear),
+            refuse=self._refusal(name, module, settings, linear) or shared_problem(model, name, module),
             **settings,
         )
 
@@ -120,7 +118,7 @@ class _HuggingFaceAdapter(Adapter):
         """Why the layer cannot be swapped; None if it can."""
         if not name:
             return "it is the whole model; a swap replaces layers inside one"
-        family = _family(module)
+        family = family_of(module)
         if family == "beit":
             return "its model adds a relative position bias, which would be lost"
         if family not in self.families:
@@ -155,7 +153,7 @@ class BertAdapter(_HuggingFaceAdapter):
             undo_dense()
             undo_self()
 
-        return undo
+        return hook_again_after(undo, model)
 
     def _fits(self, module: nn.Module) -> bool:
         inner, output = getattr(module, "self", None), getattr(module, "output", None)
@@ -194,7 +192,8 @@ class EncoderAdapter(_HuggingFaceAdapter):
     def install(self, model: nn.Module, host: Host, mechanism: Any) -> Callable[[], None]:
         parent, _, leaf = host.name.rpartition(".")
         _, conv, _ = _patches(model, host.name)
-        return install_slot(model.get_submodule(parent), leaf, EncoderSlot(mechanism), host.layer_idx, conv)
+        undo = install_slot(model.get_submodule(parent), leaf, EncoderSlot(mechanism), host.layer_idx, conv)
+        return hook_again_after(undo, model)
 
     def _fits(self, module: nn.Module) -> bool:
         has = all(isinstance(getattr(module, name, None), nn.Module) for name in ("q_proj", "k_proj", "v_proj"))
@@ -224,11 +223,6 @@ class EncoderAdapter(_HuggingFaceAdapter):
 
 def _is_transformers(module: nn.Module) -> bool:
     return type(module).__module__.startswith("transformers.")
-
-
-def _family(module: nn.Module) -> str:
-    """The folder of transformers.models that the class stands in."""
-    return (type(module).__module__.split(".") + [""] * 3)[2]
 
 
 def _patches(model: nn.Module, name: str) -> tuple[int, nn.Module | None, tuple[int, int] | None]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attention_zoo.attention.base import AttentionModule, read_padding
 from attention_zoo.attention.cache import check_cache
 
-__all__ = ["Slot", "describe_refusal", "install_slot", "linear_problem", "replace_module"]
+__all__ = ["Slot", "describe_refusal", "install_slot", "linear_problem", "replace_module", "shared_problem"]
 
 
 @register_notrace_module
@@ -117,6 +117,11 @@ def install_slot(parent: nn.Module, name: str, slot: Slot, layer_idx: int | None
 def linear_problem(**layers: Any) -> str | None:
     """Why projections cannot be read, given by their names; None if all are plain linear layers."""
     strange = [f"{name} is {type(layer).__name__}" for name, layer in layers.items() if type(layer) is not nn.Linear]
+    strange += [
+        f"{name} holds {', '.join(kinds)}"
+        for name, layer in layers.items()
+        if (kinds := sorted({kind for kind, _ in layer.named_parameters()} - {"weight", "bias"}))
+    ]
     if strange:
         return f"{', '.join(strange)}: projections must be plain linear layers (merge adapters, undo quantisation first)"
     return None
@@ -131,3 +136,13 @@ def describe_refusal(module: nn.Module, known: set[str]) -> str | None:
     children = {n for n, child in module.named_children() if next(child.parameters(), None) is not None}
     unknown = sorted((own | children) - known)
     return f"{type(module).__name__} holds {', '.join(unknown)}, which would be lost" if unknown else None
+
+
+def shared_problem(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """Why the layer `name` cannot be replaced alone: a parameter of it is one of another layer as well; None if none is."""
+    own = {id(parameter): inside for inside, parameter in module.named_parameters()}
+    for elsewhere, parameter in model.named_parameters(remove_duplicate=False):
+        inside = own.get(id(parameter))
+        if inside is not None and elsewhere != f"{name}.{inside}":
+            return f"its {inside} is {elsewhere} as well: a swap would tear them apart"
+    return None

@@ -15,7 +15,7 @@ from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from attention_zoo.swap.hosts import Adapter, Host, register_adapter
-from attention_zoo.swap.slot import Slot, describe_refusal, install_slot, linear_problem
+from attention_zoo.swap.slot import Slot, describe_refusal, install_slot, linear_problem, shared_problem
 
 __all__ = ["TimmAdapter", "TimmSlot"]
 
@@ -70,7 +70,7 @@ class TimmAdapter(Adapter):
             if isinstance(module, TimmSlot):
                 count += 1  # swapped already; the others keep their numbers
             elif isinstance(module, _PLAIN):
-                hosts.append(self._describe(name, module, count, vit))
+                hosts.append(self._describe(name, module, count, vit, model))
                 count += 1
             elif _is_other_attention(module):
                 hosts.append(self._refused(name, module, count))
@@ -108,7 +108,7 @@ class TimmAdapter(Adapter):
     def state_prefix(self, host: Host) -> str:
         return f"{host.name}.mechanism."
 
-    def _describe(self, name: str, module: Any, index: int, vit: Any) -> Host:
+    def _describe(self, name: str, module: Any, index: int, vit: Any, model: nn.Module) -> Host:
         rope = vit is not None and getattr(vit, "rope", None) is not None
         return Host(
             name=name,
@@ -133,7 +133,7 @@ class TimmAdapter(Adapter):
             spatial=vit is not None and _patch_conv(vit) is not None and not _drops_patches(vit),
             grid_size=getattr(getattr(vit, "patch_embed", None), "grid_size", None),
             layer_idx=index,
-            refuse=_refusal(name, module, vit),
+            refuse=_refusal(name, module, vit) or shared_problem(model, name, module),
         )
 
     def _refused(self, name: str, module: Any, index: int) -> Host:
