@@ -5,7 +5,9 @@ Each convention lives here once; a mechanism's own file holds only what its pape
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -56,6 +58,20 @@ class AttentionModule(nn.Module):
     rope_layout: str = "half"
     attn_drop: float = 0.0
     layer_idx: int | None = None
+    _given: dict[str, Any]  # arguments of the constructor that are plain data
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _noting_arguments(cls.__init__)  # type: ignore[method-assign]
+
+    def constructor_options(self) -> dict[str, Any]:
+        """What the constructor takes to build a module of the same parameters: all that it was given as plain data.
+
+        Classes and functions (`norm_layer`), `device` and `dtype` are not among it. A mechanism that can be changed afterwards
+        says here what it has become.
+        """
+        return dict(self._given)
 
     def reset_parameters(self) -> None:
         """PyTorch's own initialisation of every submodule; mechanisms whose paper starts otherwise extend it."""
@@ -71,6 +87,28 @@ class AttentionModule(nn.Module):
         state = self.__dict__.copy()
         state.update({k: None for k, v in state.items() if isinstance(v, Tensor) and v.grad_fn is not None})
         return state
+
+
+def _noting_arguments(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor, which notes its arguments; a subclass's own come last and stay."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def noting(self: AttentionModule, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        given = dict(list(signature.bind(self, *args, **kwargs).arguments.items())[1:])
+        self._given = {name: value for name, value in given.items() if _is_plain(value) and name not in ("device", "dtype")}
+
+    return noting
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON can hold a value; tuples count as lists."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    return value is None or isinstance(value, (str, int, float))  # bool is an int
 
 
 def resolve_head_dim(dim: int, num_heads: int, head_dim: int | None = None) -> int:

@@ -183,6 +183,10 @@ class GroupedDiffAttention(DifferentialAttention):
             )
         return num_heads // _best_ratio(num_heads // (num_kv_heads or 1))
 
+    def constructor_options(self) -> dict[str, Any]:
+        grown = ("num_heads", "num_noise_heads", "num_kv_heads", "head_dim")  # `grow_signal_heads` changes heads
+        return {**super().constructor_options(), **{name: getattr(self, name) for name in grown}}
+
     @classmethod
     def from_softmax_attention(
         cls,

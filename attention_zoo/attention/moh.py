@@ -103,6 +103,10 @@ class MixtureOfHeads(AuxiliaryLossModule):
         balance = 2 * _softmax(self.balance(x))
         return torch.cat([balance[..., :1] * shared, balance[..., 1:] * routed], -1), scores, chosen
 
+    def constructor_options(self) -> dict[str, Any]:
+        given = {name: value for name, value in super().constructor_options().items() if name != "active_heads"}
+        return {**given, "shared_heads": self.shared_heads, "routed_topk": self.routed_topk}
+
     @property
     def _wants_statistics(self) -> bool:
         return self.training or self.debug

@@ -21,7 +21,7 @@ from attention_zoo.registry import attention_class, attention_info, did_you_mean
 from attention_zoo.swap.hosts import Host
 from attention_zoo.swap.report import LayerSwap
 
-__all__ = ["INITS", "Plan", "build_mechanism", "check_plan", "describe_swap"]
+__all__ = ["INITS", "Plan", "build_mechanism", "check_plan", "describe_swap", "rebuild_mechanism"]
 
 INITS = ("convert", "mean_pool", "random")
 
@@ -164,6 +164,16 @@ def _describe(plan: Plan, state: Mapping[str, Tensor], num_tokens: int) -> Layer
         cache_bytes_before=cache[0] * width,
         cache_bytes_after=cache[1] * width,
     )
+
+
+def rebuild_mechanism(host: Host, mechanism: str, constructor: Mapping[str, Any]) -> AttentionModule:
+    """A mechanism as it was when its options were recorded (`Slot.entry`), on the layer's device, its weights still to be read."""
+    weight = host.adapter.softmax_state(host)["q_proj.weight"]
+    said = _settings(Plan(host, mechanism, {}, "random"))
+    own = {name: value for name, value in said.items() if name == "norm_layer"}  # a class, which no record holds
+    factory = {"device": weight.device, "dtype": weight.dtype}
+    module: AttentionModule = attention_class(mechanism)(**own, **constructor, **factory)
+    return module.train(host.module.training)
 
 
 def _build(plan: Plan, state: dict[str, Tensor]) -> AttentionModule:

@@ -5,25 +5,24 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from attention_zoo.attention.base import AttentionModule
 from attention_zoo.registry import attention_info, some
 from attention_zoo.swap.convert import INITS, Plan, build_mechanism, check_plan, describe_swap
+from attention_zoo.swap.hosted import settle
 from attention_zoo.swap.hosts import ADAPTERS, Host
+from attention_zoo.swap.record import slots_of, swaps_of
 from attention_zoo.swap.report import SwapReport
 from attention_zoo.swap.slot import Slot
 
-__all__ = ["find_hosts", "swap_attention", "swaps_of", "unswap"]
+__all__ = ["AUX_LOSS_COEF", "find_hosts", "slot_of", "swap_attention", "swaps_of", "unswap"]
 
-RECORD = "zoo_swap"  # in a Hugging Face configuration, or on a model that has none
-
-# Model -> layer's name -> what puts the original back. Weak: a copy or a pickle of a model comes without the originals.
-_UNDO: WeakKeyDictionary[nn.Module, dict[str, Callable[[], None]]] = WeakKeyDictionary()
+AUX_LOSS_COEF = 0.01  # the papers' (MoH)
 
 
 def swap_attention(
@@ -34,6 +33,7 @@ def swap_attention(
     init: str = "convert",
     dry_run: bool = False,
     keep_original: bool = True,
+    aux_loss_coef: float | None = None,
     **options: Any,
 ) -> SwapReport:
     """Put a mechanism into a pretrained model, in place, with the layers' weights carried over; all layers or, on an error, none.
@@ -48,30 +48,41 @@ def swap_attention(
         init: "convert": as the mechanism's `from_softmax_attention` says; "mean_pool": the same after averaging key and value heads
             to `num_kv_heads`; "random": new weights.
         dry_run: only report.
-        keep_original: keep the original layers for `unswap`.
+        keep_original: keep the original layers for `unswap`. They stay on their device, beside the mechanisms' copies of their
+            weights: the attention layers take twice the memory. False frees them.
+        aux_loss_coef: weight of the mechanisms' auxiliary losses (`az.auxiliary_loss`: MoH's load balance) in the loss that a
+            Hugging Face model returns in training, with no code of the user's; 0: they stay out. None: as the model has it by an
+            earlier swap, else 0.01. It holds for all layers of the model. Models that return no loss (timm's) leave it to whoever
+            computes theirs.
         options: of the mechanism, in every layer; those of a mapping win.
 
     Returns: what became of each layer, to be printed.
 
     Raises:
-        ValueError: no layer is chosen, or one cannot be swapped; the reasons are listed. The model is as it was.
+        ValueError: no layer is chosen, or one cannot be swapped; the reasons are listed. A weight below 0. The model is as it was.
         TypeError: an option that the mechanism does not have.
         UnknownNameError: no such mechanism.
     """
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}; got {init!r}")
+    if aux_loss_coef is not None and not (math.isfinite(aux_loss_coef) and aux_loss_coef >= 0):
+        raise ValueError(f"aux_loss_coef is a weight, from 0; got {aux_loss_coef}")
     plans = _plans(model, attention, layers, init, options)
     _check(plans)
-    entries = [_entry(plan) for plan in plans]
+    chosen = [_plain_options(plan) for plan in plans]
     num_tokens, known = _context_length(model), {}  # type: ignore[var-annotated]
     report = SwapReport(tuple(_named(plan, describe_swap, plan, num_tokens, known) for plan in plans), dry_run)
     if dry_run:
         return report
     mechanisms = [_named(plan, build_mechanism, plan) for plan in plans]
+    coefficient = next((slot.aux_loss_coef for slot in slots_of(model).values()), AUX_LOSS_COEF)
     undo = _install_all(model, plans, mechanisms)
-    if keep_original:
-        _UNDO.setdefault(model, {}).update(undo)
-    _record(model, [*swaps_of(model), *entries])
+    for plan, given in zip(plans, chosen, strict=True):
+        slot = slot_of(model, plan.host)
+        slot.init, slot.options, slot.undo = plan.init, given, undo[plan.host.name] if keep_original else None
+    for slot in slots_of(model).values():
+        slot.aux_loss_coef = coefficient if aux_loss_coef is None else float(aux_loss_coef)
+    settle(model)
     return report
 
 
@@ -82,42 +93,44 @@ def unswap(model: nn.Module) -> list[str]:
         ValueError: no layer of the model is swapped, or the original of one was not kept (`keep_original=False`, a copy, a loaded
             model).
     """
-    names, kept = [entry["name"] for entry in swaps_of(model)], _UNDO.get(model, {})
-    if not names:
+    slots = slots_of(model)
+    if not slots:
         raise ValueError("no attention layer of this model is swapped")
-    if lost := [name for name in names if name not in kept]:
+    if lost := [name for name, slot in slots.items() if slot.undo is None]:
         raise ValueError(f"the original layers of {some(lost)} were not kept")
-    for name in reversed(names):
-        now = next(model.get_submodule(name).parameters(), None)
-        kept[name]()
+    for name, slot in reversed(slots.items()):
+        now = next(slot.parameters(), None)
+        assert slot.undo is not None
+        slot.undo()
         if now is not None:
             model.get_submodule(name).to(device=now.device, dtype=now.dtype if now.is_floating_point() else None)
-    del _UNDO[model]
-    _record(model, [])
-    return names
+    settle(model)
+    return list(slots)
 
 
-def swaps_of(model: Any) -> list[dict[str, Any]]:
-    """What is swapped in a model: name, mechanism, init and options of each layer."""
-    return list(getattr(getattr(model, "config", model), RECORD, None) or [])
+def slot_of(model: nn.Module, host: Host) -> Slot:
+    """What stands in the place of a host that is swapped."""
+    slot = model.get_submodule(host.adapter.state_prefix(host).removesuffix(".mechanism."))
+    assert isinstance(slot, Slot)
+    return slot
 
 
 def find_hosts(model: nn.Module) -> list[Host]:
     """All attention layers that an adapter knows, in the model's order; layers that are swapped already keep their numbers."""
     found = {host.name: host for adapter in ADAPTERS for host in adapter.find(model)}
-    swapped = {entry["name"] for entry in swaps_of(model)}
+    swapped = slots_of(model)
     hosts, number = [], 0
-    for name, module in model.named_modules():
+    for name, _ in model.named_modules():
         if name in found:
             hosts.append(dataclasses.replace(found[name], index=number))
-        number += name in found or name in swapped or (not swapped and isinstance(module, Slot))
+        number += name in found or name in swapped
     return hosts
 
 
 def _plans(model: nn.Module, attention: str | Mapping[Any, Any], layers: Any, init: str, options: dict[str, Any]) -> list[Plan]:
     """What to do, in the model's order. Raises ValueError when nothing is chosen or a layer is chosen twice."""
     hosts = find_hosts(model)
-    taken = [entry["name"] for entry in swaps_of(model)]
+    taken = list(slots_of(model))
     if not hosts:
         extra = f"; swapped already (unswap first): {some(taken)}" if taken else ""
         raise ValueError(f"{type(model).__name__} has no attention layer of a kind that is known{extra}")
@@ -204,23 +217,13 @@ def _install_all(model: nn.Module, plans: list[Plan], mechanisms: list[Attention
     return undo
 
 
-def _entry(plan: Plan) -> dict[str, Any]:
-    """A layer's swap as a configuration holds it. Raises ValueError for an option that JSON cannot hold."""
-    entry = {"name": plan.host.name, "mechanism": plan.mechanism, "init": plan.init, "options": dict(plan.options)}
+def _plain_options(plan: Plan) -> dict[str, Any]:
+    """The options as a configuration holds them. Raises ValueError for one that JSON cannot hold."""
     try:
-        plain: dict[str, Any] = json.loads(json.dumps(entry))
+        plain: dict[str, Any] = json.loads(json.dumps(dict(plan.options)))
     except TypeError as error:
         raise ValueError(f"{plan.host.name}: the options are saved with the model and must be plain data: {error}") from error
     return plain
-
-
-def _record(model: Any, entries: list[dict[str, Any]]) -> None:
-    """Write what is swapped where saving finds it; nothing is left of an empty record."""
-    holder = getattr(model, "config", model)
-    if entries:
-        setattr(holder, RECORD, entries)
-    elif hasattr(holder, RECORD):
-        delattr(holder, RECORD)
 
 
 def _context_length(model: Any) -> int:

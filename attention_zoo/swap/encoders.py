@@ -44,6 +44,8 @@ class EncoderSlot(Slot):
 class BertSlot(EncoderSlot):
     """The same in the place of BERT's `self`, whose output projection is the mechanism's."""
 
+    place = "self"
+
 
 class _HuggingFaceAdapter(Adapter):
     """What both shapes share: the search, and the description of a layer."""

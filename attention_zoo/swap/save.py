@@ -6,51 +6,61 @@ built beyond their name, so theirs is here: `config.json` and `model.safetensors
 
 from __future__ import annotations
 
-import copy
+import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from safetensors.torch import save_model
 from torch import nn
 
+from attention_zoo.attention.base import AttentionModule
 from attention_zoo.checkpoints.convert import CheckpointError
 from attention_zoo.checkpoints.files import read_checkpoint
-from attention_zoo.registry import some
-from attention_zoo.swap.core import swap_attention, swaps_of
+from attention_zoo.registry import create_attention, some
+from attention_zoo.swap.convert import rebuild_mechanism
+from attention_zoo.swap.core import AUX_LOSS_COEF, find_hosts, slot_of
+from attention_zoo.swap.hosted import settle
+from attention_zoo.swap.record import RECORD, configurations, is_hugging_face, read_record, slots_of, swaps_of, write_record
+from attention_zoo.swap.timm_args import find_timm_args, timm_name
 
 __all__ = ["from_pretrained", "save_pretrained", "swap_again"]
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _TIMM_FORMAT = "attention_zoo.timm"
+# Of Hugging Face's `from_pretrained`: what says where on the hub the files are.
+_HUB = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+_FILES = ("*.json", "*.safetensors", "*.bin", "*.py")
 
 
 def save_pretrained(model: Any, path: str | Path, *, model_args: Mapping[str, Any] | None = None) -> None:
     """Save a swapped model as a folder: a Hugging Face model as it does itself, a timm model with its name, arguments and swaps.
 
+    What a timm model was built with is read from it, and the model is built once more, without memory, to see whether that is all.
+
     Args:
         model: a model that `swap_attention` changed, or did not.
         path: the folder; made if it is not there.
-        model_args: what `timm.create_model` was given besides the name (img_size, ...); num_classes is read from the model.
+        model_args: arguments of `timm.create_model` besides the name, where they cannot be read from a timm model (img_size,
+            in_chans, num_classes, embed_dim, depth and the like can).
 
     Raises:
-        ValueError: a model of neither kind, or arguments that JSON cannot hold.
+        ValueError: a model of neither kind, one that its name and arguments do not build, or arguments that JSON cannot hold.
+            Nothing is written.
     """
     if hasattr(model, "save_pretrained"):
         if model_args is not None:
             raise ValueError("a Hugging Face model is built from its configuration: leave model_args out")
+        if is_hugging_face(model):
+            write_record(model)
         model.save_pretrained(path)
         return
-    architecture = getattr(model, "pretrained_cfg", {}).get("architecture")
-    if architecture is None:
-        raise ValueError(f"{type(model).__name__} is neither a Hugging Face model nor one that timm.create_model built")
-    args = {"num_classes": getattr(model, "num_classes", 0), **(model_args or {})}
-    config = {"format": _TIMM_FORMAT, "architecture": architecture, "model_args": args, "zoo_swap": swaps_of(model)}
+    name = timm_name(model)
+    config = {"format": _TIMM_FORMAT, "architecture": name, "model_args": find_timm_args(model, name, model_args or {})}
     try:
-        text = json.dumps(config, indent=2)
+        text = json.dumps({**config, RECORD: swaps_of(model)}, indent=2)
     except TypeError as error:
         raise ValueError(f"model_args are saved as JSON: {error}") from error
     folder = Path(path)
@@ -62,22 +72,29 @@ def save_pretrained(model: Any, path: str | Path, *, model_args: Mapping[str, An
 def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     """Load a model that was saved with its swaps: the host is built, its layers swapped as they were, then the weights are read.
 
+    transformers' own `from_pretrained` does not know the swaps: it reports the layers as unexpected and missing keys in a warning,
+    and starts the original ones anew.
+
     Args:
         path: a folder, or a repository on Hugging Face's hub.
-        kwargs: for a Hugging Face model, what its own `from_pretrained` takes.
+        kwargs: where on the hub and in the repository the files are (revision, token, cache_dir, force_download, local_files_only,
+            subfolder); for a Hugging Face model, all that its own `from_pretrained` takes (dtype, device_map, ...).
 
-    Returns: the model in eval mode; its original layers are not there, so it cannot be unswapped.
+    Returns: the model in eval mode; its original layers are not there, so it cannot be unswapped. With output_loading_info=True,
+        the model and what Hugging Face says of loading it.
 
     Raises:
         FileNotFoundError: no configuration is there.
-        CheckpointError: weights that are missing or have no place; all of them are listed.
-        TypeError: kwargs for a timm model.
+        CheckpointError: a model or layer that is not known, weights that are missing or have no place; all of them are listed.
+        TypeError: other kwargs for a timm model.
     """
+    hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
     folder = Path(path)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(str(path)))
+        folder = Path(snapshot_download(str(path), allow_patterns=list(_FILES), **hub))
+    folder = folder / (kwargs.pop("subfolder", None) or "")
     if not (folder / _CONFIG).is_file():
         raise FileNotFoundError(f"no {_CONFIG} in {folder}")
     config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
@@ -85,67 +102,120 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
         return _load_transformers(folder, kwargs)
     if kwargs:
         raise TypeError(f"a timm model is built as it was saved; {', '.join(kwargs)} cannot be given")
-    model = timm.create_model(config["architecture"], **config["model_args"])
-    swap_again(model, config["zoo_swap"])
+    return _load_timm(folder, config)
+
+
+def swap_again(model: nn.Module, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Put mechanisms as they were recorded (`swaps_of`) into a model's layers; their weights are to be read afterwards.
+
+    Raises:
+        CheckpointError: layers that the model does not have, or that cannot be swapped.
+    """
+    _install_again(model, entries)
+    settle(model)
+
+
+def _install_again(model: nn.Module, entries: Iterable[Mapping[str, Any]]) -> None:
+    hosts = {host.name: host for host in find_hosts(model)}
+    entries = list(entries)
+    if lost := [entry["name"] for entry in entries if entry["name"] not in hosts]:
+        raise CheckpointError(f"{type(model).__name__} has no attention layer {some(lost)}")
+    if refused := [name for entry in entries if hosts[name := entry["name"]].refuse]:
+        raise CheckpointError(f"{some(refused)} cannot be swapped: {hosts[refused[0]].refuse}")
+    for entry in entries:
+        host = hosts[entry["name"]]
+        mechanism = rebuild_mechanism(host, entry["mechanism"], _tuples(entry["constructor"]))
+        host.adapter.install(model, host, mechanism)
+        slot = slot_of(model, host)
+        slot.init, slot.options = entry["init"], dict(entry["options"])
+        slot.aux_loss_coef = entry.get("aux_loss_coef", AUX_LOSS_COEF)
+
+
+def _load_timm(folder: Path, config: dict[str, Any]) -> Any:
+    model = timm.create_model(config["architecture"], **_tuples(config["model_args"]))
+    swap_again(model, config[RECORD])
     state = read_checkpoint(folder / _WEIGHTS)
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
-    _refuse_other_keys([n for n in model.state_dict() if n not in state], [n for n in state if n not in model.state_dict()])
+    own = model.state_dict()
+    _refuse_other_keys([name for name in own if name not in state], [name for name in state if name not in own])
     model.load_state_dict(state)
     return model.eval()
 
 
-def swap_again(model: nn.Module, entries: list[dict[str, Any]]) -> None:
-    """Swap as the entries say, which is how the layers are built; their weights are read afterwards."""
-    for init in dict.fromkeys(entry["init"] for entry in entries):
-        chosen = {entry["name"]: (entry["mechanism"], _tuples(entry["options"])) for entry in entries if entry["init"] == init}
-        swap_attention(model, chosen, init=init, keep_original=False)
-
-
 def _load_transformers(folder: Path, kwargs: dict[str, Any]) -> Any:
-    """Hugging Face's own loading, into a model whose layers were swapped before."""
-    import transformers
+    """Hugging Face's own loading, into a model whose layers are swapped as soon as it is built."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
-    kind = getattr(transformers, (config.architectures or ["AutoModel"])[0], None)
+    told = {name: kwargs[name] for name in ("trust_remote_code",) if name in kwargs}
+    config = kwargs["config"] if not isinstance(kwargs.get("config", ""), str) else AutoConfig.from_pretrained(folder, **told)
+    kind = _model_class(config, folder)
+    with_info = kwargs.pop("output_loading_info", False)
+    swapped = any(getattr(one, RECORD, None) for one in configurations(config))
+    loading = _swapping_class(kind) if swapped else kind
+    model, info = loading.from_pretrained(folder, output_loading_info=True, **kwargs)
+    model.__class__ = kind
+    foreign = [name for name in info["unexpected_keys"] if ".mechanism." in name]
+    if swapped or foreign:
+        own = model.state_dict().keys()
+        _refuse_other_keys([name for name in info["missing_keys"] if name in own], info["unexpected_keys"])
+    _restore_buffers(model)
+    settle(model)
+    return (model, info) if with_info else model
+
+
+def _model_class(config: Any, folder: Path) -> Any:
+    """The class of transformers, or one that its Auto classes were told of, that the configuration names.
+
+    Raises:
+        CheckpointError: it names none, or one that is not there.
+    """
+    import transformers
+
+    names = config.architectures or []
+    if len(names) != 1:
+        raise CheckpointError(f"{folder / _CONFIG} should name one class in `architectures`; it has {names or 'none'}")
+    (name,) = names
+    if (kind := getattr(transformers, name, None)) is not None:
+        return kind
+    autos = [getattr(transformers, auto) for auto in dir(transformers.models.auto) if auto.startswith("AutoModel")]
+    mappings = [mapping for auto in autos if (mapping := getattr(auto, "_model_mapping", None)) is not None]
+    for kind in (mapping[type(config)] for mapping in mappings if type(config) in mapping):
+        if getattr(kind, "__name__", None) == name:
+            return kind
+    beside = type(config).__module__.replace(".configuration_", ".modeling_")
+    try:
+        kind = getattr(importlib.import_module(beside), name, None)
+    except ImportError:
+        kind = None
     if kind is None:
-        raise CheckpointError(f"{folder}: transformers has no {config.architectures}")
-    entries = getattr(config, "zoo_swap", None) or []
-    if not entries:
-        return kind.from_pretrained(folder, **kwargs)
-    del config.zoo_swap
-    dtype = kwargs.get("dtype", "auto")
-    dtype = config.dtype if dtype in (None, "auto") else dtype
-    model = kind._from_config(config, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-    swap_again(model, entries)
-    wanted = model.state_dict().keys()
-    loaded, info = _with_skeleton(kind, model).from_pretrained(folder, output_loading_info=True, **kwargs)
-    _refuse_other_keys([n for n in info["missing_keys"] if n in wanted], info["unexpected_keys"])
-    model.load_state_dict(loaded.state_dict(), assign=True)  # into the model whose other buffers, in no file, are right
-    model.tie_weights()
-    model.config = loaded.config
-    model.config.zoo_swap = entries
-    if getattr(loaded, "generation_config", None) is not None:
-        model.generation_config = loaded.generation_config
-    return model.eval()
+        raise CheckpointError(f"{folder}: transformers {transformers.__version__} has no model {name!r}; was it registered?")
+    return kind
 
 
-def _with_skeleton(kind: Any, model: nn.Module) -> Any:
-    """A class whose instances have `model`'s swapped layers, on the meta device, in the place of `kind`'s own."""
+def _swapping_class(kind: Any) -> Any:
+    """A class whose instances have the layers that their configuration says in the place of `kind`'s own."""
 
-    def skeleton(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, config, *args, **kwargs)
-        for name, child in model.named_children():
-            memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in child.parameters()}
-            setattr(self, name, copy.deepcopy(child, memo))
-        self.tie_weights()
+        _install_again(self, read_record(self))
 
-    return type(kind.__name__, (kind,), {"__init__": skeleton, "__module__": kind.__module__})
+    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
 
 
-def _refuse_other_keys(missing: Any, unknown: Any) -> None:
+def _restore_buffers(model: nn.Module) -> None:
+    """Fill what mechanisms hold besides what is in files: transformers builds models without memory, and leaves it unset."""
+    for slot in slots_of(model).values():
+        for module in slot.mechanism.modules():
+            unsaved = module._non_persistent_buffers_set
+            if isinstance(module, AttentionModule) and unsaved:
+                fresh = create_attention(module.attention_info.name, **module.constructor_options())
+                for name in unsaved:
+                    module.get_buffer(name).copy_(fresh.get_buffer(name))
+
+
+def _refuse_other_keys(missing: Iterable[str], unknown: Iterable[str]) -> None:
     missing, unknown = sorted(missing), sorted(unknown)
     if missing or unknown:
         raise CheckpointError(

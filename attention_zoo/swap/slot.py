@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from attention_zoo.attention.auxiliary import AuxiliaryLossModule
 from attention_zoo.attention.base import AttentionModule, read_padding
 from attention_zoo.attention.cache import check_cache
 
@@ -23,13 +25,42 @@ class Slot(nn.Module):
     Attributes:
         mechanism: the attention that is in the place now.
         grid_size: (H, W) of the patches of the image at hand, set by the patch embedding's hook; None without a grid.
+        place: where the slot stands, seen from the layer that is swapped: "" for its own place.
+        init, options: what `swap_attention` was told.
+        aux_loss_coef: weight of the mechanism's auxiliary loss, if it has one, in the host's training loss.
+        undo: puts the original layer back; None where it was not kept. Copies and pickles have none.
     """
+
+    place: ClassVar[str] = ""
+    init: str = "convert"
+    aux_loss_coef: float = 0.0
+    undo: Callable[[], None] | None = None
 
     def __init__(self, mechanism: AttentionModule) -> None:
         super().__init__()
         self.mechanism = mechanism
         self.grid_size: tuple[int, int] | None = None
+        self.options: Mapping[str, Any] = {}
         self._inputs = frozenset(inspect.signature(mechanism.forward).parameters)
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        """Whether the mechanism may have an auxiliary loss."""
+        return any(isinstance(module, AuxiliaryLossModule) for module in self.mechanism.modules())
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """The swap of the layer `name` as a configuration holds it: what was asked for, and what builds the mechanism as it is."""
+        entry = {
+            "name": name,
+            "mechanism": self.mechanism.attention_info.name,
+            "init": self.init,
+            "options": dict(self.options),
+            "constructor": self.mechanism.constructor_options(),
+        }
+        return entry | ({"aux_loss_coef": self.aux_loss_coef} if self.has_auxiliary_loss else {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "undo": None}
 
     def attend(
         self,
@@ -91,11 +122,13 @@ class _TellGrid:
 
 def replace_module(parent: nn.Module, name: str, new: nn.Module) -> Callable[[], None]:
     """Put `new` under `name`, in the old one's train or eval mode; returns what puts the old one back, in the mode of then."""
-    old = getattr(parent, name)
+    old, owner = getattr(parent, name), weakref.ref(parent)  # `new` may hold the undo: no cycles, which would delay freeing
     setattr(parent, name, new.train(old.training))
 
     def undo() -> None:
-        setattr(parent, name, old.train(new.training))
+        place = owner()
+        if place is not None:
+            setattr(place, name, old.train(getattr(place, name).training))
 
     return undo
 

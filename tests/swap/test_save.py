@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,9 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="leave model_args out"):
         az.save_pretrained(model, tmp_path, model_args={"depth": 2})
     az.swap_attention(model, "gqa")
-    model.config.zoo_swap[0]["mechanism"] = "moh"
     model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["zoo_swap"][0]["mechanism"] = "moh"
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"missing: .*model\.layers\.0\.self_attn"):
         az.from_pretrained(tmp_path)
