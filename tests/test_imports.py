@@ -19,7 +19,7 @@ BELOW = {
     "checkpoints": {"registry"},
     "models": {"attention", "checkpoints", "ops", "registry"},
     "swap": {"models", "checkpoints", "attention", "registry"},
-    "analysis": {"attention", "ops"},
+    "analysis": {"attention", "ops", "registry"},
     "benchmarks": {"attention", "ops"},
 }
 FACADE = {"cli", "training", "scripts"}  # programs: everything below, through the package itself as a user would
@@ -29,7 +29,7 @@ FREE = {"__init__", "_version", "configs"}  # the facade gathers all rooms; the 
 OPTIONAL = {
     *("transformers", "flash_attn", "flash_attn_interface", "xformers", "accelerate", "peft", "matplotlib", "sklearn", "datasets"),
     *("tensorboard", "torch.utils.tensorboard", "rich", "typer", "pytest", "torch._dynamo", "torch._inductor"),
-    *("attention_zoo.ops.triton", "attention_zoo.cli", "attention_zoo.training"),
+    *("attention_zoo.ops.triton", "attention_zoo.cli", "attention_zoo.training", "attention_zoo.analysis"),
 }
 
 FILES = sorted([*ROOT.glob("attention_zoo/**/*.py"), *ROOT.glob("models/**/*.py"), *ROOT.glob("configs/**/*.py")])

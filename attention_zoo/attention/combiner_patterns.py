@@ -390,7 +390,9 @@ def logsparse(plan: Plan, new: State, real: Tensor | None, past: State, seen: in
         mirrored = _Spans(plan, {name: new[name].flip(2) for name in "qkv"}, None if real_new is None else real_new.flip(1))
         logits.append(mirrored.logits().flip(2))
 
-    weights = _softmax(torch.cat(logits, -1)).split([part.shape[-1] for part in logits], -1)
+    joint = _softmax(torch.cat(logits, -1))
+    ops.observe("token itself and spans", joint)
+    weights = joint.split([part.shape[-1] for part in logits], -1)
     out = F.dropout(weights[0], plan.dropout) * v if plan.dropout else weights[0] * v
     if seen:
         out = out + weights[1] @ past["span_value"].to(work)

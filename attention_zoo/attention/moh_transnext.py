@@ -373,6 +373,7 @@ class MoHTransNeXtAggregated(_TransNeXtHeads):
         local = _products(queries, k, grid, self.window_size).to(q.dtype) + self.relative_pos_bias_local.to(q.dtype).unsqueeze(1)
         coarse = (queries @ pooled_k.transpose(-2, -1)).to(q.dtype) + self._position_bias(x, grid, pool)
         weights = torch.softmax(torch.cat([local.masked_fill(place.outside, -torch.inf), coarse], dim=-1), dim=-1)
+        ops.observe("neighbours and pooled tokens", weights)
         weights = F.dropout(weights, self.attn_drop, self.training).to(v.dtype)
         local, coarse = weights.split([self.window_size**2, pool[0] * pool[1]], dim=-1)
         local = local + (q.to(v.dtype) @ self.learnable_tokens.to(v.dtype) + self.learnable_bias.to(v.dtype))

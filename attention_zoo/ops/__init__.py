@@ -1,7 +1,8 @@
 """Attention as functions of tensors: the reference, the engines, and which of them serves a call."""
 
 from attention_zoo.ops._autocast import no_autocast
-from attention_zoo.ops.attention import attention, merge_attention
+from attention_zoo.ops._tap import observe
+from attention_zoo.ops.attention import attention, attention_weights, merge_attention
 from attention_zoo.ops.dispatch import BACKENDS, BackendError, backends, explain, use_backend
 from attention_zoo.ops.halo import halo_attention
 from attention_zoo.ops.routed import routed_attention
@@ -10,11 +11,13 @@ __all__ = [
     "BACKENDS",
     "BackendError",
     "attention",
+    "attention_weights",
     "backends",
     "explain",
     "halo_attention",
     "merge_attention",
     "no_autocast",
+    "observe",
     "routed_attention",
     "use_backend",
 ]

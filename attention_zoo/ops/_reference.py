@@ -11,7 +11,7 @@ from torch import Tensor
 from attention_zoo.ops._autocast import no_autocast
 from attention_zoo.ops._problem import Problem
 
-__all__ = ["packed_positions", "reference_attention", "visible"]
+__all__ = ["packed_positions", "reference_attention", "reference_weights", "visible"]
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
@@ -25,18 +25,32 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tu
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    weights, lse = reference_weights(q, k, problem)
+    if problem.dropout_p > 0:
+        weights = torch.dropout(weights, problem.dropout_p, train=True)
+    out = weights.unflatten(1, (k.shape[1], q.shape[1] // max(k.shape[1], 1))) @ v.to(weights.dtype).unsqueeze(2)
+    return out.flatten(1, 2).to(q.dtype), lse
+
+
+def reference_weights(q: Tensor, k: Tensor, problem: Problem, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """softmax(softcap(scale * q k^T) + bias + mask) before any dropout, and the natural logarithm of its denominator.
+
+    Shape: q (B, H_q, N_q, D), k (B, H_kv, N_k, D) -> (B, H_q, N_q, N_k), (B, H_q, N_q) float32 or float64. `rows`, int64 (R,):
+    numbers of the queries to compute, none of the others is looked at; None: all.
+    """
     groups = q.shape[1] // max(k.shape[1], 1)
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    qf = q.to(work).unflatten(1, (k.shape[1], groups))  # (B, H_kv, G, N_q, D): K and V stay at H_kv heads
+    queries = q if rows is None else q.index_select(2, rows)
+    qf = queries.to(work).unflatten(1, (k.shape[1], groups))  # (B, H_kv, G, N_q, D): K and V stay at H_kv heads
     logits = problem.scale * qf @ k.to(work).unsqueeze(2).transpose(-2, -1)
     logits = logits.flatten(1, 2)  # (B, H_q, N_q, N_k)
     if problem.softcap is not None:
         logits = problem.softcap * torch.tanh(logits / problem.softcap)
     if problem.bias is not None:
-        logits = logits + problem.bias.to(work)
+        logits = logits + _take_rows(problem.bias, rows).to(work)
     if problem.attn_mask is not None and problem.attn_mask.is_floating_point():
-        logits = logits + problem.attn_mask.to(work)
-    if (allowed := visible(problem, q.device)) is not None:
+        logits = logits + _take_rows(problem.attn_mask, rows).to(work)
+    if (allowed := visible(problem, q.device, rows)) is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
 
     top = logits.detach().amax(-1, keepdim=True) if problem.num_keys else logits.new_zeros(*logits.shape[:-1], 1)
@@ -46,18 +60,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, 
     dead = total == 0
     total = total.masked_fill(dead, 1.0)
     lse = (top + torch.log(total)).masked_fill(dead, -torch.inf)
-    weights = weights / total
-    if problem.dropout_p > 0:
-        weights = torch.dropout(weights, problem.dropout_p, train=True)
-    out = weights.unflatten(1, (k.shape[1], groups)) @ v.to(work).unsqueeze(2)
-    return out.flatten(1, 2).to(q.dtype), lse.squeeze(-1)
+    return weights / total, lse.squeeze(-1)
 
 
-def visible(problem: Problem, device: torch.device) -> Tensor | None:
+def _take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows of a map (..., N_q or 1, N_k), where it has more than one for all queries."""
+    return x if rows is None or x.shape[-2] == 1 else x.index_select(-2, rows)
+
+
+def visible(problem: Problem, device: torch.device, rows: Tensor | None = None) -> Tensor | None:
     """Which keys each query may attend to, boolean and broadcastable to (B, H, N_q, N_k); None: all of them.
 
     Causal and window bounds count from the END of both sequences: the last query stands at the last key, so that decoding with
-    a cache needs no offset. In a packed batch they count within each sequence, and sequences do not see each other.
+    a cache needs no offset. In a packed batch they count within each sequence, and sequences do not see each other. `rows`: as for
+    `reference_weights`.
     """
     allowed: Tensor | None = None
     left, right = problem.window
@@ -65,13 +81,16 @@ def visible(problem: Problem, device: torch.device) -> Tensor | None:
         query_sequence, query_position = packed_positions(problem.cu_seqlens_q, problem.num_queries)
         key_sequence, key_position = packed_positions(problem.cu_seqlens_k, problem.num_keys)
         lengths_q, lengths_k = problem.cu_seqlens_q.diff(), problem.cu_seqlens_k.diff()
-        allowed = query_sequence[:, None] == key_sequence[None, :]
         query_position = query_position + (lengths_k - lengths_q)[query_sequence]
+        if rows is not None:
+            query_sequence, query_position = query_sequence[rows], query_position[rows]
+        allowed = query_sequence[:, None] == key_sequence[None, :]
     elif left is None and right is None:
         mask = problem.attn_mask
-        return mask if mask is not None and mask.dtype == torch.bool else None
+        return _take_rows(mask, rows) if mask is not None and mask.dtype == torch.bool else None
     else:
-        query_position = torch.arange(problem.num_queries, device=device) + problem.num_keys - problem.num_queries
+        number = torch.arange(problem.num_queries, device=device) if rows is None else rows
+        query_position = number + problem.num_keys - problem.num_queries
         key_position = torch.arange(problem.num_keys, device=device)
     distance = key_position[None, :] - query_position[:, None]
     if left is not None:
@@ -79,7 +98,7 @@ def visible(problem: Problem, device: torch.device) -> Tensor | None:
     if right is not None:
         allowed = _both(allowed, distance <= right)
     if problem.attn_mask is not None and not problem.attn_mask.is_floating_point():
-        allowed = _both(allowed, problem.attn_mask)
+        allowed = _both(allowed, _take_rows(problem.attn_mask, rows))
     return allowed
 
 

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from attention_zoo.ops._autocast import no_autocast
 from attention_zoo.ops._problem import Problem, make_problem
+from attention_zoo.ops._reference import reference_weights
+from attention_zoo.ops._tap import tapped
 from attention_zoo.ops.dispatch import follow_autocast, select
 from attention_zoo.ops.engines import GRID_LIMIT, Engine, describe
 
-__all__ = ["attention", "merge_attention"]
+__all__ = ["attention", "attention_weights", "merge_attention"]
 
 
+def attention_weights(q: Tensor, k: Tensor, v: Tensor, *, rows: Tensor | None = None, backend: str = "auto", **call: Any) -> Tensor:
+    """The probabilities of a call of `attention` before any dropout, (B, H, N_q, N_k), float32 or float64; rows of 0 see nothing.
+
+    Takes the arguments of `attention`, of which `backend` changes nothing, and `rows`, int64 (R,): numbers of the queries to
+    compute, in memory for those; None: all.
+    """
+    q, k, v = follow_autocast(q, k, v)
+    with no_autocast(q):
+        return reference_weights(q, k, make_problem(q, k, v, **call), rows)[0]
+
+
+@tapped(attention_weights, takes_rows=True)
 def attention(
     q: Tensor,
     k: Tensor,

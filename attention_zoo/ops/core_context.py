@@ -6,12 +6,13 @@ float64). It is the specification that a kernel is held to.
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from attention_zoo.ops._autocast import no_autocast
+from attention_zoo.ops._tap import tapped
 
 __all__ = ["CORE_HEADS", "POOLS", "core_context_attention", "core_context_visible", "pool_core_tokens", "pooling_weights"]
 
@@ -34,6 +35,21 @@ def pooling_weights(q: Tensor, k: Tensor, *, group_size: int, scale: float | Non
     return torch.einsum("bgrmd,bgmpd->bgrmp", factor * heads, groups).softmax(-1).flatten(1, 2)
 
 
+def _pool_weights(
+    q: Tensor, k: Tensor, v: Tensor, *, group_size: int, pool: str = "cca", core_per: str = "query", scale: float | None = None
+) -> Tensor | None:
+    """How `pool_core_tokens` weighs the tokens of each group, (B, H_core, m, group_size); None: by their size ("max")."""
+    if pool == "max":
+        return None
+    if pool == "mean":
+        shape = (*k.shape[:2], q.shape[2], group_size)
+        return k.new_full(shape, 1 / group_size, dtype=torch.promote_types(k.dtype, torch.float32))
+    with no_autocast(q):
+        weights = pooling_weights(q, k, group_size=group_size, scale=scale)
+    return weights.unflatten(1, (k.shape[1], -1)).mean(2) if core_per == "kv" else weights
+
+
+@tapped(_pool_weights)
 def pool_core_tokens(
     q: Tensor, k: Tensor, v: Tensor, *, group_size: int, pool: str = "cca", core_per: str = "query", scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -94,6 +110,35 @@ def core_context_visible(
     return core, (keys >= released * group_size) & (keys <= query_positions.unsqueeze(-1))
 
 
+def _weights(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    core_k: Tensor,
+    core_v: Tensor,
+    *,
+    window_size: int,
+    group_size: int,
+    query_start: int | Tensor = 0,
+    key_start: int | Tensor = 0,
+    scale: float | None = None,
+    rows: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """Probabilities (B, H, N_q, m + N_k) of a call of `core_context_attention`, core tokens first; `rows`: of these queries."""
+    _check(q, k, v, core_k, core_v, window_size, group_size)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    positions = _positions(query_start, q.shape[2], q.device), _positions(key_start, k.shape[2], q.device)
+    if rows is not None:
+        q, positions = q.index_select(2, rows), (positions[0][..., rows], positions[1])
+    with no_autocast(q):
+        logits = _logits(
+            factor * q.to(torch.promote_types(q.dtype, torch.float32)), k, core_k, positions, (window_size, group_size)
+        )
+        return logits.softmax(-1).nan_to_num(0.0)  # nan: padding, which sees nothing
+
+
+@tapped(_weights, takes_rows=True)
 def core_context_attention(
     q: Tensor,
     k: Tensor,
@@ -178,19 +223,25 @@ def _attend_block(
 ) -> tuple[Tensor, Tensor]:
     """All of the block's logits, core tokens first; q is scaled and in the working dtype."""
     num_core = core_k.shape[2]
-    positions = [_positions(start, t.shape[2], q.device) for start, t in zip(starts, (q, k), strict=True)]
-    if positions[0].ndim != positions[1].ndim:
-        positions = [p if p.ndim == 2 else p.unsqueeze(0) for p in positions]
-    seen = torch.cat(core_context_visible(positions[0], positions[1], num_core, window_size=sizes[0], group_size=sizes[1]), -1)
-    if seen.ndim == 3:
-        seen = seen.unsqueeze(1)  # over the heads
-    logits = torch.cat([_per_head(q, core_k.to(q.dtype).mT), _per_head(q, k.to(q.dtype).mT)], -1)
-    logits = logits.masked_fill(~seen, -torch.inf)
+    positions = _positions(starts[0], q.shape[2], q.device), _positions(starts[1], k.shape[2], q.device)
+    logits = _logits(q, k, core_k, positions, sizes)
     weights = logits.softmax(-1)
     if dropout_p > 0:
         weights = torch.dropout(weights, dropout_p, train=True)
     out = _per_head(weights[..., :num_core], core_v.to(q.dtype)) + _per_head(weights[..., num_core:], v.to(q.dtype))
     return out, logits.logsumexp(-1)
+
+
+def _logits(q: Tensor, k: Tensor, core_k: Tensor, positions: tuple[Tensor, Tensor], sizes: tuple[int, int]) -> Tensor:
+    """(B, H, N_q, m + N_k), -inf where a query does not see; q is scaled, positions are those of the queries and of the keys."""
+    queries, keys = positions
+    if queries.ndim != keys.ndim:
+        queries, keys = (p if p.ndim == 2 else p.unsqueeze(0) for p in positions)
+    seen = torch.cat(core_context_visible(queries, keys, core_k.shape[2], window_size=sizes[0], group_size=sizes[1]), -1)
+    if seen.ndim == 3:
+        seen = seen.unsqueeze(1)  # over the heads
+    logits = torch.cat([_per_head(q, core_k.to(q.dtype).mT), _per_head(q, k.to(q.dtype).mT)], -1)
+    return logits.masked_fill(~seen, -torch.inf)
 
 
 def _per_head(x: Tensor, y: Tensor) -> Tensor:

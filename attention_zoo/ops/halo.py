@@ -6,15 +6,40 @@ specification that a kernel, which would read the windows from the maps and neve
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from attention_zoo.ops._autocast import no_autocast
+from attention_zoo.ops._tap import tapped
 
 __all__ = ["halo_attention"]
 
 
+def _weights(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    height_rel: Tensor,
+    width_rel: Tensor,
+    *,
+    block_size: int,
+    halo_size: int,
+    query_stride: int = 1,
+    scale: float | None = None,
+    scale_positions: bool = False,
+    mask_padding: bool = False,
+    **_: Any,
+) -> Tensor:
+    """Probabilities of a call of `halo_attention`, (B, heads, U, V, queries of a block, win^2) for U x V blocks."""
+    with no_autocast(q):
+        logits = _logits(q, k, height_rel, width_rel, block_size, halo_size, query_stride, scale, scale_positions, mask_padding)
+        return logits.softmax(-1)
+
+
+@tapped(_weights)
 def halo_attention(
     q: Tensor,
     k: Tensor,
@@ -58,17 +83,8 @@ def halo_attention(
     """
     _check(q, k, v, height_rel, width_rel, block_size, halo_size, query_stride, mask_padding)
     with no_autocast(q):
-        work = torch.promote_types(q.dtype, torch.float32)
-        factor = k.shape[-1] ** -0.5 if scale is None else scale
-        queries = _to_blocks(q.to(work), block_size // query_stride)  # (B, heads, U, V, i, j, D)
-        keys, values = (_to_windows(t.to(work), block_size, halo_size) for t in (k, v))  # (B, heads, U, V, win^2, D)
-        logits = queries.flatten(4, 5) @ keys.transpose(-2, -1)  # (B, heads, U, V, i j, r c)
-        positions = _position_logits(queries, height_rel.to(work), width_rel.to(work))
-        logits = factor * (logits + positions) if scale_positions else factor * logits + positions
-        if mask_padding:
-            inside = torch.ones(1, 1, *k.shape[2:4], 1, dtype=torch.bool, device=k.device)
-            real = _to_windows(inside, block_size, halo_size)[..., 0].unsqueeze(-2)  # (1, 1, U, V, 1, r c)
-            logits = logits.masked_fill(~real, -torch.inf)
+        logits = _logits(q, k, height_rel, width_rel, block_size, halo_size, query_stride, scale, scale_positions, mask_padding)
+        values = _to_windows(v.to(logits.dtype), block_size, halo_size)  # (B, heads, U, V, win^2, D)
         weights = logits.softmax(-1)
         if dropout_p > 0:
             weights = torch.dropout(weights, dropout_p, train=True)
@@ -78,6 +94,33 @@ def halo_attention(
             return out
         lse = _from_blocks(logits.logsumexp(-1, keepdim=True), block_size // query_stride)
         return out, lse[:, :, :height, :width, 0]
+
+
+def _logits(
+    q: Tensor,
+    k: Tensor,
+    height_rel: Tensor,
+    width_rel: Tensor,
+    block_size: int,
+    halo_size: int,
+    query_stride: int,
+    scale: float | None,
+    scale_positions: bool,
+    mask_padding: bool,
+) -> Tensor:
+    """(B, heads, U, V, i j, r c), float32 or float64."""
+    work = torch.promote_types(q.dtype, torch.float32)
+    factor = k.shape[-1] ** -0.5 if scale is None else scale
+    queries = _to_blocks(q.to(work), block_size // query_stride)  # (B, heads, U, V, i, j, D)
+    keys = _to_windows(k.to(work), block_size, halo_size)  # (B, heads, U, V, win^2, D)
+    logits = queries.flatten(4, 5) @ keys.transpose(-2, -1)
+    positions = _position_logits(queries, height_rel.to(work), width_rel.to(work))
+    logits = factor * (logits + positions) if scale_positions else factor * logits + positions
+    if mask_padding:
+        inside = torch.ones(1, 1, *k.shape[2:4], 1, dtype=torch.bool, device=k.device)
+        real = _to_windows(inside, block_size, halo_size)[..., 0].unsqueeze(-2)  # (1, 1, U, V, 1, r c)
+        logits = logits.masked_fill(~real, -torch.inf)
+    return logits
 
 
 def _position_logits(queries: Tensor, height_rel: Tensor, width_rel: Tensor) -> Tensor:

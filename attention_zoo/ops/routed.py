@@ -6,14 +6,37 @@ serves that. It is the specification that a kernel, which would read the regions
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from attention_zoo.ops.attention import attention
+from attention_zoo.ops._tap import tapped
+from attention_zoo.ops.attention import attention, attention_weights
 
 __all__ = ["routed_attention"]
 
 
+def _weights(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    *,
+    route_weights: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    shared_k: Tensor | None = None,
+    shared_v: Tensor | None = None,
+    scale: float | None = None,
+    **_: Any,
+) -> Tensor:
+    """Probabilities (B, H, R, n, P + K m) of a call of `routed_attention`."""
+    keys, values, mask = _expand(q, k, v, routes, route_weights, key_mask, shared_k, shared_v)
+    found = attention_weights(q.transpose(1, 2).flatten(0, 1), keys, values, attn_mask=mask, scale=scale)
+    return found.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
+
+
+@tapped(_weights)
 def routed_attention(
     q: Tensor,
     k: Tensor,
@@ -56,9 +79,31 @@ def routed_attention(
         ValueError: tensors that do not fit together.
         BackendError: the named backend cannot serve the call.
     """
-    _check(q, k, v, routes, route_weights, key_mask, shared_k, shared_v)
+    keys, values, mask = _expand(q, k, v, routes, route_weights, key_mask, shared_k, shared_v)
     batch, _, regions = q.shape[:3]
     queries = q.transpose(1, 2).flatten(0, 1)  # (B R, H, n, D): a query region is a sample
+    result = attention(
+        queries, keys, values, attn_mask=mask, scale=scale, dropout_p=dropout_p, return_lse=return_lse, backend=backend
+    )
+    if isinstance(result, Tensor):
+        return result.unflatten(0, (batch, regions)).transpose(1, 2)
+    out, lse = (t.unflatten(0, (batch, regions)).transpose(1, 2) for t in result)
+    return out, lse
+
+
+def _expand(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    route_weights: Tensor | None,
+    key_mask: Tensor | None,
+    shared_k: Tensor | None,
+    shared_v: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What every query region sees, shared keys first: keys and values (B R, H_kv, P + K m, D), and the mask over them or None."""
+    _check(q, k, v, routes, route_weights, key_mask, shared_k, shared_v)
+    batch, _, regions = q.shape[:3]
     keys, values = (_gather(t, routes, route_weights) for t in (k, v))  # (B R, H_kv, K m, D)
     mask = None
     if key_mask is not None:
@@ -72,13 +117,7 @@ def routed_attention(
         )
         if mask is not None:
             mask = torch.cat([mask.new_ones(mask.shape[0], 1, 1, shared_k.shape[2]), mask], dim=-1)
-    result = attention(
-        queries, keys, values, attn_mask=mask, scale=scale, dropout_p=dropout_p, return_lse=return_lse, backend=backend
-    )
-    if isinstance(result, Tensor):
-        return result.unflatten(0, (batch, regions)).transpose(1, 2)
-    out, lse = (t.unflatten(0, (batch, regions)).transpose(1, 2) for t in result)
-    return out, lse
+    return keys, values, mask
 
 
 def _gather(x: Tensor, routes: Tensor, route_weights: Tensor | None) -> Tensor:
