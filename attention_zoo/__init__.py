@@ -19,10 +19,12 @@ from attention_zoo.registry import (
 )
 
 if TYPE_CHECKING:
+    from attention_zoo.analysis import AttentionMaps, record_attention
     from attention_zoo.swap import SwapReport, from_pretrained, save_pretrained, swap_attention, unswap
 
 __all__ = [
     "AttentionInfo",
+    "AttentionMaps",
     "BackendError",
     "CheckpointError",
     "SwapReport",
@@ -42,6 +44,7 @@ __all__ = [
     "list_attentions",
     "list_models",
     "ops",
+    "record_attention",
     "register_attention",
     "save_pretrained",
     "set_routed_topk",
@@ -52,16 +55,21 @@ __all__ = [
 ]
 
 _SWAP = ("SwapReport", "from_pretrained", "save_pretrained", "swap_attention", "unswap")
+_ANALYSIS = ("AttentionMaps", "record_attention")
 
 
 def __getattr__(name: str) -> Any:
-    """The swap's names, which are imported when they are asked for: who does not swap does not wait for it."""
-    if name not in _SWAP:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from attention_zoo import swap
+    """Names of the swap and of the analysis, whose rooms are imported when they are asked for: who needs neither does not wait."""
+    if name in _SWAP:
+        from attention_zoo import swap
 
-    return getattr(swap, name)
+        return getattr(swap, name)
+    if name in _ANALYSIS:
+        from attention_zoo import analysis
+
+        return getattr(analysis, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SWAP})
+    return sorted({*globals(), *_SWAP, *_ANALYSIS})
