@@ -398,26 +398,27 @@ _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")  # w
 
 
 def _layer_names(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Every module that may attend, with the name of its layer: its own, or that of the mechanism of the zoo that it is part of.
-
-    A mechanism that stands in a swapped layer has the name of the layer.
-    """
+    """Every module that may attend, with the name of its layer: its own, or that of the mechanism of the zoo that it is part of."""
     mechanism = None
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):  # nothing of it runs in Python
+            continue
         if mechanism is not None and name.startswith(f"{mechanism}." if mechanism else ""):
             yield module, _layer(mechanism)
         elif isinstance(module, AttentionModule):
             mechanism = name
             yield module, _layer(name)
         elif not type(module).__module__.startswith("torch.nn.") or isinstance(module, _TORCH) or attends(module):
-            yield module, name
+            yield module, _layer(name)
 
 
 _TORCH = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
 def _layer(name: str) -> str:
-    return name.removesuffix(".mechanism")
+    """A layer's name, whether it is swapped (the mechanism stands inside it) and compiled (the module stands inside it) or not."""
+    parts = [part for part in name.removesuffix(".mechanism").split(".") if part != "_orig_mod"]
+    return ".".join(parts)
 
 
 def _choose(layers: list[str], modules: list[str], wanted: Any) -> set[str] | None:

@@ -647,7 +647,7 @@ def test_compiled_models_run_uncompiled_within(how: str) -> None:
         model.blocks[0].attn = torch.compile(model.blocks[0].attn, backend=backend)
     with torch.no_grad():
         want = run(IMAGES)
-        compiled = graphs
+        compiled, before = graphs, own_forwards(run)
         assert compiled
         with az.record_attention(run) as maps:
             got = run(IMAGES)
@@ -655,7 +655,8 @@ def test_compiled_models_run_uncompiled_within(how: str) -> None:
         close(got, want, 1e-5)
         close(run(IMAGES), want, 1e-5)
         assert graphs == compiled
-    assert len(maps) == 2
+    assert own_forwards(run) == before
+    assert maps.layers == list(maps) == ["blocks.0.attn", "blocks.1.attn"]
     assert maps[0].shape == (2, 3, 17, 17)
 
 
