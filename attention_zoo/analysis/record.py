@@ -250,8 +250,8 @@ class record_attention:
 
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            tokens = x.shape[1] if isinstance(module, AttentionModule) and x is not None and x.ndim == 3 else None
+            x = args[0] if args else kwargs.get("x")
+            tokens = x.shape[1] if isinstance(module, AttentionModule) and isinstance(x, Tensor) and x.ndim == 3 else None
             stack = self._stack
             stack.append(_Frame(layer, module, tokens))
             try:
@@ -283,13 +283,11 @@ class record_attention:
 
     def _tap(self, call: Call) -> Any:
         """A call of the zoo's operations."""
-        frame = self._frame()
-        if frame is None:
-            return call.proceed()
+        frame, queries = self._frame(), call.queries
         with self._quiet():
             result = call.proceed()
-        queries = call.queries
-        self._keep(frame, call.name, call.weights, queries.shape[-2], queries.device, takes_rows=call.takes_rows)
+        if frame is not None:
+            self._keep(frame, call.name, call.weights, queries.shape[-2], queries.device, takes_rows=call.takes_rows)
         return result
 
     def _run_multihead(self, module: Any, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -330,13 +328,12 @@ class record_attention:
         @functools.wraps(original)
         def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
             frame = self._frame()
-            if frame is None:
-                return original(module, query, key, value, attention_mask, *args, **kwargs)
             with self._quiet():
                 result = original(module, query, key, value, attention_mask, *args, **kwargs)
-            said = {**dict(zip(("dropout", "scaling", "is_causal"), args, strict=False)), **kwargs}
-            weights = interface_weights(kind, module, query, key, attention_mask, **said)
-            self._keep(frame, kind, weights, query.shape[2], query.device)
+            if frame is not None:
+                said = {**dict(zip(("dropout", "scaling", "is_causal"), args, strict=False)), **kwargs}
+                weights = interface_weights(kind, module, query, key, attention_mask, **said)
+                self._keep(frame, kind, weights, query.shape[2], query.device)
             return result
 
         return attend
