@@ -31,6 +31,8 @@ PRESERVING: dict[str, dict[str, Any]] = {
     "gqa": {"num_kv_heads": 3},
     "halo": {"block_size": 4, "halo_size": 0},
     "hilo": {"window_size": 1},
+    "lepe_attention": {},
+    "mha": {},
     "moh": {},
     "pgqa": {"num_kv_heads": 3, "noise_mode": "never"},
 }

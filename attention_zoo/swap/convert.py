@@ -25,6 +25,7 @@ __all__ = ["INITS", "Plan", "build_mechanism", "check_plan", "describe_swap", "r
 
 INITS = ("convert", "mean_pool", "random")
 
+_SCALES = ("qk_scale", "scale")  # what mechanisms call the factor of their logits, where it is an option
 _TRIED = 3 * 10**9  # multiply-adds at most of the projections in a trial of whether the function is kept
 
 
@@ -180,7 +181,10 @@ def _build(plan: Plan, state: dict[str, Tensor]) -> AttentionModule:
     cls: Any = attention_class(plan.mechanism)
     host, options = plan.host, dict(plan.options)
     if plan.init == "random":
-        return cls(host.dim, options.pop("num_heads", host.num_heads), **{**_sizes(plan, state), **_settings(plan), **options})
+        said = {"num_heads": host.num_heads, **_sizes(plan, state), **_settings(plan), **options}
+        fresh: AttentionModule = cls(host.dim, said.pop("num_heads"), **said)
+        _scale_queries(plan, fresh)
+        return fresh
     takes_kv_heads = "num_kv_heads" in _conversion(plan.mechanism)
     wanted = options.get("num_kv_heads")
     if plan.init == "mean_pool":
@@ -226,6 +230,7 @@ def _sizes(plan: Plan, state: Mapping[str, Tensor]) -> dict[str, Any]:
         "head_dim": host.head_dim,
         "qkv_bias": host.qkv_bias,
         "proj_bias": host.proj_bias,
+        **dict.fromkeys(_SCALES, host.scale),
         "device": state["q_proj.weight"].device,
         "dtype": state["q_proj.weight"].dtype,
     }
@@ -251,6 +256,23 @@ def _with_usual_scale(host: Host, state: dict[str, Tensor]) -> dict[str, Tensor]
     one = 1.0 if kind.startswith("Gemma") else 0.0  # Gemma's normalisations multiply by 1 + weight
     scaled = {n: t * factor for n, t in state.items() if n.startswith("q_norm.")}
     return {**state, **scaled, "q_norm.weight": (state["q_norm.weight"] + one) * factor - one}
+
+
+def _scale_queries(plan: Plan, module: Any) -> None:
+    """Give new queries the factor by which the host's logits are scaled differently, where no option has taken it."""
+    host = plan.host
+    factor = host.scale * host.head_dim**0.5
+    if abs(factor - 1.0) < 1e-6 or any(name in _constructor(plan.mechanism) for name in _SCALES):
+        return
+    if host.qk_norm:
+        loaded = _with_usual_scale(host, {f"q_norm.{name}": p.detach() for name, p in module.q_norm.named_parameters()})
+        module.q_norm.load_state_dict({name.removeprefix("q_norm."): tensor for name, tensor in loaded.items()})
+        return
+    layer = next(getattr(module, name) for name in ("q_proj", "q", "qkv") if hasattr(module, name))
+    rows = layer.weight.shape[0] if not hasattr(module, "qkv") else layer.weight.shape[0] // 3
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter[:rows].mul_(factor)
 
 
 def _repeatable(plan: Plan, state: Mapping[str, Tensor]) -> AttentionModule:

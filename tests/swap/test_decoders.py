@@ -57,6 +57,7 @@ PRESERVING: dict[str, dict[str, Any]] = {
     "diff": {},
     "gda": {},
     "gqa": {"num_kv_heads": None},
+    "mha": {},
     "moh": {},
     "pgqa": {"num_kv_heads": None},
 }
