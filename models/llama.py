@@ -88,6 +88,7 @@ class ZooLlamaDecoderLayer(GradientCheckpointingLayer):
             "depth": layer_idx,
         }
         self.self_attn = build_causal_attention(name, config.hidden_size, config.num_attention_heads, host, options)
+        self.self_attn.is_rotated = True
         self._takes = set(inspect.signature(self.self_attn.forward).parameters)
         self.mlp = ZooLlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -51,6 +51,7 @@ class AttentionModule(nn.Module):
         rope_layout: channel pairs of `position_embeddings`, one of `ROPE_LAYOUTS`.
         attn_drop: dropout rate on the attention weights in training mode.
         layer_idx: the module's layer in a Hugging Face cache; set by the model that holds it.
+        is_rotated: that model hands over `position_embeddings`; set by it, for those who keep them in the cache.
     """
 
     attention_info: ClassVar[AttentionInfo]
@@ -58,6 +59,7 @@ class AttentionModule(nn.Module):
     rope_layout: str = "half"
     attn_drop: float = 0.0
     layer_idx: int | None = None
+    is_rotated: bool = False
     _given: dict[str, Any]  # arguments of the constructor that are plain data
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -263,7 +263,7 @@ class CombinerAttention(AttentionModule):
         load_converted(self, state)
 
     def cache_elements(self, num_tokens: int) -> int:
-        """Numbers that a cache keeps of one sequence; rotated axial rows keep 2 d more for each token of the unfinished one.
+        """Numbers that a cache keeps of one sequence: of an unfinished row also what its summary key will be made from.
 
         Raises:
             ValueError: no `window_size`.
@@ -276,7 +276,9 @@ class CombinerAttention(AttentionModule):
         if self.pattern == "fixed":
             return inner * (3 * running + 2 * rows)
         if self.pattern == "axial":
-            return (3 * inner + (self.dim if self.projects_rows else 0)) * running + 2 * inner * rows * window
+            tables = 2 * self.head_dim if self.is_rotated else 0
+            projected = self.dim + tables if self.projects_rows else 0
+            return (3 * inner + projected) * running + 2 * inner * rows * window
         return inner * (3 * running + (6 * rows + 3) * window if rows else 3 * running)
 
     def forward(

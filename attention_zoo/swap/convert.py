@@ -149,7 +149,7 @@ def _describe(plan: Plan, state: Mapping[str, Tensor], num_tokens: int) -> Layer
             kind = "carried" if _is_carried(parameter, source) else "converted"
         counts[kind] += parameter.numel()
     preserving, tried_tokens = _keeps_function(plan, module, source, num_tokens)
-    cached = host.is_causal and host.adapter.has_cache
+    cached, module.is_rotated = host.is_causal and host.adapter.has_cache, host.rope
     kept = num_tokens if host.window_size is None else min(num_tokens, host.window_size - 1)
     cache = (2 * host.num_kv_heads * host.head_dim * kept, module.cache_elements(kept)) if cached else (0, 0)
     return LayerSwap(

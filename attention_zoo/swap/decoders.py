@@ -110,6 +110,7 @@ class DecoderAdapter(Adapter):
         return named | {f"{norm}.{kind}": t for norm, layer in norms if layer is not None for kind, t in layer.named_parameters()}
 
     def install(self, model: nn.Module, host: Host, mechanism: Any) -> Callable[[], None]:
+        mechanism.is_rotated = host.rope
         parent, _, leaf = host.name.rpartition(".")
         slot = DecoderSlot(mechanism, host.window_size, getattr(host.module, "config", None))
         return hook_again_after(install_slot(model.get_submodule(parent), leaf, slot, host.layer_idx, None), model)

@@ -423,6 +423,18 @@ def test_cache_size_and_beams(options: dict[str, Any]) -> None:
             close(module(x[:, length:], past_key_values=cache), module(beams)[:, length:])
 
 
+@pytest.mark.parametrize("options", VARIANTS, ids=ids)
+def test_cache_size_with_rotations(options: dict[str, Any]) -> None:
+    """Tables of an unfinished row are kept for its projected summary keys."""
+    module = build(is_causal=True, **options)
+    module.is_rotated = True
+    tables = tuple(t.to(F64) for t in rotary_tables(9, module.head_dim))
+    for length in range(1, 10):
+        cache = DynamicCache()
+        decode(module, tokens(9)[:, :length], [1] * length, tables=tables, cache=cache)
+        assert measured_cache_bytes(cache) == 2 * cache_report(module, length).cache_bytes
+
+
 def test_a_fixed_cache_stays_small() -> None:
     """The cache of 4096 tokens in segments of 64 is 1 / 64 of all keys and values, and one unfinished segment at most."""
     module = az.create_attention("combiner", dim=64, num_heads=4, window_size=64, is_causal=True)

@@ -143,6 +143,19 @@ def test_caches_are_those_that_are_filled(kind: str, name: str) -> None:
     assert [sum(row.cache_bytes_after for row in rows[length]) for length in lengths] == [filled(model, n) for n in lengths]
 
 
+def test_a_cache_with_rotary_tables() -> None:
+    """Combiner's axial rows keep them until they are whole."""
+    model = HOSTS["llama"]()
+    model.set_attn_implementation("sdpa")
+    options = {"pattern": "axial", "window_size": 5}
+    plans = [Plan(host, "combiner", options, "convert") for host in find_hosts(model)]
+    rows = {length: [describe_swap(plan, length) for plan in plans] for length in (4, 5, 8)}
+    az.swap_attention(model, "combiner", **options)
+    for length, each in rows.items():
+        assert sum(row.cache_bytes_after for row in each) == filled(model, length)
+        assert sum(layer.bytes for layer in az.cache_report(model, length).layers) == filled(model, length)
+
+
 def reports(model: Any, name: str, num_tokens: int) -> list[LayerSwap]:
     """The rows for a sequence of this length."""
     with warnings.catch_warnings():
