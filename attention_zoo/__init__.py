@@ -6,6 +6,7 @@ from attention_zoo import attention as _mechanisms  # noqa: F401 - registers the
 from attention_zoo import ops
 from attention_zoo._version import __version__
 from attention_zoo.attention import auxiliary_loss, cache_report, grow_model, grow_signal_heads, set_routed_topk, set_training_step
+from attention_zoo.attention.functional import list_functionals, register_functional
 from attention_zoo.checkpoints import CheckpointError, convert_official_state_dict
 from attention_zoo.models import create_model, list_models  # type: ignore[import-not-found]  # installed from models/
 from attention_zoo.ops import BackendError, backends, explain, use_backend
@@ -42,10 +43,12 @@ __all__ = [
     "grow_model",
     "grow_signal_heads",
     "list_attentions",
+    "list_functionals",
     "list_models",
     "ops",
     "record_attention",
     "register_attention",
+    "register_functional",
     "save_pretrained",
     "set_routed_topk",
     "set_training_step",

@@ -138,6 +138,7 @@ def _explain_attention(name: str) -> Group:
         ("needs a grid", "yes; class tokens " + prefix if found.spatial else "no"),
         ("key/value cache", "yes" if found.kv_cache else "no"),
         ("cost", found.cost),
+        *(("of q, k, v alone", f'attn_implementation="{n}" in a Hugging Face model') for n in az.list_functionals(f"zoo_{name}")),
     ]
     return Group(
         Text(f"{name}: {found.summary}", style="bold"),

@@ -292,8 +292,10 @@ def _register_configurations() -> None:
 
 def _register_attention() -> None:
     from ._hf_attention import register_zoo_attention
+    from ._hf_functional import register_zoo_functionals
 
     register_zoo_attention()
+    register_zoo_functionals()
 
 
 for _family, _presets in (*_LLAMA_PRESETS.items(), ("combiner_lm", _COMBINER_PRESETS)):

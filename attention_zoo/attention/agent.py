@@ -34,6 +34,7 @@ from attention_zoo.attention.base import (
     split_heads,
 )
 from attention_zoo.attention.conversion import projection_settings, refuse_tensors, source_heads, source_settings, split_projections
+from attention_zoo.attention.functional import pure_function
 from attention_zoo.registry import register_attention
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "noncausal_settings",
     "padding_mask",
     "pool_agents",
+    "pooled_agent_attention",
     "positive_grid",
     "resize_grid",
     "to_image",
@@ -601,6 +603,33 @@ class AgentAttention(AgentTables):
         defaults = {"num_kv_heads": self.num_heads, "agent_source": "pool", "num_prefix_tokens": 0, "sr_ratio": 1}
         changed = {name: getattr(self, name) for name, value in defaults.items() if getattr(self, name) != value}
         return text + "".join(f", {name}={value!r}" for name, value in changed.items())
+
+
+@pure_function("agent", use_bias=False, use_dwc=False)
+def pooled_agent_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None,
+    dropout_p: float,
+    real: Tensor | None = None,
+    grid_size: Grid | None = None,
+    num_prefix_tokens: int = 0,
+    agent_num: int = 49,
+    agent_grid: Grid | None = None,
+) -> Tensor:
+    """`AgentAttention` without position biases and convolution, as a function: over a grid, or along a sequence without one.
+
+    Shape: q (B, H, P + N, d), k, v (B, G, P + N, d) -> (B, H, P + N, d).
+    """
+    if agent_grid is None:
+        agent_grid = (_square_root(agent_num),) * 2
+    tokens = merge_heads(q)[:, num_prefix_tokens:]
+    if not tokens.shape[1]:
+        raise ValueError("no tokens to pool agents from")
+    agents = pool_agents(tokens, grid_size, agent_grid, None if real is None else real[:, num_prefix_tokens:])
+    return agent_attention(q, k, v, split_heads(agents, q.shape[1]), key_mask=real, scale=scale, dropout_p=dropout_p)
 
 
 def _square_root(agent_num: int) -> int:

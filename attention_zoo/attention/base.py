@@ -36,6 +36,7 @@ __all__ = [
     "resolve_attention_mask",
     "resolve_head_dim",
     "resolve_visibility",
+    "seen_keys",
     "select_heads",
     "split_heads",
 ]
@@ -301,10 +302,11 @@ def resolve_attention_mask(attention_mask: Tensor | None, num_queries: int, num_
     )
 
 
-def read_padding(attention_mask: Tensor | None, batch: int, new: int, seen: int) -> Tensor | None:
+def read_padding(attention_mask: Tensor | None, batch: int, new: int, seen: int, *, causal: bool = True) -> Tensor | None:
     """What mechanisms that know padding only read from a mask: which of `seen` + `new` tokens are real, (B, N_k); None: all.
 
-    A causal mask (B, 1, new, N_k), as Hugging Face makes them, is padding and causality and can be read so.
+    A causal mask (B, 1, new, N_k), as Hugging Face makes them, is padding and causality and can be read so; where attention is not
+    `causal`, a mask whose rows are alike.
 
     Raises:
         ValueError: a mask of another shape, or one that is more than padding and causality.
@@ -324,18 +326,37 @@ def read_padding(attention_mask: Tensor | None, batch: int, new: int, seen: int)
     allowed = mask > torch.finfo(mask.dtype).min / 2 if added else mask
     real = allowed[:, 0, -1]  # the last token may see all that is real
     if not torch.compiler.is_compiling():
-        device = mask.device
-        causal = torch.arange(total, device=device) <= torch.arange(seen, total, device=device)[:, None]
-        expected = real[:, None, None] & causal
-        wrong = (allowed & causal) != expected
-        if added:
-            wrong = wrong | (expected & (mask != 0))
+        _check_padding(mask, allowed, new, seen, causal)
+    return real.expand(batch, total)
+
+
+def _check_padding(mask: Tensor, allowed: Tensor, new: int, seen: int, causal: bool) -> None:
+    """Raise ValueError when a 4-D mask, and what it allows, say more than which tokens are real, and causality."""
+    added, total, real = mask.is_floating_point(), seen + new, allowed[:, 0, -1]
+    if not causal:
+        wrong = allowed != real[:, None, None]
+        wrong = wrong | (allowed & (mask != 0)) if added else wrong
+    else:
+        positions = torch.arange(total, device=mask.device)
+        past = positions <= positions[seen:, None]
+        expected = real[:, None, None] & past
+        wrong = (allowed & past) != expected
+        wrong = wrong | (expected & (mask != 0)) if added else wrong
         # Rows before the first real token are empty, opened wholly by those who want no empty rows, or padding without causality.
         uniform = (allowed == allowed[..., :1]).all(-1, keepdim=True)
         wrong = torch.where(expected.any(-1, keepdim=True), wrong, (allowed != real[:, None, None]) & ~uniform)
-        if bool(wrong.any()):
-            raise ValueError("attention_mask hides or weighs single pairs of tokens; this mechanism can only leave padding out")
-    return real.expand(batch, total)
+    if bool(wrong.any()):
+        raise ValueError("attention_mask hides or weighs single pairs of tokens; this mechanism can only leave padding out")
+
+
+def seen_keys(attention_mask: Tensor | None, num_keys: int) -> Tensor | None:
+    """Which keys any query may see, (B or 1, N_k) boolean, by a padding mask or a 4-D one; None: all."""
+    if attention_mask is None or (attention_mask.ndim == 2 and attention_mask.is_floating_point()):
+        return None
+    mask = resolve_attention_mask(attention_mask, attention_mask.shape[-2] if attention_mask.ndim == 4 else 1, num_keys)
+    assert mask is not None
+    allowed = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask
+    return allowed.flatten(1, 2).any(1).expand(-1, num_keys)
 
 
 def _pad_keys(attention_mask: Tensor, num_keys: int) -> Tensor:

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from attention_zoo import ops
 from attention_zoo.attention.base import (
     AttentionModule,
-    attend,
     check_choice,
     check_grid,
     check_tokens,
@@ -30,10 +29,11 @@ from attention_zoo.attention.base import (
     split_heads,
 )
 from attention_zoo.attention.conversion import load_converted, projection_settings, source_heads, source_settings, split_projections
+from attention_zoo.attention.functional import pure_function
 from attention_zoo.attention.lepe import LocalPositionEncoding
 from attention_zoo.registry import register_attention
 
-__all__ = ["BiLevelRoutingAttention"]
+__all__ = ["BiLevelRoutingAttention", "bi_level_routing"]
 
 PAD_MODES = ("none", "input", "qkv", "mask")
 KV_DOWNSAMPLES = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool")
@@ -63,6 +63,144 @@ class Regions(NamedTuple):
         return blocks.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
+class _BiLevelRouting:
+    """The attention between tokens that are projected already; the attributes are `BiLevelRoutingAttention`'s."""
+
+    num_heads: int
+    n_win: tuple[int, int]
+    topk: int
+    kv_downsample: str
+    kv_per_win: int
+    kv_downsample_ratio: int
+    param_routing: bool
+    diff_routing: bool
+    soft_routing: bool
+    pad_mode: str
+    num_prefix_tokens: int
+    scale: float
+    attn_drop: float
+    training: bool
+    lepe: nn.Module | None
+    router: Any
+
+    def cut_grid(self, grid_size: tuple[int, int]) -> Regions:
+        """The regions of a grid. Raises ValueError when the pad mode does not allow it."""
+        (height, width), (rows, columns) = grid_size, self.n_win
+        if self.pad_mode == "qkv":
+            if height < rows or width < columns:
+                raise ValueError(
+                    f"pad_mode='qkv' needs a token for each region: grid_size must be at least {self.n_win}, got {grid_size}"
+                )
+            region = (height // rows, width // columns)
+            return Regions(-(-height // region[0]), -(-width // region[1]), *region)
+        regions = Regions(rows, columns, -(-height // rows), -(-width // columns))
+        if any(regions.padding(grid_size)):
+            multiple = (rows * regions.height, columns * regions.width)
+            if self.pad_mode == "none":
+                raise ValueError(
+                    f"n_win={self.n_win} does not divide grid_size={grid_size}; {multiple} would do, or another pad_mode"
+                )
+            if self.pad_mode == "mask" and self.kv_downsample != "identity":
+                raise ValueError(
+                    f"n_win={self.n_win} does not divide grid_size={grid_size}, and pooling a region of which a part is not there "
+                    f"is undefined; {multiple} would do, or pad_mode='input'"
+                )
+        return regions
+
+    def _attend_to_routed(
+        self,
+        q: tuple[Tensor, Tensor],
+        k: tuple[Tensor, Tensor],
+        v: tuple[Tensor, Tensor],
+        grid_size: tuple[int, int],
+        regions: Regions,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The grid's own tokens (B, N, C) before the output projection, and their routing."""
+        size = (v[1].shape[1], v[1].shape[2])
+        padding = regions.padding(size)
+        queries, keys, values = (regions.cut(_pad(t[1], padding)) for t in (q, k, v))  # (B, R, n, C)
+        real = None
+        if any(padding):
+            ones = torch.ones(1, *size, 1, dtype=torch.bool, device=queries.device)
+            real = regions.cut(_pad(ones, padding))[0, :, :, 0]  # (R, n)
+        routing = self.route(queries, keys, real)
+        shared = [split_heads(t[0], self.num_heads) if self.num_prefix_tokens else None for t in (k, v)]
+        out = ops.routed_attention(
+            self._split_heads(queries),
+            self._split_heads(self._downsample(keys, regions)),
+            self._split_heads(self._downsample(values, regions)),
+            routing[0],
+            route_weights=routing[1] if self.soft_routing else None,
+            key_mask=real if self.pad_mode == "mask" else None,
+            shared_k=shared[0],
+            shared_v=shared[1],
+            scale=self.scale,
+            dropout_p=self.attn_drop if self.training else 0.0,
+        )
+        assert isinstance(out, Tensor)  # no log-normaliser was asked for
+        image = regions.join(out.permute(0, 2, 3, 1, 4).flatten(3))[:, : size[0], : size[1]]
+        if self.lepe is not None:
+            image = image + self.lepe(v[1])
+        return image[:, : grid_size[0], : grid_size[1]].flatten(1, 2), routing
+
+    def _attend_to_all(
+        self, q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], grid_size: tuple[int, int]
+    ) -> Tensor:
+        """The prefix tokens (B, P, C): they see every token of the grid, and no padding."""
+        height, width = grid_size
+        keys, values = (torch.cat([first, image[:, :height, :width].flatten(1, 2)], dim=1) for first, image in (k, v))
+        parts = (split_heads(t, self.num_heads) for t in (q[0], keys, values))
+        out = ops.attention(*parts, scale=self.scale, dropout_p=self.attn_drop if self.training else 0.0)
+        assert isinstance(out, Tensor)  # no log-normaliser was asked for
+        return merge_heads(out)
+
+    def route(self, queries: Tensor, keys: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The k regions whose mean key suits each region's mean query best, and their softmax weights.
+
+        Args:
+            queries, keys: (B, R, n, qk_dim).
+            real: (R, n), which tokens are; the others are zeros. None: all.
+
+        Returns: numbers of regions (B, R, k), int64, and weights (B, R, k), float32 (float64 for float64).
+        """
+        if not self.diff_routing:
+            queries, keys = queries.detach(), keys.detach()
+        with ops.no_autocast(queries):  # near-ties would fall differently in low precision
+            q_mean, k_mean = (_region_means(t, real) for t in (queries, keys))
+            if self.param_routing:
+                emb = self.router["emb"]
+                weight = next(emb.parameters())
+                q_mean, k_mean = (emb(t.to(weight.dtype)).to(t.dtype) for t in (q_mean, k_mean))
+            logits = (self.scale * q_mean) @ k_mean.transpose(-2, -1)  # (B, R, R)
+            if real is not None and self.pad_mode == "mask":
+                logits = logits.masked_fill(~real.any(1), -torch.inf)
+            best, routes = logits.topk(min(self.topk, logits.shape[-1]), dim=-1)
+            return routes, best.softmax(-1)
+
+    def _downsample(self, x: Tensor, regions: Regions) -> Tensor:
+        """Keys or values (B, R, n, C), pooled inside each region: (B, R, n', C)."""
+        side = self.kv_downsample_ratio
+        if self.kv_downsample == "identity" or (self.kv_downsample in ("avgpool", "maxpool") and side == 1):
+            return x
+        size = (regions.height, regions.width)
+        maps = x.flatten(0, 1).transpose(1, 2).unflatten(2, size)
+        if self.kv_downsample.startswith("ada_"):
+            pool = F.adaptive_avg_pool2d if self.kv_downsample == "ada_avgpool" else F.adaptive_max_pool2d
+            pooled = pool(maps, self.kv_per_win)
+        elif min(size) < side:
+            raise ValueError(
+                f"regions of {size} tokens leave no key after pooling by kv_downsample_ratio={side}; "
+                f"use at most {min(size)}, or a larger grid"
+            )
+        else:
+            pooled = (F.avg_pool2d if self.kv_downsample == "avgpool" else F.max_pool2d)(maps, side)
+        return pooled.flatten(2).transpose(1, 2).unflatten(0, (x.shape[0], x.shape[1]))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """(B, R, n, H * D) -> (B, H, R, n, D), a view."""
+        return x.unflatten(-1, (self.num_heads, -1)).permute(0, 3, 1, 2, 4)
+
+
 @register_attention(
     "bra",
     title="BiFormer: Vision Transformer with Bi-Level Routing Attention",
@@ -74,7 +212,7 @@ class Regions(NamedTuple):
     cost="O(S^4 C + N^2 k C / S^2 + N s^2 C)",
     engines=("flash", "torch", "xformers", "flex"),
 )
-class BiLevelRoutingAttention(AttentionModule):
+class BiLevelRoutingAttention(_BiLevelRouting, AttentionModule):
     """Bi-level routing attention: the tokens of a region attend to those of the k regions that suit its mean query best.
 
         A^r = Q^r (K^r)^T                                   Q^r, K^r: means of the queries and keys of each of S x S regions
@@ -254,30 +392,6 @@ class BiLevelRoutingAttention(AttentionModule):
         out = self.proj_drop(self.proj(out))
         return (out, *routing) if return_routing else out
 
-    def cut_grid(self, grid_size: tuple[int, int]) -> Regions:
-        """The regions of a grid. Raises ValueError when the pad mode does not allow it."""
-        (height, width), (rows, columns) = grid_size, self.n_win
-        if self.pad_mode == "qkv":
-            if height < rows or width < columns:
-                raise ValueError(
-                    f"pad_mode='qkv' needs a token for each region: grid_size must be at least {self.n_win}, got {grid_size}"
-                )
-            region = (height // rows, width // columns)
-            return Regions(-(-height // region[0]), -(-width // region[1]), *region)
-        regions = Regions(rows, columns, -(-height // rows), -(-width // columns))
-        if any(regions.padding(grid_size)):
-            multiple = (rows * regions.height, columns * regions.width)
-            if self.pad_mode == "none":
-                raise ValueError(
-                    f"n_win={self.n_win} does not divide grid_size={grid_size}; {multiple} would do, or another pad_mode"
-                )
-            if self.pad_mode == "mask" and self.kv_downsample != "identity":
-                raise ValueError(
-                    f"n_win={self.n_win} does not divide grid_size={grid_size}, and pooling a region of which a part is not there "
-                    f"is undefined; {multiple} would do, or pad_mode='input'"
-                )
-        return regions
-
     def _project(self, prefix: Tensor, image: Tensor, regions: Regions) -> tuple[tuple[Tensor, Tensor], ...]:
         """q, k and v, each as prefix tokens (B, P, C) and map (B, H, W, C), or with pad_mode="input" the whole padded map."""
         if self.pad_mode == "input":
@@ -289,101 +403,77 @@ class BiLevelRoutingAttention(AttentionModule):
         start, size = self.num_prefix_tokens, (image.shape[1], image.shape[2])
         return tuple((part[:, :start], part[:, start:].unflatten(1, size)) for part in parts)
 
-    def _attend_to_routed(
-        self,
-        q: tuple[Tensor, Tensor],
-        k: tuple[Tensor, Tensor],
-        v: tuple[Tensor, Tensor],
-        grid_size: tuple[int, int],
-        regions: Regions,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The grid's own tokens (B, N, C) before the output projection, and their routing."""
-        size = (v[1].shape[1], v[1].shape[2])
-        padding = regions.padding(size)
-        queries, keys, values = (regions.cut(_pad(t[1], padding)) for t in (q, k, v))  # (B, R, n, C)
-        real = None
-        if any(padding):
-            ones = torch.ones(1, *size, 1, dtype=torch.bool, device=queries.device)
-            real = regions.cut(_pad(ones, padding))[0, :, :, 0]  # (R, n)
-        routing = self.route(queries, keys, real)
-        shared = [split_heads(t[0], self.num_heads) if self.num_prefix_tokens else None for t in (k, v)]
-        out = ops.routed_attention(
-            self._split_heads(queries),
-            self._split_heads(self._downsample(keys, regions)),
-            self._split_heads(self._downsample(values, regions)),
-            routing[0],
-            route_weights=routing[1] if self.soft_routing else None,
-            key_mask=real if self.pad_mode == "mask" else None,
-            shared_k=shared[0],
-            shared_v=shared[1],
-            scale=self.scale,
-            dropout_p=self.attn_drop if self.training else 0.0,
-        )
-        assert isinstance(out, Tensor)  # no log-normaliser was asked for
-        image = regions.join(out.permute(0, 2, 3, 1, 4).flatten(3))[:, : size[0], : size[1]]
-        if self.lepe is not None:
-            image = image + self.lepe(v[1])
-        return image[:, : grid_size[0], : grid_size[1]].flatten(1, 2), routing
-
-    def _attend_to_all(
-        self, q: tuple[Tensor, Tensor], k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], grid_size: tuple[int, int]
-    ) -> Tensor:
-        """The prefix tokens (B, P, C): they see every token of the grid, and no padding."""
-        height, width = grid_size
-        keys, values = (torch.cat([first, image[:, :height, :width].flatten(1, 2)], dim=1) for first, image in (k, v))
-        return merge_heads(attend(self, *(split_heads(t, self.num_heads) for t in (q[0], keys, values)), scale=self.scale))
-
-    def route(self, queries: Tensor, keys: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The k regions whose mean key suits each region's mean query best, and their softmax weights.
-
-        Args:
-            queries, keys: (B, R, n, qk_dim).
-            real: (R, n), which tokens are; the others are zeros. None: all.
-
-        Returns: numbers of regions (B, R, k), int64, and weights (B, R, k), float32 (float64 for float64).
-        """
-        if not self.diff_routing:
-            queries, keys = queries.detach(), keys.detach()
-        with ops.no_autocast(queries):  # near-ties would fall differently in low precision
-            q_mean, k_mean = (_region_means(t, real) for t in (queries, keys))
-            if self.param_routing:
-                emb = self.router["emb"]
-                weight = next(emb.parameters())
-                q_mean, k_mean = (emb(t.to(weight.dtype)).to(t.dtype) for t in (q_mean, k_mean))
-            logits = (self.scale * q_mean) @ k_mean.transpose(-2, -1)  # (B, R, R)
-            if real is not None and self.pad_mode == "mask":
-                logits = logits.masked_fill(~real.any(1), -torch.inf)
-            best, routes = logits.topk(min(self.topk, logits.shape[-1]), dim=-1)
-            return routes, best.softmax(-1)
-
-    def _downsample(self, x: Tensor, regions: Regions) -> Tensor:
-        """Keys or values (B, R, n, C), pooled inside each region: (B, R, n', C)."""
-        side = self.kv_downsample_ratio
-        if self.kv_downsample == "identity" or (self.kv_downsample in ("avgpool", "maxpool") and side == 1):
-            return x
-        size = (regions.height, regions.width)
-        maps = x.flatten(0, 1).transpose(1, 2).unflatten(2, size)
-        if self.kv_downsample.startswith("ada_"):
-            pool = F.adaptive_avg_pool2d if self.kv_downsample == "ada_avgpool" else F.adaptive_max_pool2d
-            pooled = pool(maps, self.kv_per_win)
-        elif min(size) < side:
-            raise ValueError(
-                f"regions of {size} tokens leave no key after pooling by kv_downsample_ratio={side}; "
-                f"use at most {min(size)}, or a larger grid"
-            )
-        else:
-            pooled = (F.avg_pool2d if self.kv_downsample == "avgpool" else F.max_pool2d)(maps, side)
-        return pooled.flatten(2).transpose(1, 2).unflatten(0, (x.shape[0], x.shape[1]))
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        """(B, R, n, H * D) -> (B, H, R, n, D), a view."""
-        return x.unflatten(-1, (self.num_heads, -1)).permute(0, 3, 1, 2, 4)
-
     def extra_repr(self) -> str:
         text = f"num_heads={self.num_heads}, n_win={self.n_win}, topk={self.topk}, pad_mode={self.pad_mode!r}"
         flags = [name for name in ("soft_routing", "diff_routing", "param_routing") if getattr(self, name)]
         text += "".join(f", {name}=True" for name in flags)
         return text + (f", kv_downsample={self.kv_downsample!r}" if self.kv_downsample != "identity" else "")
+
+
+class _Routing(_BiLevelRouting):
+    """The same without parameters."""
+
+    param_routing, lepe, training = False, None, True
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+
+def _refuse_input_padding(*, pad_mode: str, **_: Any) -> None:
+    if pad_mode == "input":
+        raise ValueError(
+            "pad_mode='input' pads before the projections, and a function of q, k and v comes after them; 'mask' does not"
+        )
+
+
+@pure_function("bra", check=_refuse_input_padding, side_dwconv=0)
+def bi_level_routing(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid_size: tuple[int, int],
+    num_prefix_tokens: int,
+    scale: float | None,
+    dropout_p: float,
+    n_win: int | tuple[int, int] = 7,
+    topk: int = 4,
+    kv_downsample: str = "identity",
+    kv_per_win: int = 4,
+    kv_downsample_ratio: int = 4,
+    soft_routing: bool = False,
+    diff_routing: bool = False,
+    pad_mode: str = "mask",
+) -> Tensor:
+    """`BiLevelRoutingAttention` without LePE and router, as a function; routing and logits have the host's scale.
+
+    Shape: q (B, H, P + N, D), k, v (B, G, P + N, D), N row-major on the grid -> (B, H, P + N, D).
+    """
+    num_heads = q.shape[1]
+    routing = _Routing(
+        {
+            "num_heads": num_heads,
+            "n_win": to_2tuple(n_win),
+            "topk": topk,
+            "kv_downsample": kv_downsample,
+            "kv_per_win": kv_per_win,
+            "kv_downsample_ratio": kv_downsample_ratio,
+            "soft_routing": soft_routing,
+            "diff_routing": diff_routing,
+            "pad_mode": pad_mode,
+            "num_prefix_tokens": num_prefix_tokens,
+            "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+            "attn_drop": dropout_p,
+        }
+    )
+    tokens = [merge_heads(t if t.shape[1] == num_heads else t.repeat_interleave(num_heads // t.shape[1], 1)) for t in (q, k, v)]
+    parts = [(t[:, :num_prefix_tokens], t[:, num_prefix_tokens:].unflatten(1, grid_size)) for t in tokens]
+    maps = (parts[0], parts[1], parts[2])
+    out, _ = routing._attend_to_routed(*maps, grid_size, routing.cut_grid(grid_size))
+    if num_prefix_tokens:
+        out = torch.cat([routing._attend_to_all(*maps, grid_size), out], dim=1)
+    return split_heads(out, num_heads)
 
 
 def _pad(image: Tensor, padding: tuple[int, int]) -> Tensor:

@@ -40,10 +40,11 @@ from attention_zoo.attention.conversion import (
     split_projections,
     whole_heads,
 )
+from attention_zoo.attention.functional import pure_function
 from attention_zoo.ops.core_context import CORE_HEADS, POOLS, core_context_attention, pool_core_tokens
 from attention_zoo.registry import register_attention
 
-__all__ = ["CoreContextAttention", "CoreContextCacheLayer"]
+__all__ = ["CoreContextAttention", "CoreContextCacheLayer", "core_context"]
 
 
 @register_attention(
@@ -149,6 +150,18 @@ class CoreContextAttention(AttentionModule):
         self.proj_drop = nn.Dropout(proj_drop)
 
     @property
+    def _settings(self) -> dict[str, Any]:
+        """What the functions below need to know."""
+        return {
+            "window_size": self.window_size,
+            "group_size": self.group_size,
+            "pool": self.pool,
+            "core_per": self.core_per,
+            "scale": None,
+            "dropout_p": self.attn_drop if self.training else 0.0,
+        }
+
+    @property
     def num_core_heads(self) -> int:
         """Core tokens that stand for one group: H, or G where they do not depend on the query head."""
         return self.num_heads if self.pool == "cca" and self.core_per == "query" else self.num_kv_heads
@@ -243,23 +256,17 @@ class CoreContextAttention(AttentionModule):
         is_new = None if real is None else real[:, real.shape[1] - q.shape[2] :]
         order = None if is_new is None else torch.argsort(~is_new, dim=1, stable=True)
         if order is not None:
-            q, k, v = (t.take_along_dim(order[:, None, :, None], 2) for t in (q, k, v))
+            q, k, v = (_in_order(t, order) for t in (q, k, v))
         if rotate:
             tables = self._rotary_tables(start, q.shape[2], q)
             q, k = (apply_rotary(t, tables, self.rope_layout) for t in (q, k))
         if layer is None:
-            out = self._attend_at_once(q, k, v)
+            out = _attend_at_once(q, k, v, 0, **self._settings)
         else:
             out = self._attend_cached(q, k, v, layer, start, q.shape[2] if is_new is None else is_new.sum(1))
         if order is None or is_new is None:
             return out
-        out = out.take_along_dim(order.argsort(1)[:, None, :, None], 2)
-        return out.masked_fill(~is_new[:, None, :, None], 0.0)
-
-    def _attend_at_once(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        num_core = max(0, (q.shape[2] - self.window_size) // self.group_size)  # groups that the last query sees as core tokens
-        core_k, core_v = self._pool(q, k, v, self.group_size - 1, 0, num_core)
-        return self._core_attention(q, k, v, core_k, core_v, 0, 0)
+        return _in_order(out, order.argsort(1)).masked_fill(~is_new[:, None, :, None], 0.0)
 
     def _attend_cached(
         self, q: Tensor, k: Tensor, v: Tensor, layer: CoreContextCacheLayer, start: int | Tensor, count: int | Tensor
@@ -275,9 +282,10 @@ class CoreContextAttention(AttentionModule):
         key_start = start + new - k.shape[2]
         group = start // p  # the one that is completed next; then how many are, at most where samples differ
         num_groups = (start + new) // p - group if isinstance(group, int) else -(-new // p)
-        pooled = self._pool(q, k, v, (group + 1) * p - 1 - start, group * p - key_start, int(num_groups))
+        settings = self._settings
+        pooled = _pool(q, k, v, (group + 1) * p - 1 - start, group * p - key_start, int(num_groups), **settings)
         core_k, core_v = layer.join_core(pooled, group, seen // p)
-        out = self._core_attention(q, k, v, core_k, core_v, start, key_start)
+        out = _attend(q, k, v, core_k, core_v, start, key_start, **settings)
 
         stop = start + count
         if isinstance(stop, int):
@@ -290,32 +298,6 @@ class CoreContextAttention(AttentionModule):
             t if length == t.shape[2] and isinstance(stop, int) else _take(t, oldest - key_start, length).clone() for t in (k, v)
         )
         layer.keep(k, v, core_k, core_v, stop, seen)
-        return out
-
-    def _pool(
-        self, q: Tensor, k: Tensor, v: Tensor, last: int | Tensor, first: int | Tensor, num_groups: int
-    ) -> tuple[Tensor, Tensor]:
-        """Core tokens of consecutive groups, the first of which begins at k's index `first` and ends at q's index `last`."""
-        p = self.group_size
-        k, v = (_take(t, first, num_groups * p) for t in (k, v))
-        return pool_core_tokens(_take(q, last, num_groups, p), k, v, group_size=p, pool=self.pool, core_per=self.core_per)
-
-    def _core_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, core_k: Tensor, core_v: Tensor, query_start: int | Tensor, key_start: int | Tensor
-    ) -> Tensor:
-        out = core_context_attention(
-            q,
-            k,
-            v,
-            core_k,
-            core_v,
-            window_size=self.window_size,
-            group_size=self.group_size,
-            query_start=query_start,
-            key_start=key_start,
-            dropout_p=self.attn_drop if self.training else 0.0,
-        )
-        assert isinstance(out, Tensor)  # no log-normaliser was asked for
         return out
 
     def _rotary_tables(self, start: int | Tensor, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -395,6 +377,138 @@ class CoreContextCacheLayer(StateCacheLayer):
         self.keys, self.values, self.core_keys, self.core_values = k, v, core_k, core_v
         self.real_tokens = real_tokens if isinstance(real_tokens, Tensor) else None
         self.tokens_seen = tokens_seen
+
+
+@pure_function("cca")
+def core_context(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None,
+    dropout_p: float,
+    real: Tensor | None = None,
+    seen: Tensor | None = None,
+    window_size: int = 1024,
+    group_size: int = 16,
+    pool: str = "cca",
+    core_per: str = "query",
+) -> Tensor:
+    """`CoreContextAttention` as a function: all keys and values are kept, q are the last tokens of those that were seen.
+
+    `pool="cca"` weighs a group by the query of its last token, and queries are not kept: with fewer queries than keys it is defined
+    as long as no group of the past is seen as a core token. "mean" and "max" know no queries.
+
+    Shape: q (B, H, N, d), k, v (B, G, M, d) -> (B, H, N, d); 0 for padding.
+
+    Raises:
+        ValueError: a core token would be seen whose query is gone.
+    """
+    settings: dict[str, Any] = {"window_size": window_size, "group_size": group_size, "pool": pool, "core_per": core_per}
+    settings |= {"scale": scale, "dropout_p": dropout_p}
+    new, total = q.shape[2], k.shape[2]
+    if real is None and seen is None:
+        _check_queries(total - new, total, **settings)
+        return _attend_at_once(q, k, v, total - new, **settings)
+    # Real tokens come first, so that groups have no padding; queries are found by their number among them.
+    index = torch.arange(total, device=q.device)
+    first = total - new if seen is None else seen - new
+    real = (index < first + new).expand(q.shape[0], -1) if real is None else real
+    is_new = real.take_along_dim((index[:new] + first).expand(q.shape[0], -1), 1)
+    order = torch.argsort(~is_new, dim=1, stable=True)
+    start: int | Tensor = 0
+    if new < total:
+        start = (real & (index < first)).sum(1)
+        _check_queries(start, start + is_new.sum(1), **settings)
+    k, v = (_in_order(t, torch.argsort(~real, dim=1, stable=True)) for t in (k, v))
+    out = _attend_at_once(_in_order(q, order), k, v, start, **settings)
+    return _in_order(out, order.argsort(1)).masked_fill(~is_new[:, None, :, None], 0.0)
+
+
+def _check_queries(start: int | Tensor, stop: int | Tensor, *, window_size: int, group_size: int, pool: str, **_: Any) -> None:
+    """Raise ValueError if the queries from `start` up to `stop` see core tokens of groups that end before `start`."""
+    if pool != "cca":
+        return
+    lost = (start >= group_size) & (stop >= window_size + group_size)
+    if isinstance(lost, Tensor):
+        lost = True if torch.compiler.is_compiling() else bool(lost.any())
+    if lost:
+        raise ValueError(
+            f"pool='cca' weighs each group by a query, and a cache keeps none: beyond {window_size + group_size - 1} tokens it is "
+            "defined for whole sequences (use_cache=False). az.swap_attention(model, 'cca') decodes with a cache of its own; pool="
+            "'mean' or 'max' need no queries: az.register_functional('zoo_cca_mean', 'cca', pool='mean')"
+        )
+
+
+def _attend_at_once(
+    q: Tensor, k: Tensor, v: Tensor, start: int | Tensor, *, window_size: int, group_size: int, **how: Any
+) -> Tensor:
+    """Queries at the positions `start`, ... of the sequence whose keys are k; with starts (B,) k may go on after the last one."""
+    stop = start + q.shape[2] if isinstance(start, int) else k.shape[2]
+    num_core = max(0, (stop - window_size) // group_size)  # groups that the last query sees as core tokens
+    settings = {"window_size": window_size, "group_size": group_size, **how}
+    core_k, core_v = _pool(q, k, v, group_size - 1 - start, 0, num_core, **settings)
+    return _attend(q, k, v, core_k, core_v, start, 0, **settings)
+
+
+def _pool(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    last: int | Tensor,
+    first: int | Tensor,
+    num_groups: int,
+    *,
+    group_size: int,
+    pool: str,
+    core_per: str,
+    scale: float | None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Core tokens of consecutive groups, the first of which begins at k's index `first` and ends at q's index `last`."""
+    k, v = (_take(t, first, num_groups * group_size) for t in (k, v))
+    if pool == "cca":
+        q = _take(q, last, num_groups, group_size)
+    else:
+        q = q[:, :, :1].expand(-1, -1, num_groups, -1)  # of no matter, and perhaps not at hand
+    return pool_core_tokens(q, k, v, group_size=group_size, pool=pool, core_per=core_per, scale=scale)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    core_k: Tensor,
+    core_v: Tensor,
+    query_start: int | Tensor,
+    key_start: int | Tensor,
+    *,
+    window_size: int,
+    group_size: int,
+    scale: float | None,
+    dropout_p: float,
+    **_: Any,
+) -> Tensor:
+    out = core_context_attention(
+        q,
+        k,
+        v,
+        core_k,
+        core_v,
+        window_size=window_size,
+        group_size=group_size,
+        query_start=query_start,
+        key_start=key_start,
+        scale=scale,
+        dropout_p=dropout_p,
+    )
+    assert isinstance(out, Tensor)  # no log-normaliser was asked for
+    return out
+
+
+def _in_order(x: Tensor, order: Tensor) -> Tensor:
+    """Tokens of (B, H, N, D) in an order (B, N)."""
+    return x.take_along_dim(order[:, None, :, None], 2)
 
 
 def _take(x: Tensor, start: int | Tensor, length: int, step: int = 1) -> Tensor:

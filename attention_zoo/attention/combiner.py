@@ -31,9 +31,10 @@ from attention_zoo.attention.base import (
 from attention_zoo.attention.cache import StateCacheLayer, own_cache_layer
 from attention_zoo.attention.combiner_patterns import PATTERNS, Plan, State, pieces
 from attention_zoo.attention.conversion import load_converted, projection_settings, source_heads, source_settings, split_projections
+from attention_zoo.attention.functional import pure_function
 from attention_zoo.registry import register_attention
 
-__all__ = ["CombinerAttention"]
+__all__ = ["CombinerAttention", "combine"]
 
 POOLS = ("max", "sum", "mean")
 ACTS = ("identity", "relu", "deepset")
@@ -301,17 +302,11 @@ class CombinerAttention(AttentionModule):
         seen = layer.tokens_seen if layer is not None else 0
         real = self._real_tokens(attention_mask, x.shape[0], seen + x.shape[1])
         plan = self._plan(self._window(x.shape[1], grid_size, cached=layer is not None), layer is not None)
-        if real is not None and plan.window_size and self.pattern == "mixture" and not (self.exclusive or self.is_causal):
-            raise ValueError("attention_mask does not go with the mixture of exclusive=False, whose empty regions count")
-        if real is None and not self.is_causal and self.pattern == "fixed" and x.shape[1] % plan.window_size:
-            real = torch.ones(1, x.shape[1], dtype=torch.bool, device=x.device)  # what fills up the last segment is not
         new = self._project(x, position_embeddings)
-        if x.shape[1] == 0:  # no tokens, no rows to cut them into
-            out = new["v"]
-        elif layer is not None:
+        if layer is not None and x.shape[1]:
             out = self._attend(plan, new, real, layer)
         else:
-            out = PATTERNS[self.pattern](plan, new, real, {}, 0)[0]
+            out = _attend_at_once(self.pattern, plan, new, real)
         return self.proj_drop(self.proj(merge_heads(out)))
 
     def _attend(self, plan: Plan, new: State, real: Tensor | None, layer: CombinerCacheLayer) -> Tensor:
@@ -344,11 +339,8 @@ class CombinerAttention(AttentionModule):
 
     def _row_keys(self, values: Tensor, keys: Tensor | None, rows: State) -> Tensor:
         """Summary keys (B, H, S, L, d) of whole rows, from the values and the weighted keys that each token sees in its row."""
-        if self.row_summary == "none":
-            return rows["k"]
-        if self.row_summary == "wsum":
-            assert keys is not None
-            return keys
+        if not self.projects_rows:
+            return _own_or_mixed(values, keys, rows)
         seen = values if keys is None else keys
         batch, heads, num_rows, width, head_dim = seen.shape
         merged = seen.permute(0, 2, 3, 1, 4).reshape(batch, num_rows * width, heads * head_dim)
@@ -380,23 +372,11 @@ class CombinerAttention(AttentionModule):
 
     def _window(self, length: int, grid_size: tuple[int, int] | None, cached: bool) -> int:
         """Tokens of a segment. Raises ValueError where there are none, or where rows that must be full would not be."""
-        if self.pattern == "logsparse":
-            return 0
-        window = self.window_size
-        if cached:
-            if window is None:
-                raise ValueError("decoding with a cache needs window_size: without one it depends on the number of tokens")
-            return window
-        if window is None:
-            window = grid_size[1] if grid_size is not None else _near_root(length)
-        window = max(1, min(window, length))
-        if not self.is_causal and self.pattern != "fixed" and length % window:
-            below = next(w for w in range(window, 0, -1) if length % w == 0)
-            raise ValueError(
-                f"{self.pattern!r} in both directions needs full rows: {length} tokens are no multiple of window_size={window}; "
-                f"the nearest below that divides them is {below}"
-            )
-        return window
+        if not cached or self.pattern == "logsparse":
+            return _segment_length(self.pattern, self.window_size, length, grid_size, is_causal=self.is_causal)
+        if self.window_size is None:
+            raise ValueError("decoding with a cache needs window_size: without one it depends on the number of tokens")
+        return self.window_size
 
     @staticmethod
     def _real_tokens(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
@@ -419,6 +399,93 @@ class CombinerAttention(AttentionModule):
         else:
             text += f", summary_pool={self.summary_pool!r}, summary_act={self.summary_act!r}"
         return text + ("" if self.is_causal or self.exclusive else ", exclusive=False")
+
+
+def _refuse_parameters(*, pattern: str, row_summary: str, summary_act: str, **_: Any) -> None:
+    """Raise ValueError for options that come with parameters."""
+    if pattern == "axial" and row_summary not in ("none", "wsum"):
+        raise ValueError(f"row_summary={row_summary!r} has parameters; a function of q, k and v has 'none' or 'wsum'")
+    if pattern != "axial" and summary_act == "deepset":
+        raise ValueError("summary_act='deepset' has parameters; a function of q, k and v has 'identity' or 'relu'")
+
+
+@pure_function("combiner", check=_refuse_parameters)
+def combine(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    real: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    pattern: str = "fixed",
+    window_size: int | None = None,
+    summary_pool: str = "max",
+    summary_act: str = "identity",
+    row_summary: str = "proj",
+    exclusive: bool = True,
+) -> Tensor:
+    """`CombinerAttention` as a function of whole sequences: summaries need the queries of their tokens, which no cache keeps.
+
+    Shape: q (B, H, N, d), k, v (B, G, N, d) -> (B, H, N, d).
+    """
+    if k.shape[1] != q.shape[1]:  # regions are summarised by their queries, so that no two heads share them
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    act = F.relu if summary_act == "relu" else _identity
+    plan = Plan(
+        window_size=_segment_length(pattern, window_size, q.shape[2], None, is_causal=is_causal),
+        is_causal=is_causal,
+        exclusive=exclusive,
+        pool=summary_pool,
+        act_query=act,
+        act_key=act,
+        row_keys=_own_or_mixed,
+        mix_keys=pattern == "axial" and row_summary == "wsum",
+        dropout=dropout_p,
+        keep=False,
+    )
+    scaled = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return _attend_at_once(pattern, plan, {"q": scaled.to(v.dtype), "k": k.to(v.dtype), "v": v}, real)
+
+
+def _attend_at_once(pattern: str, plan: Plan, new: State, real: Tensor | None) -> Tensor:
+    """Whole sequences: (B, H, N, d), of tokens as the patterns take them."""
+    length = new["q"].shape[2]
+    if length == 0:  # no tokens, no rows to cut them into
+        return new["v"]
+    if real is not None and pattern == "mixture" and not (plan.exclusive or plan.is_causal):
+        raise ValueError("attention_mask does not go with the mixture of exclusive=False, whose empty regions count")
+    if real is None and not plan.is_causal and pattern == "fixed" and length % plan.window_size:
+        real = torch.ones(1, length, dtype=torch.bool, device=new["q"].device)  # what fills up the last segment is not
+    return PATTERNS[pattern](plan, new, real, {}, 0)[0]
+
+
+def _segment_length(
+    pattern: str, window_size: int | None, length: int, grid_size: tuple[int, int] | None, *, is_causal: bool
+) -> int:
+    """Tokens of a segment of a whole sequence. Raises ValueError where rows that must be full would not be."""
+    if pattern == "logsparse":
+        return 0
+    if window_size is None:
+        window_size = grid_size[1] if grid_size is not None else _near_root(length)
+    window = max(1, min(window_size, length))
+    if not is_causal and pattern != "fixed" and length % window:
+        below = next(w for w in range(window, 0, -1) if length % w == 0)
+        raise ValueError(
+            f"{pattern!r} in both directions needs full rows: {length} tokens are no multiple of window_size={window}; "
+            f"the nearest below that divides them is {below}"
+        )
+    return window
+
+
+def _own_or_mixed(values: Tensor, keys: Tensor | None, rows: State) -> Tensor:
+    """Summary keys of whole rows: each token's own, or the keys of its row as it attends to them."""
+    return rows["k"] if keys is None else keys
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
 
 
 def _relative_scale(source: Any, head_dim: int) -> float:

@@ -25,9 +25,10 @@ from attention_zoo.attention.base import (
     split_heads,
 )
 from attention_zoo.attention.conversion import projection_settings, refuse_tensors, source_heads, source_settings, split_projections
+from attention_zoo.attention.functional import Attend, pure_function
 from attention_zoo.registry import PATTERNS, register_attention
 
-__all__ = ["GroupedQueryAttention", "mean_pool_kv_heads"]
+__all__ = ["GroupedQueryAttention", "grouped_query_attention", "mean_pool_kv_heads", "mean_pool_states", "source_kv_heads"]
 
 
 @register_attention(
@@ -219,6 +220,46 @@ def mean_pool_kv_heads(weight_or_bias: Tensor, num_heads: int, num_kv_heads: int
     check_head_split(num_heads, num_kv_heads)
     _channels_per_head("a key or value projection", weight_or_bias.shape[0], num_heads)
     return weight_or_bias.unflatten(0, (num_kv_heads, num_heads // num_kv_heads, -1)).mean(1).flatten(0, 1)
+
+
+@pure_function("gqa")
+def grouped_query_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, attend: Attend, qk_norm: bool, num_kv_heads: int | None = None
+) -> Tensor:
+    """`GroupedQueryAttention` as a function: key and value heads averaged to `num_kv_heads`, as its conversion averages weights.
+
+    Shape: q (B, H, N, d), k, v (B, G', M, d) -> (B, H, N, d).
+
+    Raises:
+        ValueError: heads that do not share out evenly, or normalised keys that would have to be averaged.
+    """
+    num_kv_heads = GroupedQueryAttention.resolve_num_kv_heads(q.shape[1], source_kv_heads(q, k, num_kv_heads))
+    return attend(q, *mean_pool_states(k, v, num_kv_heads, qk_norm))
+
+
+def source_kv_heads(q: Tensor, k: Tensor, num_kv_heads: int | None) -> int | None:
+    """`num_kv_heads` if given; else what q and k have where they are grouped already, and None where they are not."""
+    if num_kv_heads is None and k.shape[1] != q.shape[1]:
+        return k.shape[1]
+    return num_kv_heads
+
+
+def mean_pool_states(k: Tensor, v: Tensor, num_kv_heads: int, qk_norm: bool) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, G', M, d) averaged over runs of consecutive heads -> (B, G, M, d); so are those of averaged projections.
+
+    Raises:
+        ValueError: heads that do not share out evenly, or keys that were normalised head by head.
+    """
+    if k.shape[1] == num_kv_heads:
+        return k, v
+    check_head_split(k.shape[1], num_kv_heads)
+    if qk_norm:
+        raise ValueError(
+            f"the model normalises its keys head by head, so that averaging them to num_kv_heads={num_kv_heads} is not averaging "
+            "their projections; az.swap_attention does that"
+        )
+    k, v = (t.unflatten(1, (num_kv_heads, -1)).mean(2) for t in (k, v))
+    return k, v
 
 
 def _channels_per_head(name: str, rows: int, num_heads: int) -> int:

@@ -21,9 +21,10 @@ from torch.nn import functional as F
 from attention_zoo import ops
 from attention_zoo.attention.base import AttentionModule, check_grid, check_tokens, merge_heads, resolve_head_dim, split_heads
 from attention_zoo.attention.conversion import load_converted, projection_settings, source_heads, source_settings, split_projections
+from attention_zoo.attention.functional import pure_function
 from attention_zoo.registry import register_attention
 
-__all__ = ["HaloAttention"]
+__all__ = ["HaloAttention", "halo"]
 
 
 class RelativePositions(nn.Module):
@@ -256,12 +257,9 @@ class HaloAttention(AttentionModule):
         q_prefix = self.q(column.repeat_interleave(self.query_stride, 2)).flatten(2).transpose(1, 2)
         kv_prefix = split_heads(self.kv(column).flatten(2).transpose(1, 2), self.num_heads)
         k_prefix, v_prefix = kv_prefix.split([self.head_dim, self.value_dim], -1)
-        extra = ops.attention(q.flatten(2, 3), k_prefix, v_prefix, dropout_p=self._dropout, return_lse=True)
-        merged, _ = ops.merge_attention([out.flatten(2, 3), extra[0]], [lse.flatten(2, 3), extra[1]])
-        keys, values = (torch.cat([a, b.flatten(2, 3)], 2) for a, b in ((k_prefix, k), (v_prefix, v)))
-        prefix_out = ops.attention(split_heads(q_prefix, self.num_heads), keys, values, dropout_p=self._dropout)
-        assert isinstance(prefix_out, Tensor)  # no log-normaliser was asked for
-        return merged.unflatten(2, q.shape[2:4]), merge_heads(prefix_out)
+        first = (split_heads(q_prefix, self.num_heads), k_prefix, v_prefix)
+        merged, prefix_out = _join_prefix(first, q, k, v, out, lse, scale=None, dropout_p=self._dropout)
+        return merged, merge_heads(prefix_out)
 
     @property
     def _dropout(self) -> float:
@@ -307,6 +305,74 @@ def _check_numbers(dim: int, block_size: int, halo_size: int, stride: int, num_p
             raise ValueError(f"{name} must be a whole number from {least}, got {value}; the nearest is {max(least, round(value))}")
     if stride not in (1, 2):
         raise ValueError(f"stride must be 1 or 2, got {stride}; the nearest is {1 if stride < 2 else 2}")
+
+
+def _join_prefix(
+    first: tuple[Tensor, Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    scale: float | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Add prefix keys to the softmax of the patches (`out`, `lse`), and let the prefix queries attend to all tokens.
+
+    Shape: `first`, the prefix's q, k and v (B, heads, P, D); q, k, v (B, heads, H, W, D) -> (B, heads, H, W, D), (B, heads, P, D).
+    """
+    q_first, k_first, v_first = first
+    extra = ops.attention(q.flatten(2, 3), k_first, v_first, scale=scale, dropout_p=dropout_p, return_lse=True)
+    merged, _ = ops.merge_attention([out.flatten(2, 3), extra[0]], [lse.flatten(2, 3), extra[1]])
+    keys, values = (torch.cat([a, b.flatten(2, 3)], 2) for a, b in ((k_first, k), (v_first, v)))
+    first_out = ops.attention(q_first, keys, values, scale=scale, dropout_p=dropout_p)
+    assert isinstance(first_out, Tensor)  # no log-normaliser was asked for
+    return merged.unflatten(2, q.shape[2:4]), first_out
+
+
+@pure_function("halo")
+def halo(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid_size: tuple[int, int],
+    num_prefix_tokens: int,
+    scale: float | None,
+    dropout_p: float,
+    block_size: int = 8,
+    halo_size: int = 3,
+    mask_padding: bool = True,
+) -> Tensor:
+    """`HaloAttention` without relative positions, as a function; `mask_padding` is on, as in its conversion.
+
+    Shape: q, k, v (B, heads, P + N, D), N = H * W row-major -> (B, heads, P + N, D).
+    """
+    if k.shape[1] != q.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    sizes = [num_prefix_tokens, q.shape[2] - num_prefix_tokens]
+    (q_first, q), (k_first, k), (v_first, v) = (t.split(sizes, 2) for t in (q, k, v))
+    q, k, v = (t.unflatten(2, grid_size) for t in (q, k, v))
+    nowhere = q.new_zeros(2 * (block_size + 2 * halo_size) - 1, q.shape[-1])  # positions that add nothing to the logits
+    result = ops.halo_attention(
+        q,
+        k,
+        v,
+        nowhere,
+        nowhere,
+        block_size=block_size,
+        halo_size=halo_size,
+        scale=scale,
+        mask_padding=mask_padding,
+        dropout_p=dropout_p,
+        return_lse=True,
+    )
+    assert isinstance(result, tuple)
+    if not num_prefix_tokens:
+        return result[0].flatten(2, 3)
+    out, first_out = _join_prefix((q_first, k_first, v_first), q, k, v, *result, scale=scale, dropout_p=dropout_p)
+    return torch.cat([first_out, out.flatten(2, 3)], 2)
 
 
 def _source_settings(source: nn.Module | Mapping[str, Tensor], head_dim: int) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attention_zoo.attention.base import attend, check_choice, resolve_attention_mask
-from attention_zoo.attention.gqa import GroupedQueryAttention
+from attention_zoo.attention.base import attend, check_choice, seen_keys, select_heads
+from attention_zoo.attention.functional import Attend, pure_function
+from attention_zoo.attention.gqa import GroupedQueryAttention, mean_pool_states, source_kv_heads
 from attention_zoo.registry import PATTERNS, register_attention
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "allocate_query_heads",
     "allocation_to_head_map",
     "even_allocation",
+    "key_driven_allocation",
+    "key_driven_attention",
     "key_norms",
     "set_training_step",
 ]
@@ -207,11 +210,7 @@ class KeyDrivenGroupedQueryAttention(_AllocatedAttention):
     def _allocate(self, k: Tensor, attention_mask: Tensor | None) -> Tensor:
         if self.alloc_scope == "frozen":
             return self.allocation.clone()
-        norms = key_norms(k, attention_mask)
-        if self.alloc_scope == "batch":
-            norms = norms.sum(0)
-        lowest, highest = norms.aminmax(dim=-1, keepdim=True)
-        return allocate_query_heads((norms - lowest) / (highest - lowest), self.num_heads)
+        return key_driven_allocation(k, self.num_heads, attention_mask, self.alloc_scope)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alloc_scope={self.alloc_scope!r}"
@@ -412,19 +411,63 @@ def even_allocation(num_heads: int, num_kv_heads: int, device: Any = None) -> Te
 def key_norms(k: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Frobenius norm of the keys of each sample and head, in float32, without gradient.
 
-    Shape: k (B, G, N, d), attention_mask any that the mechanisms take -> (B, G). Keys that a padding mask (B, N) leaves out do not
-    count; other masks tell queries apart and change nothing here.
+    Shape: k (B, G, N, d), attention_mask any that the mechanisms take -> (B, G). Keys that no query may see, as padding, do not
+    count.
 
     Raises:
         ValueError: a padding mask of another shape.
     """
     k = k.detach().float()  # before squaring: sums of squares overflow in half precision
-    if attention_mask is not None and attention_mask.ndim == 2 and not attention_mask.is_floating_point():
-        keep = resolve_attention_mask(attention_mask, 1, k.shape[2])
-        if keep is None or keep.shape[0] not in (1, k.shape[0]):
+    if attention_mask is not None and (keep := seen_keys(attention_mask, k.shape[2])) is not None:
+        if keep.shape[0] not in (1, k.shape[0]):
             raise ValueError(f"a padding mask must be (B, N_k) with B = {k.shape[0]}, got {tuple(attention_mask.shape)}")
-        k = k.masked_fill(~keep.transpose(-2, -1), 0.0)
+        k = k.masked_fill(~keep[:, None, :, None], 0.0)
     return torch.linalg.vector_norm(k, dim=(-2, -1))
+
+
+def key_driven_allocation(k: Tensor, num_heads: int, attention_mask: Tensor | None, scope: str) -> Tensor:
+    """Query heads of each key/value head of k (B, G, N, d), int64 (G,) for the scope "batch", (B, G) for "sample"."""
+    norms = key_norms(k, attention_mask)
+    if scope == "batch":
+        norms = norms.sum(0)
+    lowest, highest = norms.aminmax(dim=-1, keepdim=True)
+    return allocate_query_heads((norms - lowest) / (highest - lowest), num_heads)
+
+
+def _refuse_frozen(*, alloc_scope: str, is_causal: bool = False, **_: Any) -> None:
+    if is_causal or alloc_scope == "frozen":
+        raise ValueError(
+            "'kdgqa' looks at all keys, future ones too: causal attention needs alloc_scope='frozen', whose allocation is kept in "
+            "a buffer; az.swap_attention has it"
+        )
+
+
+@pure_function("kdgqa", check=_refuse_frozen)
+def key_driven_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attend: Attend,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    qk_norm: bool,
+    num_kv_heads: int | None = None,
+    alloc_scope: str = "batch",
+) -> Tensor:
+    """`KeyDrivenGroupedQueryAttention` as a function, key and value heads averaged to `num_kv_heads`.
+
+    Shape: q (B, H, N, d), k, v (B, G', M, d) -> (B, H, N, d).
+
+    Raises:
+        ValueError: causal attention, which needs a stored allocation; heads that do not share out evenly, or normalised keys that
+            would have to be averaged.
+    """
+    _refuse_frozen(alloc_scope=alloc_scope, is_causal=is_causal)
+    num_kv_heads = KeyDrivenGroupedQueryAttention.resolve_num_kv_heads(q.shape[1], source_kv_heads(q, k, num_kv_heads))
+    k, v = mean_pool_states(k, v, num_kv_heads, qk_norm)
+    head_map = allocation_to_head_map(key_driven_allocation(k, q.shape[1], attn_mask, alloc_scope), q.shape[1])
+    return attend(q, *(select_heads(t, head_map) for t in (k, v)))
 
 
 def allocate_query_heads(weights: Tensor, num_heads: int, *, fixup: str = "deterministic") -> Tensor:

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attention_zoo.attention.base import attend, check_choice, resolve_attention_mask
-from attention_zoo.attention.gqa import GroupedQueryAttention
+from attention_zoo.attention.base import attend, check_choice, seen_keys
+from attention_zoo.attention.functional import Attend, pure_function
+from attention_zoo.attention.gqa import GroupedQueryAttention, mean_pool_states, source_kv_heads
 from attention_zoo.attention.kdgqa import PAPER
 from attention_zoo.registry import register_attention
 
-__all__ = ["PerturbedGroupedQueryAttention", "perturb"]
+__all__ = ["PerturbedGroupedQueryAttention", "perturb", "perturbed_attention"]
 
 NOISE_MODES = ("always", "train", "never")
 
@@ -149,6 +150,38 @@ class PerturbedGroupedQueryAttention(GroupedQueryAttention):
         return f"{super().extra_repr()}, noise_mode={self.noise_mode!r}{seed}"
 
 
+@pure_function("pgqa")
+def perturbed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attend: Attend,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    training: bool,
+    qk_norm: bool,
+    num_kv_heads: int | None = None,
+    noise_mode: str = "always",
+) -> Tensor:
+    """`PerturbedGroupedQueryAttention` as a function of q, k, v and the random state.
+
+    Shape: q (B, H, N, d), k, v (B, G', M, d) -> (B, H, N, d).
+
+    Raises:
+        ValueError: noise in causal attention; heads that do not share out evenly, or normalised keys that would have to be
+            averaged.
+    """
+    if is_causal and noise_mode != "never":
+        raise ValueError(f"noise_mode={noise_mode!r} takes statistics of future tokens: causal attention needs 'never'")
+    num_kv_heads = PerturbedGroupedQueryAttention.resolve_num_kv_heads(q.shape[1], source_kv_heads(q, k, num_kv_heads))
+    out = attend(q, *mean_pool_states(k, v, num_kv_heads, qk_norm))
+    if noise_mode == "never" or (noise_mode == "train" and not training):
+        return out
+    noise = torch.rand(num_kv_heads, q.shape[1] // num_kv_heads, out.shape[2] * out.shape[3], device=out.device)
+    return perturb(out, noise, _real_queries(attn_mask, out.shape[2]) if k.shape[2] == out.shape[2] else None)
+
+
 def hashed_uniforms(shape: tuple[int, ...], seed: int, stream: int, device: Any = None) -> Tensor:
     """Numbers of [0, 1) that look drawn, the same on every device: a 32-bit mixer of the position, of `seed` and of `stream`.
 
@@ -194,8 +227,5 @@ def _mean_and_std(rows: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _real_queries(attention_mask: Tensor | None, num_tokens: int) -> Tensor | None:
-    """Which tokens (B, N) are real, in self attention with a padding mask; None: all."""
-    if attention_mask is None or attention_mask.ndim != 2 or attention_mask.is_floating_point():
-        return None
-    mask = resolve_attention_mask(attention_mask, num_tokens, num_tokens)
-    return None if mask is None else mask[:, 0, 0, :]
+    """Which tokens (B, N) are real, in self attention: those that any query may see; None: all."""
+    return seen_keys(attention_mask, num_tokens)
