@@ -76,6 +76,7 @@ class AttentionInfo:
         min_grid_size: the smallest (H, W) that a spatial mechanism takes.
         grid_multiple: by default, H and W of its grid must be multiples of these.
         causal_options: constructor options that `is_causal=True` needs, where the defaults would let a token see the future.
+        sequence_options: constructor options with which a spatial mechanism takes sequences, without a grid; none if it cannot.
         silent_parameters: names of parameters that the output does not depend on; official checkpoints have them.
         summary: first line of the class's docstring.
         equation: the equation of the class's docstring (its first indented block), or "".
@@ -103,6 +104,7 @@ class AttentionInfo:
     min_grid_size: tuple[int, int] = (1, 1)
     grid_multiple: tuple[int, int] = (1, 1)
     causal_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    sequence_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     silent_parameters: tuple[str, ...] = ()
     summary: str = ""
     equation: str = ""
@@ -157,6 +159,7 @@ def register_attention(
     min_grid_size: tuple[int, int] = (1, 1),
     grid_multiple: tuple[int, int] = (1, 1),
     causal_options: Mapping[str, Any] | None = None,
+    sequence_options: Mapping[str, Any] | None = None,
     silent_parameters: Iterable[str] = (),
 ) -> Callable[[_Class], _Class]:
     """Class decorator that registers a mechanism under `name`; the arguments are the fields of `AttentionInfo`.
@@ -195,6 +198,7 @@ def register_attention(
             min_grid_size=min_grid_size,
             grid_multiple=grid_multiple,
             causal_options=dict(causal_options or {}),
+            sequence_options=dict(sequence_options or {}),
             silent_parameters=tuple(silent_parameters),
             summary=summary,
             equation=equation,

@@ -56,7 +56,7 @@ def misfits(host: Any, name: str) -> list[str]:
     reasons = {
         f"needs {pattern}": pattern not in info.patterns,
         "changes the number of tokens": not info.keeps_shape,
-        "needs a grid": info.spatial and not host.spatial,
+        "needs a grid": info.spatial and not host.spatial and not info.sequence_options,
         "class or register tokens": info.spatial and host.prefix_tokens > 0 and "num_prefix_tokens" not in own,
         "rotates queries and keys": host.rope and "position_embeddings" not in takes,
         "normalises queries and keys": host.qk_norm and "norm_layer" not in own,
@@ -79,6 +79,8 @@ def build(adapter: Adapter, host: Host, name: str, **options: Any) -> nn.Module:
         said["num_prefix_tokens"] = host.prefix_tokens
     if host.is_causal:
         said |= {"is_causal": True, **az.attention_info(name).causal_options}
+    if not host.spatial:
+        options |= az.attention_info(name).sequence_options
     if host.qk_norm:
         norm = host.module.q_norm
         said |= {"qk_norm": True, "norm_layer": functools.partial(type(norm), eps=norm.eps)}

@@ -44,11 +44,12 @@ def register(name: str = "toy", **fields: Any) -> type:
 
 
 def test_register_and_create() -> None:
-    cls = register(cost="O(N)", engines=["torch"], min_grid_size=(2, 2), causal_options={"a": 1})
+    cls = register(cost="O(N)", engines=["torch"], min_grid_size=(2, 2), causal_options={"a": 1}, sequence_options={"b": None})
     info = az.attention_info("toy")
     assert (info.name, info.title, info.cost, info.engines) == ("toy", "A Title", "O(N)", ("torch",))
     assert (info.summary, info.equation) == ("Toys around.", "y = x\n  + 0")
     assert (info.min_grid_size, info.causal_options, info.batch_coupled) == ((2, 2), {"a": 1}, False)
+    assert info.sequence_options == {"b": None}
     assert info is cls.attention_info
     assert registry.attention_class("toy") is cls
     assert az.create_attention("toy", 8, toy_size=3).sizes == (8, 1, 3)

@@ -245,6 +245,7 @@ class AgentTables(AttentionModule):
     cross_equals_self=False,
     cost="O(N n C)",
     engines=("torch", "flash", "xformers", "flex"),
+    sequence_options={"window_size": None},
 )
 class AgentAttention(AgentTables):
     """Agent attention: n agents pooled from the queries collect from all keys and hand on to all queries.

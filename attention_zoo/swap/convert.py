@@ -65,7 +65,7 @@ def check_plan(plan: Plan) -> list[str]:
     problems = {
         f"it needs {pattern}, which is not among {', '.join(sorted(info.patterns))}": pattern not in info.patterns,
         "the mechanism changes the number of tokens or channels": not info.keeps_shape,
-        "the mechanism needs a grid, which the layer has not": info.spatial and not host.spatial,
+        "the mechanism needs a grid, which the layer has not": info.spatial and not host.spatial and not _takes_sequences(plan),
         f"the layer has {host.prefix_tokens} class or register tokens, for which the mechanism has no place": info.spatial
         and host.prefix_tokens > 0
         and "num_prefix_tokens" not in own,
@@ -212,6 +212,8 @@ def _settings(plan: Plan) -> dict[str, Any]:
     said: dict[str, Any] = {"attn_drop": host.attn_drop, "proj_drop": host.proj_drop}
     if host.spatial:
         said["num_prefix_tokens"] = host.prefix_tokens
+    else:
+        said |= attention_info(plan.mechanism).sequence_options
     if host.is_causal:
         said |= {"is_causal": True, **attention_info(plan.mechanism).causal_options}
     if host.layer_idx is not None:
@@ -301,7 +303,7 @@ def _random_weights(state: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]
 
 def _keeps_function(plan: Plan, module: AttentionModule, source: Mapping[str, Tensor], num_tokens: int) -> tuple[bool | None, int]:
     """Whether `module` and the softmax attention of the source agree on random tokens, and on how many; None if that fails."""
-    host, spatial = plan.host, module.attention_info.spatial
+    host, spatial = plan.host, module.attention_info.spatial and plan.host.spatial
     options = {**_settings(Plan(host, "gqa", {}, "convert")), "num_kv_heads": host.num_kv_heads}
     affordable = max(16, _TRIED // sum(tensor.numel() for tensor in source.values()))
     grid_size = host.grid_size if num_tokens <= affordable else None
@@ -330,7 +332,7 @@ def _softmax_flops(host: Host, source: Mapping[str, Tensor], num_tokens: int) ->
 
 def _mechanism_flops(host: Host, module: AttentionModule, num_tokens: int) -> int | None:
     """None where they cannot be told. Raises ValueError where the mechanism cannot work on images of the model's size."""
-    spatial = module.attention_info.spatial
+    spatial = module.attention_info.spatial and host.spatial
     if spatial and host.grid_size is None:
         return None
     try:
@@ -347,6 +349,12 @@ def _quiet() -> Iterator[list[warnings.WarningMessage]]:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         yield said
+
+
+def _takes_sequences(plan: Plan) -> bool:
+    """Whether a spatial mechanism does without a grid, with the options that it is given."""
+    needed = attention_info(plan.mechanism).sequence_options
+    return bool(needed) and all(plan.options.get(name, value) == value for name, value in needed.items())
 
 
 def _constructor(mechanism: str) -> Mapping[str, inspect.Parameter]:

@@ -80,7 +80,7 @@ def test_signature_says_what_the_capabilities_say(case: Case) -> None:
     both = {"noncausal_self", "causal_self"} <= info.patterns or {"noncausal_cross", "causal_cross"} <= info.patterns
     assert ("is_causal" in constructor) == both, "is_causal is the option of a mechanism that can do both"
     assert ("position_embeddings" in arguments) == ("rope_layout" in constructor)
-    assert set(info.causal_options) <= set(constructor)
+    assert set(info.causal_options) | set(info.sequence_options) <= set(constructor)
     assert [p.default for p in arguments.values() if p.name in {"attention_mask", "position_embeddings", "past_key_values"}].count(
         inspect.Parameter.empty
     ) == 0, "masks, rotations and caches are optional"

@@ -153,7 +153,8 @@ def test_new_weights_are_the_mechanisms_own(kind: str, name: str) -> None:
         assert {(row.carried, row.converted, row.preserving) for row in report.layers} == {(0, 0, False)}
         models.append(mechanisms(model))
     (first, again, other), host = models, find_hosts(build(kind))[0]
-    options = {**az.attention_info(name).causal_options} if host.is_causal else {}
+    info = az.attention_info(name)
+    options = {**(info.causal_options if host.is_causal else {}), **({} if host.spatial else info.sequence_options)}
     torch.manual_seed(3)
     for module in first:
         own = inspect.signature(attention_class(name)).parameters

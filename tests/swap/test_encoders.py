@@ -153,6 +153,17 @@ def test_padding_is_read_from_any_mask(implementation: str) -> None:
     assert not torch.allclose(run(model, {"input_ids": feed["input_ids"]})[1, :6], want[1, :6], atol=1e-3)
 
 
+def test_agents_take_sequences() -> None:
+    """Agent attention does without a grid in a text model; asked for a grid, it is refused."""
+    model = make("bert")
+    report = az.swap_attention(model, "agent", agent_num=4)
+    assert model.encoder.layer[0].attention.self.mechanism.window_size is None
+    assert all(row.preserving is False and row.flops_after for row in report.layers)
+    run(model, inputs("bert", padded=True)).sum().backward()
+    with pytest.raises(ValueError, match="needs a grid"):
+        az.swap_attention(make("bert"), "agent", agent_num=4, window_size=4)
+
+
 @pytest.mark.parametrize("name", ["agent", "combiner"])
 @pytest.mark.parametrize("kind", ["causal", "weights"])
 def test_masks_of_pairs_are_not_taken_for_padding(kind: str, name: str) -> None:
