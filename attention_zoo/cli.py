@@ -1,10 +1,12 @@
-"""The command `attention-zoo`: what the zoo holds, what each mechanism and model is, and which engines work here."""
+"""The command `attention-zoo`: what the zoo holds, what each mechanism and model is, which engines work here; and swapping."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -16,7 +18,7 @@ from rich.text import Text
 
 import attention_zoo as az
 from attention_zoo.registry import UnknownNameError, attention_class, did_you_mean, model_info
-from attention_zoo.training.console import user_errors
+from attention_zoo.training.console import stdout, user_errors
 
 __all__ = ["app"]
 
@@ -86,6 +88,63 @@ def backends() -> None:
     """List the engines that compute attention: which are installed and work here, and why the others do not."""
     rows = [(b.name, "yes" if b.available else "no", b.version or "-", b.reason or "") for b in az.backends()]
     _print(_table(("backend", "available", "version", "reason"), rows))
+
+
+@app.command()
+def swap(
+    model: Annotated[str, typer.Argument(help="A folder, owner/name on Hugging Face's hub, or timm/NAME.")],
+    mechanism: Annotated[str | None, typer.Argument(help="What to put into its layers; without it, see --map.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the swapped model; it must be empty or not exist.")] = None,
+    layers: Annotated[str | None, typer.Option(help="3, 8:24, 0-3, a pattern of names; several with commas. Default: all.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="key=value of the mechanism, or mechanism.key=value; repeat it.")] = None,
+    init: Annotated[str, typer.Option(help="convert, mean_pool or random.")] = "convert",
+    map_: Annotated[list[str] | None, typer.Option("--map", help="LAYERS:MECHANISM, instead of MECHANISM; repeat it.")] = None,
+    map_file: Annotated[Path | None, typer.Option(help="The same as YAML or JSON: layers -> name or [name, options].")] = None,
+    aux_loss_coef: Annotated[float | None, typer.Option(help="Weight of auxiliary losses in a Hugging Face model's loss.")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="timm: with its published weights.")] = False,
+    model_arg: Annotated[list[str] | None, typer.Option(help="timm: key=value for timm.create_model; repeat it.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: as saved.")] = None,
+    device: Annotated[str | None, typer.Option(help='Where to swap; "meta" with --dry-run reads no weights.')] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would change.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
+) -> None:
+    """Put a mechanism into a pretrained model and save it, its weights carried over as far as they go.
+
+    The folder gets the model, tokenizer or processor files of the source, and swap_report.json; attention_zoo.from_pretrained reads
+    it. scripts/finetune_text.py trains it on.
+
+    Examples:
+
+      attention-zoo swap meta-llama/Llama-3.1-8B cca --layers 8:24 --option group_size=16 --output llama_cca
+
+      attention-zoo swap timm/vit_small_patch16_224 kdgqa --pretrained --init mean_pool --option num_kv_heads=3 --output vit_kdgqa
+
+      attention-zoo swap llama --map 0-3:gda --map 4::cca --option cca.window_size=512 --dry-run
+    """
+    with user_errors():
+        from attention_zoo.training.swap import apply_swap, open_model, read_options, read_swap, require_free, save_swapped
+
+        if output is None and not dry_run:
+            raise ValueError("say where the swapped model goes, --output FOLDER, or --dry-run")
+        if device == "meta" and not dry_run:
+            raise ValueError("on the device meta there are no weights to save: it goes with --dry-run")
+        recipe = read_swap(
+            mechanism,
+            layers=layers,
+            maps=map_ or (),
+            map_file=map_file,
+            options=option or (),
+            init=init,
+            aux_loss_coef=aux_loss_coef,
+        )
+        if output is not None and not dry_run:
+            require_free(output, force=force)
+        source = open_model(model, pretrained=pretrained, model_args=read_options(model_arg or ()), dtype=dtype, device=device)
+        report = apply_swap(source.model, recipe, dry_run=dry_run)
+    stdout.print(str(report), markup=False)
+    if output is not None and not dry_run:
+        save_swapped(source, output, {"source": model, "swap": dataclasses.asdict(recipe), **report.as_dict()}, force=force)
+        stdout.print(f"the swapped model and swap_report.json are in {output}/", markup=False)
 
 
 def _print(renderable: Any) -> None:

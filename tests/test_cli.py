@@ -36,7 +36,7 @@ def test_version() -> None:
 
 def test_help_names_the_commands() -> None:
     out = run("--help").stdout
-    assert all(command in out for command in ("list", "info", "backends"))
+    assert all(command in out for command in ("list", "info", "backends", "swap"))
 
 
 def test_list_shows_the_mechanisms() -> None:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 import attention_zoo as az
 from attention_zoo.checkpoints import CheckpointError, read_checkpoint
+from attention_zoo.swap.save import swap_again
 from attention_zoo.training.data import InputConfig
-from attention_zoo.training.recipe import ModelRecipe
+from attention_zoo.training.recipe import ModelRecipe, RecipeError
+from attention_zoo.training.swap import apply_swap
 
 __all__ = ["Description", "Run", "load_model", "read_description", "replace_file", "save_weights"]
 
@@ -34,6 +36,7 @@ class Description:
 
     Attributes:
         model, attention, attention_kwargs, kwargs: arguments of `create_model` (kwargs hold num_classes).
+        zoo_swap: what is swapped in it, layer by layer, as `swap_attention` records it.
         class_names: of the outputs, in order.
         input: the `InputConfig` as a dict.
         data: the recipe's data section.
@@ -44,6 +47,7 @@ class Description:
     attention: str | None = None
     attention_kwargs: dict[str, Any] = field(default_factory=dict)
     kwargs: dict[str, Any] = field(default_factory=dict)
+    zoo_swap: list[dict[str, Any]] = field(default_factory=list)
     class_names: tuple[str, ...] = ()
     input: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
@@ -57,7 +61,18 @@ class Description:
 
 
 def build_model(recipe: ModelRecipe, num_classes: int) -> Any:
-    """The recipe's model with `num_classes` outputs, its weights loaded where the recipe names a source."""
+    """The recipe's model with `num_classes` outputs, its weights loaded where the recipe names a source, then swapped.
+
+    Raises:
+        RecipeError: a checkpoint that was swapped holds another model than the recipe's.
+    """
+    model = _build_host(recipe, num_classes)
+    if recipe.swap is not None:
+        apply_swap(model, recipe.swap)
+    return model
+
+
+def _build_host(recipe: ModelRecipe, num_classes: int) -> Any:
     kwargs = dict(recipe.kwargs)
     options: dict[str, Any] = {"attention": recipe.attention, "attention_kwargs": recipe.attention_kwargs or None}
     if recipe.checkpoint_path is None:
@@ -65,7 +80,14 @@ def build_model(recipe: ModelRecipe, num_classes: int) -> Any:
     described = read_description(recipe.checkpoint_path)
     if described is not None:
         kwargs.setdefault("num_classes", described.kwargs.get("num_classes", num_classes))
-    model = az.create_model(recipe.name, checkpoint_path=recipe.checkpoint_path, **options, **kwargs)
+    if described is not None and described.zoo_swap:
+        if (recipe.name, recipe.attention) != (described.model, described.attention):
+            raise RecipeError(
+                f"{recipe.checkpoint_path} holds {described.model!r}, swapped: set model.name to that, not {recipe.name!r}"
+            )
+        model: Any = load_model(recipe.checkpoint_path, replace(described, kwargs=kwargs))[0].train()
+    else:
+        model = az.create_model(recipe.name, checkpoint_path=recipe.checkpoint_path, **options, **kwargs)
     if getattr(model, "num_classes", num_classes) != num_classes:
         model.reset_classifier(num_classes)
     return model
@@ -85,13 +107,15 @@ def load_model(path: str | Path, description: Description | None = None) -> tupl
         raise CheckpointError(f"{path} does not say which model it holds: name it (--model)")
     chosen = description if description is not None else own
     assert chosen is not None
-    model = az.create_model(
-        chosen.model,
-        checkpoint_path=str(path),
-        attention=chosen.attention,
-        attention_kwargs=chosen.attention_kwargs or None,
-        **chosen.kwargs,
-    )
+    options: dict[str, Any] = {"attention": chosen.attention, "attention_kwargs": chosen.attention_kwargs or None, **chosen.kwargs}
+    if not chosen.zoo_swap:
+        return az.create_model(chosen.model, checkpoint_path=str(path), **options).eval(), chosen
+    model: Any = az.create_model(chosen.model, **options)
+    swap_again(model, chosen.zoo_swap)
+    try:
+        model.load_state_dict(read_checkpoint(path))
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit {chosen.model!r} with its swapped layers: {error}") from None
     return model.eval(), chosen
 
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import attention_zoo as az
 from attention_zoo import attention as mechanisms
+from attention_zoo.swap.core import swaps_of
 from attention_zoo.training.checkpoint import Description, Run, build_model, save_weights
 from attention_zoo.training.data import input_config, open_images, train_loader, validation_loader
 from attention_zoo.training.evaluate import Evaluation, evaluate
@@ -84,6 +85,7 @@ class Trainer:
         self._build()
         self.epoch = self.step_in_epoch = self.step = 0
         self.best_top1, self.sums = -1.0, [0.0, 0.0, 0.0]
+        self.first: Evaluation | None = None
         self.last: Evaluation | None = None
         self._stop_signal = 0
         restored = self._load_weights(start_from) if start_from is not None else None
@@ -109,6 +111,8 @@ class Trainer:
         self.board = boards
         report = ProgressReport(self.console, enabled=main, epochs=recipe.schedule.epochs, updates_per_epoch=self.updates_per_epoch)
         with self._signals(), report as self.progress:
+            if recipe.output.validate_first and self.step == 0:
+                self._validate_first()
             while self.epoch < recipe.schedule.epochs:
                 self._train_epoch()
                 self._finish_epoch()
@@ -117,6 +121,10 @@ class Trainer:
         boards.close()
         self._finish()
         return self.last
+
+    def measure(self) -> Evaluation:
+        """Validate the model as it stands."""
+        return self._validate()
 
     # --- building -------------------------------------------------------------------------------------------------------------
 
@@ -311,6 +319,14 @@ class Trainer:
         if (stop := self._asked_to_stop(now=True)) and self.epoch < recipe.schedule.epochs:
             raise Stopped(stop, checkpoint)
 
+    def _validate_first(self) -> None:
+        """What the run starts from: kept as `first`, said on the screen and in TensorBoard."""
+        self.first = self._validate()
+        metrics = self.first.metrics()
+        if self.accelerator.is_main_process:
+            self.board.add(0, **{f"epoch__val_{k}": v for k, v in metrics.items()})
+        self.progress.line(f"before the first update  validation loss {metrics['loss']:.4f}  top-1 {metrics['top1']:.2f} %")
+
     def _report_epoch(self, row: Mapping[str, float | None]) -> None:
         text = f"epoch {self.epoch}/{self.recipe.schedule.epochs}  train loss {row['train_loss']:.4f}"
         if row["aux_loss"]:
@@ -347,6 +363,7 @@ class Trainer:
             attention=model.attention,
             attention_kwargs=model.attention_kwargs,
             kwargs={**model.kwargs, "num_classes": len(self.class_names)},
+            zoo_swap=swaps_of(self.module),
             class_names=self.class_names,
             input=self.input.to_dict(),
             data=asdict(data),
@@ -442,8 +459,10 @@ class Trainer:
         (self.run.folder / "recipe.yaml").write_text(yaml.safe_dump(self.recipe.to_dict(), sort_keys=False), encoding="utf-8")
         model, data = self.recipe.model, self.recipe.data
         parameters = sum(p.numel() for p in self.module.parameters()) / 1e6
+        swapped = ", ".join(dict.fromkeys(entry["mechanism"] for entry in swaps_of(self.module)))
         self._say(
-            f"{model.name}{f' with {model.attention}' if model.attention else ''}, {parameters:.2f} M parameters; "
+            f"{model.name}{f' with {model.attention}' if model.attention else ''}"
+            f"{f', swapped to {swapped}' if swapped else ''}, {parameters:.2f} M parameters; "
             f"{data.name}: {len(self.train_images)} images of {len(self.class_names)} classes, {len(self.val_images)} held out; "
             f"{self.updates_per_epoch} updates of {self.images_per_update} images per epoch; "
             f"{self.accelerator.num_processes} x {self.accelerator.device.type}"

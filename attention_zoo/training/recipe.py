@@ -32,6 +32,7 @@ __all__ = [
     "RecipeError",
     "RecipeSections",
     "ScheduleRecipe",
+    "SwapRecipe",
     "apply_overrides",
     "build_recipe",
     "describe_recipe",
@@ -40,6 +41,7 @@ __all__ = [
     "make_recipe",
     "nearest_key",
     "read_recipe",
+    "read_yaml",
 ]
 
 
@@ -48,8 +50,30 @@ class RecipeError(ValueError):
 
 
 @dataclass(frozen=True)
+class SwapRecipe:
+    """Mechanisms to put into a pretrained model: the arguments of `attention_zoo.swap_attention`.
+
+    Attributes:
+        mechanism: registered mechanism; null where `map` says everything.
+        layers: which attention layers, "8:24", "0-3, 7", "blocks.*.attn" (see `swap.parse_layers`); null: all.
+        map: layers -> mechanism, or [mechanism, options], instead of `mechanism` and `layers`.
+        init: "convert", "mean_pool" or "random".
+        options: of the mechanism; those of `map` win.
+        aux_loss_coef: weight of the mechanisms' auxiliary losses in the loss of a Hugging Face model; null: the swap's own. Runs on
+            images weigh theirs by `loss.aux_weight`.
+    """
+
+    mechanism: str | None = None
+    layers: str | None = None
+    map: dict[str, Any] = field(default_factory=dict)
+    init: str = "convert"
+    options: dict[str, Any] = field(default_factory=dict)
+    aux_loss_coef: float | None = None
+
+
+@dataclass(frozen=True)
 class ModelRecipe:
-    """Which model: the arguments of `attention_zoo.create_model`.
+    """Which model: the arguments of `attention_zoo.create_model`, and what is swapped in it.
 
     Attributes:
         name: a model that `create_model` knows.
@@ -58,6 +82,8 @@ class ModelRecipe:
         pretrained: start from timm's published weights (downloads them).
         checkpoint_path: start from this file, ours or official; its head is replaced when the number of classes differs.
         kwargs: any other argument of the model: img_size, in_chans, embed_dim, drop_path_rate, ...
+        swap: mechanisms that take the place of its attention layers once its weights are there; null: none. A checkpoint that was
+            swapped when it was written comes as it was.
     """
 
     name: str = "litv2_s"
@@ -66,6 +92,7 @@ class ModelRecipe:
     pretrained: bool = False
     checkpoint_path: str | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
+    swap: SwapRecipe | None = None
 
 
 @dataclass(frozen=True)
@@ -242,6 +269,7 @@ class OutputRecipe:
         keep: how many checkpoints stay.
         log_every: updates between lines in TensorBoard and, away from a terminal, on the screen.
         validate_every: epochs between validations; the last epoch is always validated.
+        validate_first: whether to validate before the first update, too: what a converted model starts from.
         tensorboard: whether to write TensorBoard files.
     """
 
@@ -251,6 +279,7 @@ class OutputRecipe:
     keep: int = 2
     log_every: int = 50
     validate_every: int = 1
+    validate_first: bool = False
     tensorboard: bool = True
 
 
@@ -313,7 +342,7 @@ def read_recipe(cls: type[_Kind], name: str | Path, overrides: Iterable[str] = (
     """
     path = _find(str(name), cls)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from None
     content = {} if content is None else content
@@ -365,13 +394,28 @@ def describe_recipe(cls: type[RecipeSections] = Recipe) -> str:
     return "\n".join(lines)
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML reads 8:24 as a number to the base of 60, as YAML 1.1 has it; here it is text, and names layers."""
+
+    def construct_whole_number(self, node: yaml.ScalarNode) -> int | str:
+        return str(node.value) if ":" in node.value else int(self.construct_yaml_int(node))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole_number)
+
+
+def read_yaml(text: str) -> Any:
+    """Plain data from YAML. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
+
+
 def _sections(cls: type[RecipeSections]) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
 def _kind_of(path: Path) -> str:
     """What a file of ours says in its `kind:`."""
-    kind: str = yaml.safe_load(path.read_text(encoding="utf-8")).get("kind", Recipe.kind)
+    kind: str = read_yaml(path.read_text(encoding="utf-8")).get("kind", Recipe.kind)
     return kind
 
 
@@ -397,7 +441,7 @@ def _override(content: dict[str, Any], override: str, cls: type[RecipeSections])
     if not equals or not key:
         raise RecipeError(f"an override is written key.sub=value, got {override!r}")
     try:
-        value = yaml.safe_load(text) if text else None
+        value = read_yaml(text) if text else None
     except yaml.YAMLError:
         raise RecipeError(f"the value of {override!r} is not YAML") from None
     *parents, last = key.split(".")
@@ -435,7 +479,7 @@ def _convert(kind: Any, value: Any, name: str, root: type) -> Any:
     if isinstance(kind, types.UnionType):
         if value is None and type(None) in kind.__args__:
             return None
-        kind = next(k for k in kind.__args__ if k is not type(None))
+        return _convert(next(k for k in kind.__args__ if k is not type(None)), value, name, root)
     origin = typing.get_origin(kind) or kind
     if origin is dict and isinstance(value, dict):
         inner = typing.get_args(kind)[1]
@@ -499,7 +543,8 @@ def nearest_key(key: str, known: Iterable[str], where: str = "", cls: type = Rec
     prefix = f"{where}." if where else ""
     if found:
         return f"; did you mean {prefix + found[0]!r}?"
-    sections = {s.name: typing.get_type_hints(cls)[s.name] for s in dataclasses.fields(cls)}
+    hints = {s.name: typing.get_type_hints(cls)[s.name] for s in dataclasses.fields(cls)}
+    sections = {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
     elsewhere = [f"{name}.{key}" for name, section in sections.items() if key in typing.get_type_hints(section)]
     return f"; did you mean {elsewhere[0]!r}?" if elsewhere else f"; keys {f'of {where}' if where else 'here'}: {', '.join(known)}"
 

@@ -27,7 +27,19 @@ from attention_zoo.training.plots import Curves, plot_side_by_side
 from attention_zoo.training.recipe import OptimizerRecipe, RecipeError, RecipeSections, ScheduleRecipe
 from attention_zoo.training.report import ProgressReport
 
-__all__ = ["TextRecipe", "TextRun", "Texts", "as_markdown", "compare", "open_texts", "train_decoder"]
+__all__ = [
+    "TextDataRecipe",
+    "TextRecipe",
+    "TextRun",
+    "Texts",
+    "as_markdown",
+    "compare",
+    "hold_out",
+    "open_texts",
+    "read_documents",
+    "require_enough",
+    "train_decoder",
+]
 
 
 @dataclass(frozen=True)
@@ -182,22 +194,40 @@ def open_texts(recipe: TextDataRecipe) -> Texts:
         FileNotFoundError: no such folder, or no text in it.
         RecipeError: fewer bytes than one batch needs.
     """
-    if recipe.name == "pydoc-topics":
+    train, held_out = hold_out(read_documents(recipe.name), recipe)
+    joined = [torch.tensor(list("\n\n".join(part).encode()), dtype=torch.uint8) for part in (train, held_out)]
+    require_enough(joined, recipe, "bytes")
+    return Texts(joined[0], joined[1], (len(train), len(held_out)))
+
+
+def read_documents(name: str) -> list[str]:
+    """The topics of Python's documentation ("pydoc-topics"), or the text files in a folder."""
+    if name == "pydoc-topics":
         from pydoc_data.topics import topics
 
-        documents = [topics[name] for name in sorted(topics)]
-    else:
-        files = sorted(path for path in Path(recipe.name).glob("**/*") if path.suffix in (".txt", ".md", ".rst"))
-        documents = [path.read_text(encoding="utf-8") for path in files]
+        return [topics[topic] for topic in sorted(topics)]
+    files = sorted(path for path in Path(name).glob("**/*") if path.suffix in (".txt", ".md", ".rst"))
+    return [path.read_text(encoding="utf-8") for path in files]
+
+
+def hold_out(documents: Sequence[str], recipe: TextDataRecipe) -> tuple[list[str], list[str]]:
+    """Documents for training, and every `held_out_every`-th, at least the last. Raises FileNotFoundError for fewer than two."""
     if len(documents) < 2:
         raise FileNotFoundError(f"data.name={recipe.name!r} is neither 'pydoc-topics' nor a folder of at least two text files")
-    held_out = documents[recipe.held_out_every - 1 :: recipe.held_out_every] or documents[-1:]
-    train = [text for text in documents if all(text is not other for other in held_out)]
-    joined = [torch.tensor(list("\n\n".join(part).encode()), dtype=torch.uint8) for part in (train, held_out)]
-    for part, least in zip(joined, (recipe.batch_size * recipe.length + recipe.length, recipe.length + 1), strict=True):
+    numbers = set(range(recipe.held_out_every - 1, len(documents), recipe.held_out_every)) or {len(documents) - 1}
+    parts: tuple[list[str], list[str]] = ([], [])
+    for number, document in enumerate(documents):
+        parts[number in numbers].append(document)
+    return parts
+
+
+def require_enough(parts: Sequence[Tensor], recipe: TextDataRecipe, unit: str) -> None:
+    """Raise RecipeError where training or held-out tokens are fewer than a batch, or a piece, needs."""
+    for part, least in zip(parts, (recipe.batch_size * recipe.length + recipe.length, recipe.length + 1), strict=True):
         if len(part) < least:
-            raise RecipeError(f"data: {len(part)} bytes are too few for pieces of {recipe.length}: lower data.length or batch_size")
-    return Texts(joined[0], joined[1], (len(train), len(held_out)))
+            raise RecipeError(
+                f"data: {len(part)} {unit} are too few for pieces of {recipe.length}: lower data.length or batch_size"
+            )
 
 
 def train_decoder(recipe: TextRecipe, mechanism: str, texts: Texts, console: Console) -> TextRun:

@@ -71,6 +71,7 @@ def prepare_validation(
         attention=recipe.model.attention,
         attention_kwargs=recipe.model.attention_kwargs,
         kwargs=recipe.model.kwargs,
+        zoo_swap=described.zoo_swap if described is not None else [],
         class_names=described.class_names if described is not None else (),
     )
     network, _ = load_model(checkpoint, chosen)

@@ -127,7 +127,7 @@ def test_the_zoos_recipes_are_right(name: str) -> None:
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_the_zoos_recipes_build_their_models(name: str) -> None:
-    recipe = load_recipe(name)
+    recipe = load_recipe(name, ["model.pretrained=false", "model.checkpoint_path=null"])
     model = build_model(recipe.model, 10)
     assert model.num_classes == 10
     optimizer = create_optimizer(model, recipe.optimizer, images_per_update=512)
