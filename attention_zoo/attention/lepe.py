@@ -162,8 +162,8 @@ class LepeAttention(AttentionModule):
             raise ValueError(
                 f"LePE attention has dim / num_heads channels in each head: {num_heads} heads of {head_dim} are not {dim}"
             )
-        rates = source_settings(source) if isinstance(source, nn.Module) else {}
-        settings = {
+        rates: dict[str, Any] = source_settings(source) if isinstance(source, nn.Module) else {}
+        settings: dict[str, Any] = {
             "qk_scale": relative_scale(source, head_dim) * head_dim**-0.5,
             **projection_settings(state),
             "qkv_bias": any(f"{part}.bias" in state for part in "qkv"),

@@ -40,6 +40,7 @@ HOSTS: dict[str, Callable[[], Any]] = {
     "llama": text("LlamaForCausalLM", "Llama", num_key_value_heads=2, attention_bias=True),
     "gemma": text("GemmaForCausalLM", "Gemma", num_key_value_heads=1, head_dim=8),
     "gpt2": text("GPT2LMHeadModel", "GPT2", **GPT2),
+    "qwen3": text("Qwen3ForCausalLM", "Qwen3", num_key_value_heads=2, head_dim=16),
     "bert": text("BertForMaskedLM", "Bert", attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0),
     "vit": image(),  # 4 x 4 patches behind a class token
     "vit_patches": image(class_token=False, global_pool="avg"),
@@ -129,6 +130,17 @@ def test_averaging_heads_that_agree_keeps_the_function() -> None:
             projection.weight[8:], projection.bias[8:] = projection.weight[:8], projection.bias[:8]
     want = run(model)
     az.swap_attention(model, "gqa", init="mean_pool", num_kv_heads=1)
+    torch.testing.assert_close(run(model), want, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "name", "num_kv_heads"), [("gpt2", "gqa", 4), ("llama", "cca", 2), ("qwen3", "moh", 2)])
+def test_averaging_keeps_scale_biases_and_normalisations(kind: str, name: str, num_kv_heads: int) -> None:
+    """To as many heads as there are, so that nothing is averaged."""
+    model = build(kind)
+    want = run(model)
+    az.swap_attention(
+        model, name, init="mean_pool", num_kv_heads=num_kv_heads, **({"window_size": TOKENS} if name == "cca" else {})
+    )
     torch.testing.assert_close(run(model), want, atol=3e-5, rtol=1e-4)
 
 
