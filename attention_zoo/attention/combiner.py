@@ -30,7 +30,16 @@ from attention_zoo.attention.base import (
 )
 from attention_zoo.attention.cache import StateCacheLayer, own_cache_layer
 from attention_zoo.attention.combiner_patterns import PATTERNS, Plan, State, pieces
-from attention_zoo.attention.conversion import load_converted, projection_settings, source_heads, source_settings, split_projections
+from attention_zoo.attention.conversion import (
+    fuse_rows,
+    load_converted,
+    projection_settings,
+    relative_scale,
+    repeat_heads,
+    source_heads,
+    source_settings,
+    split_projections,
+)
 from attention_zoo.attention.functional import pure_function
 from attention_zoo.registry import register_attention
 
@@ -234,25 +243,16 @@ class CombinerAttention(AttentionModule):
         }
         module = cls(dim, num_heads, **{**settings, **options})
         module.layer_idx = getattr(source, "layer_idx", None)
-        module._load_softmax_attention(state, _relative_scale(source, head_dim))
+        module._load_softmax_attention(state, relative_scale(source, head_dim))
         return module.train(source.training) if isinstance(source, nn.Module) else module
 
-    def _load_softmax_attention(self, state: State, relative_scale: float) -> None:
-        """Copy q, k, v, proj and the normalisations; `relative_scale` is that of the source's logits to ours."""
-        inner, state = self.num_heads * self.head_dim, dict(state)
-        own = self.state_dict()
-        for kind in ("weight", "bias"):
-            if f"qkv.{kind}" not in own:
-                continue
-            parts = []
-            for name in "qkv":  # a source may have a bias on some of them only
-                part = state.pop(f"{name}.{kind}", None)
-                part = own[f"qkv.{kind}"].new_zeros(inner) if part is None else part
-                part = part.unflatten(0, (-1, self.head_dim)).repeat_interleave(inner // part.shape[0], 0).flatten(0, 1)
-                parts.append(part * relative_scale if name == "q" and "q_norm.weight" not in own else part)
-            state[f"qkv.{kind}"] = torch.cat(parts)
+    def _load_softmax_attention(self, state: State, scale: float) -> None:
+        """Copy q, k, v, proj and the normalisations; `scale` is that of the source's logits to ours."""
+        inner, own = self.num_heads * self.head_dim, self.state_dict()
+        factor = 1.0 if "q_norm.weight" in own else scale
+        state = fuse_rows(repeat_heads(state, self.num_heads, factor), "qkv")
         if "q_norm.weight" in state:
-            state["q_norm.weight"] = state["q_norm.weight"] * relative_scale
+            state["q_norm.weight"] = state["q_norm.weight"] * scale
         if "summary_key.weight" in own:
             state |= {name: torch.zeros_like(own[name]) for name in own if name.startswith("summary_proj.")}
             state |= {name: own[name] for name in own if name.startswith("summary_norm.")}
@@ -486,12 +486,6 @@ def _own_or_mixed(values: Tensor, keys: Tensor | None, rows: State) -> Tensor:
 
 def _identity(x: Tensor) -> Tensor:
     return x
-
-
-def _relative_scale(source: Any, head_dim: int) -> float:
-    """The factor of the source's logits, relative to 1 / sqrt(d)."""
-    scale = getattr(source, "scale", None) or getattr(source, "scaling", None)
-    return scale * math.sqrt(head_dim) if isinstance(scale, float) and not math.isclose(scale, head_dim**-0.5) else 1.0
 
 
 def _near_root(length: int) -> int:
