@@ -27,6 +27,7 @@ INITS = ("convert", "mean_pool", "random")
 
 _SCALES = ("qk_scale", "scale")  # what mechanisms call the factor of their logits, where it is an option
 _TRIED = 3 * 10**9  # multiply-adds at most of the projections in a trial of whether the function is kept
+_TRIED_LOGITS = 2**24  # logits at most in it: narrow layers of models for long texts are cheap to project, not to attend with
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,8 @@ def _keeps_function(plan: Plan, module: AttentionModule, source: Mapping[str, Te
     """Whether `module` and the softmax attention of the source agree on random tokens, and on how many; None if that fails."""
     host, spatial = plan.host, module.attention_info.spatial and plan.host.spatial
     options = {**_settings(Plan(host, "gqa", {}, "convert")), "num_kv_heads": host.num_kv_heads}
-    affordable = max(16, _TRIED // sum(tensor.numel() for tensor in source.values()))
+    affordable = min(_TRIED // sum(tensor.numel() for tensor in source.values()), math.isqrt(_TRIED_LOGITS // host.num_heads))
+    affordable = max(16, affordable)
     grid_size = host.grid_size if num_tokens <= affordable else None
     if spatial:
         grid_size = grid_size or (4, 4)

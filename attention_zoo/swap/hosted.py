@@ -130,9 +130,9 @@ def _around(model: Any) -> list[nn.Module]:
     whole = [model] if is_hugging_face(model) else []
     if transformers is None or (whole and model.base_model is not model):
         return whole
-    kind = type(model).__module__
-    may_be_part = bool(whole) or kind.startswith("transformers.") or "transformers.models.timm_wrapper" in sys.modules
-    if not may_be_part or not any(isinstance(one, dict) and one is not vars(model) for one in gc.get_referrers(model)):
+    wraps_timm = "transformers.models.timm_wrapper" in sys.modules
+    may_be_part = bool(whole) or wraps_timm or type(model).__module__.startswith(("transformers.", "torch.nn."))
+    if not may_be_part or not any(isinstance(holder, dict) for holder in gc.get_referrers(model)):
         return whole
     alive = [module for module in gc.get_objects() if issubclass(type(module), transformers.PreTrainedModel)]
     built = (module for module in alive if "_modules" in vars(module))

@@ -82,7 +82,8 @@ def _heads(model: Any) -> Any:
 
 
 def _layer_scale(model: Any) -> Any:
-    return None if isinstance(model.blocks[0].ls1, nn.Identity) else 1e-5  # its value is in the weights
+    scale = model.blocks[0].ls1
+    return None if isinstance(scale, nn.Identity) else getattr(scale, "init_values", 1e-5)
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -10,10 +12,10 @@ import timm
 import torch
 from swap_case import assert_same_state, snapshot
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 import attention_zoo as az
-from attention_zoo.swap import vision
+from attention_zoo.swap import record, vision
 
 
 def llama(**kwargs: Any) -> LlamaForCausalLM:
@@ -200,3 +202,66 @@ def test_random_and_mean_pooled_starts() -> None:
 def test_models_without_known_attention() -> None:
     with pytest.raises(ValueError, match="no attention layer of a kind that is known"):
         az.swap_attention(nn.Linear(2, 2), "gqa")
+
+
+def test_models_of_one_configuration_are_apart() -> None:
+    config = llama().config
+    model, other = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    az.swap_attention(model, "gqa")
+    assert model.config is not config
+    assert model.config is model.model.config is model.model.layers[0].mlp.config
+    assert not hasattr(config, "zoo_swap")
+    assert not hasattr(other.config, "zoo_swap")
+    with pytest.raises(ValueError, match="no attention layer of this model is swapped"):
+        az.unswap(other)
+    assert az.swap_attention(other.model, "moh", layers=0).layers[0].name == "layers.0.self_attn"
+    assert [entry["mechanism"] for entry in other.config.zoo_swap] == ["moh"]
+    assert {entry["mechanism"] for entry in model.config.zoo_swap} == {"gqa"}
+    assert not hasattr(config, "zoo_swap")
+
+
+def test_parts_and_wholes_unswap_each_other() -> None:
+    model = llama()
+    az.swap_attention(model.model, "gqa", layers=0)
+    az.swap_attention(model, "gqa", layers=1)
+    assert [entry["name"] for entry in model.config.zoo_swap] == ["layers.0.self_attn", "layers.1.self_attn"]
+    assert az.unswap(model.model.layers[0]) == ["self_attn"]
+    assert [entry["name"] for entry in model.config.zoo_swap] == ["layers.1.self_attn"]
+    assert az.unswap(model) == ["model.layers.1.self_attn"]
+    assert (type(model), type(model.model)) == (LlamaForCausalLM, LlamaModel)
+
+
+def test_copies_hold_no_originals_and_swapped_models_are_freed_at_once() -> None:
+    model = llama()
+    original = weakref.ref(model.model.layers[0].self_attn)
+    az.swap_attention(model, "gqa")
+    twin = copy.deepcopy(model)
+    assert all(slot.undo is None for slot in record.slots_of(twin).values())
+    assert original() is not None
+    gc.collect()
+    gc.disable()
+    try:
+        slots = [weakref.ref(slot) for slot in record.slots_of(model).values()]
+        del model
+        assert original() is None
+        assert all(slot() is None for slot in slots)
+    finally:
+        gc.enable()
+    vision = vit()
+    az.swap_attention(vision, "agent", agent_num=4, window_size=4)
+    kept = weakref.ref(vision.blocks[0].attn)
+    gc.collect()
+    gc.disable()
+    try:
+        del vision
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+def test_originals_that_are_not_kept_are_freed() -> None:
+    model = llama()
+    original = weakref.ref(model.model.layers[0].self_attn)
+    az.swap_attention(model, "gqa", keep_original=False)
+    gc.collect()
+    assert original() is None
