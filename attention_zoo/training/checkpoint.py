@@ -87,7 +87,7 @@ def _build_host(recipe: ModelRecipe, num_classes: int) -> Any:
             )
         model: Any = load_model(recipe.checkpoint_path, replace(described, kwargs=kwargs))[0].train()
     else:
-        model = az.create_model(recipe.name, checkpoint_path=recipe.checkpoint_path, **options, **kwargs)
+        model = az.create_model(recipe.name, checkpoint_path=str(_weights_file(recipe.checkpoint_path)), **options, **kwargs)
     if getattr(model, "num_classes", num_classes) != num_classes:
         model.reset_classifier(num_classes)
     return model
@@ -109,11 +109,11 @@ def load_model(path: str | Path, description: Description | None = None) -> tupl
     assert chosen is not None
     options: dict[str, Any] = {"attention": chosen.attention, "attention_kwargs": chosen.attention_kwargs or None, **chosen.kwargs}
     if not chosen.zoo_swap:
-        return az.create_model(chosen.model, checkpoint_path=str(path), **options).eval(), chosen
+        return az.create_model(chosen.model, checkpoint_path=str(_weights_file(path)), **options).eval(), chosen
     model: Any = az.create_model(chosen.model, **options)
     swap_again(model, chosen.zoo_swap)
     try:
-        model.load_state_dict(read_checkpoint(path))
+        model.load_state_dict(read_checkpoint(_weights_file(path)))
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit {chosen.model!r} with its swapped layers: {error}") from None
     return model.eval(), chosen
@@ -122,12 +122,16 @@ def load_model(path: str | Path, description: Description | None = None) -> tupl
 def read_description(path: str | Path) -> Description | None:
     """What a weights file says about its model; None for a file that says nothing (official, or not safetensors).
 
+    A folder that `attention_zoo.save_pretrained` wrote for a model of timm's says name, arguments and swaps.
+
     Raises:
-        FileNotFoundError: no such file. CheckpointError: a damaged file.
+        FileNotFoundError: no such file. CheckpointError: a damaged file, a folder of another kind.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    if path.is_dir():
+        return _read_folder(path)
     if path.suffix != ".safetensors":
         return None
     try:
@@ -141,6 +145,20 @@ def read_description(path: str | Path) -> Description | None:
         raise CheckpointError(f"{path} is not a readable safetensors file (truncated or damaged?): {error}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the description in {path} is damaged: {error}") from None
+
+
+def _read_folder(folder: Path) -> Description:
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "architecture" not in config or "zoo_swap" not in config:
+        raise CheckpointError(f"{folder} is no file, and no folder that attention_zoo.save_pretrained wrote for a model of timm's")
+    name: str = config["architecture"]
+    return Description(model=name.split(".")[0], kwargs=config["model_args"], zoo_swap=config["zoo_swap"])
+
+
+def _weights_file(path: str | Path) -> Path:
+    path = Path(path)
+    return path / "model.safetensors" if path.is_dir() else path
 
 
 def save_weights(path: str | Path, state: Mapping[str, Tensor], description: Description) -> None:

@@ -80,7 +80,8 @@ class ModelRecipe:
         attention: registered mechanism to put into it; null: the model's own.
         attention_kwargs: options of the mechanism.
         pretrained: start from timm's published weights (downloads them).
-        checkpoint_path: start from this file, ours or official; its head is replaced when the number of classes differs.
+        checkpoint_path: start from this file, ours or official, or from a folder that `attention-zoo swap` wrote for a model of
+            timm's; the head is replaced when the number of classes differs.
         kwargs: any other argument of the model: img_size, in_chans, embed_dim, drop_path_rate, ...
         swap: mechanisms that take the place of its attention layers once its weights are there; null: none. A checkpoint that was
             swapped when it was written comes as it was.
