@@ -81,6 +81,10 @@ def _token_mask(functional: Functional) -> Callable[..., Tensor | None]:
         if attention_mask is not None and attention_mask.shape[-1] > kv_length:
             raise ValueError(f"the cache keeps the last {kv_length} tokens only, which {name!r} has no use for")
         end = q_offset + q_length
+        if attention_mask is not None and not isinstance(end, Tensor) and attention_mask.shape[-1] < end:
+            raise ValueError(
+                f"attention_mask tells of {attention_mask.shape[-1]} tokens, and there are {end} so far: all must be told"
+            )
         room = isinstance(end, Tensor) or end != kv_length  # a preallocated cache
         return _describe_tokens(attention_mask, documents, end if room else None, batch_size, kv_length, device)
 
@@ -131,7 +135,6 @@ def _find_documents(
     Raises:
         ValueError: a mask that is more than causality and documents.
     """
-
     samples, head = torch.arange(batch, device=device)[:, None], torch.zeros((), dtype=torch.long, device=device)
 
     def sees(queries: Tensor, keys: Tensor) -> Tensor:
@@ -276,6 +279,8 @@ def _by_document(
 
 def _find_grid(module: Any, num_tokens: int, name: str) -> tuple[tuple[int, int] | None, int]:
     """Grid and prefix tokens of an image encoder's layer, which only its configuration tells; (None, 0) of other models.
+
+    A layer does not see the image: one of another shape with as many patches as the configuration's cannot be told from it.
 
     Raises:
         ValueError: a family that is not known, or another number of tokens than its images have.

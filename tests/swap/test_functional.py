@@ -21,8 +21,9 @@ from transformers import DynamicCache, StaticCache
 from typer.testing import CliRunner
 
 import attention_zoo as az
+from attention_zoo.attention import functional as functional_module
 from attention_zoo.attention.base import merge_heads, split_heads
-from attention_zoo.attention.functional import pure_functions
+from attention_zoo.attention.functional import pure_function, pure_functions
 from attention_zoo.cli import app
 from attention_zoo.swap.core import find_hosts
 
@@ -119,7 +120,7 @@ ONE_OF_EACH = [
 ]
 CACHED = ("zoo_cca_mean_t", "zoo_cca_max_t", "zoo_gqa_t")
 SEQUENCE = [name for name, (mechanism, _, _) in CASES.items() if mechanism in ("cca", "combiner")]
-QUICK = {"llama", "bert", "vit", "registers"}
+QUICK = {"llama", "bert", "vit"}
 
 
 def fits(host: str, name: str) -> bool:
@@ -458,6 +459,8 @@ def test_masks_of_pairs_are_refused_where_tokens_are_grouped() -> None:
     for mask in (holes, torch.zeros(1, 1, 6, 6).masked_fill(~holes, torch.finfo(torch.float32).min)):
         with pytest.raises(ValueError, match="single pairs"):
             logits(model, ids, attention_mask=mask)
+    with pytest.raises(ValueError, match="tells of 3 tokens, and there are 6"):
+        logits(model, ids, attention_mask=torch.ones(1, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="no s_aux"):
         az_call(model, s_aux=torch.zeros(4))
     with pytest.raises(ValueError, match="no maps"):
@@ -532,7 +535,24 @@ def test_unknown_options_are_told_with_the_nearest() -> None:
     az.register_functional("zoo_cca_t", "cca", **CASES["zoo_cca_t"][1])  # the same once more is no matter
 
 
-@pytest.mark.parametrize("first", ["attention_zoo", "transformers"])
+def test_a_new_function_is_one_registration_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says by its parameters what it wants to know of a call; the rest are options."""
+    for table in ("_functions", "_functionals"):
+        monkeypatch.setattr(f"attention_zoo.attention.functional.{table}", dict(getattr(functional_module, table)))
+
+    @pure_function("mha")
+    def first_row(q: Tensor, k: Tensor, v: Tensor, *, grid_size: tuple[int, int], num_prefix_tokens: int, rows: int = 1) -> Tensor:
+        return v[:, :, num_prefix_tokens : num_prefix_tokens + rows * grid_size[1]].mean(2, keepdim=True).expand_as(v)
+
+    vit = functional("vit", "zoo_mha")
+    az.register_functional("zoo_two_rows_t", "mha", rows=2)
+    one = vit(**inputs_of("vit"))[0]
+    assert not torch.allclose(functional("vit", "zoo_two_rows_t")(**inputs_of("vit"))[0], one)
+    with pytest.raises(ValueError, match="'mha' works on a grid"):
+        functional("bert", "zoo_mha")(**inputs_of("bert"))
+
+
+@pytest.mark.parametrize("first", ["attention_zoo", pytest.param("transformers", marks=pytest.mark.slow)])
 def test_any_order_of_imports(first: str) -> None:
     """Names are known once both packages are imported, those registered before transformers too."""
     second = {"attention_zoo": "transformers", "transformers": "attention_zoo"}[first]
