@@ -1,8 +1,8 @@
 """Hugging Face's encoders as hosts: BERT, RoBERTa and their kin; ViT, DeiT, DINOv2; the towers of CLIP and SigLIP.
 
-Two shapes of layer: BERT's, whose projections stand in `self` and whose output projection in `output.dense`, and the later one with
-`q_proj, k_proj, v_proj` and `o_proj` or `out_proj`. Layers of these shapes in other families are listed and refused: what their
-models do around them (position biases in the mask, windows, dropped tokens) has not been checked.
+Two shapes of layer: BERT's, whose projections stand in `self` (DINOv2's once in `attention`) and whose output projection in
+`output.dense`, and the later one with `q_proj, k_proj, v_proj` and `o_proj` or `out_proj`. Layers of these shapes in other families
+are listed and refused: what their models do around them (position biases in the mask, windows, dropped tokens) has not been checked.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from attention_zoo.swap.hosts import Adapter, Host, register_adapter
 from attention_zoo.swap.hugging_face import check_call, family_of, hook_again_after, read_mask
 from attention_zoo.swap.slot import Slot, describe_refusal, install_slot, linear_problem, replace_module, shared_problem
 
-__all__ = ["BertAdapter", "BertSlot", "EncoderAdapter", "EncoderSlot"]
+__all__ = ["BertAdapter", "BertSlot", "Dinov2Adapter", "Dinov2Slot", "EncoderAdapter", "EncoderSlot"]
 
 # Folders of transformers.models whose layers have been read.
 _BERTS = {"bert", "camembert", "electra", "roberta", "xlm_roberta"}
+_OLD_DINOV2 = {"dinov2", "dinov2_with_registers"}
 _ENCODERS = {"clip", "deit", "dinov2", "dinov2_with_registers", "ijepa", "siglip", "siglip2", "vit", "vit_msn"}
 _CAUSAL_TOWERS = {"clip_text_model"}
 
@@ -45,6 +46,12 @@ class BertSlot(EncoderSlot):
     """The same in the place of BERT's `self`, whose output projection is the mechanism's."""
 
     place = "self"
+
+
+class Dinov2Slot(EncoderSlot):
+    """The same in the place of what DINOv2 called its `attention` inside `attention`."""
+
+    place = "attention"
 
 
 class _HuggingFaceAdapter(Adapter):
@@ -144,44 +151,58 @@ class BertAdapter(_HuggingFaceAdapter):
 
     def replaced(self, host: Host) -> list[nn.Module]:
         module: Any = host.module
-        return [module.self, module.output.dense]
+        return [self._inner(module), module.output.dense]
 
     def install(self, model: nn.Module, host: Host, mechanism: Any) -> Callable[[], None]:
         module: Any = host.module
-        undo_self = install_slot(module, "self", BertSlot(mechanism), host.layer_idx, None)
+        _, conv, _ = _patches(model, host.name)
+        undo_inner = install_slot(module, self.place, self.slot(mechanism), host.layer_idx, conv)
         undo_dense = replace_module(module.output, "dense", nn.Identity())
 
         def undo() -> None:
             undo_dense()
-            undo_self()
+            undo_inner()
 
         return hook_again_after(undo, model)
 
     def _fits(self, module: nn.Module) -> bool:
-        inner, output = getattr(module, "self", None), getattr(module, "output", None)
+        inner, output = self._inner(module), getattr(module, "output", None)
         has = all(isinstance(getattr(inner, name, None), nn.Module) for name in ("query", "key", "value"))
+        has = has and hasattr(inner, "num_attention_heads") and hasattr(inner, "attention_head_size")
         return has and hasattr(output, "dense") and not getattr(module, "is_cross_attention", False) and _is_transformers(module)
 
+    def _inner(self, module: nn.Module) -> Any:
+        return getattr(module, self.place, None)
+
     def _linear(self, module: Any) -> dict[str, Any]:
-        inner = module.self
+        inner = self._inner(module)
         return {"q_proj": inner.query, "k_proj": inner.key, "v_proj": inner.value, "o_proj": module.output.dense}
 
     def _settings(self, module: Any) -> dict[str, Any]:
-        inner = module.self
+        inner = self._inner(module)
         return {
             "num_heads": inner.num_attention_heads,
             "head_dim": inner.attention_head_size,
             "scale": getattr(inner, "scaling", inner.attention_head_size**-0.5),
             "is_causal": bool(getattr(inner, "is_decoder", False) or getattr(inner, "is_causal", False)),
-            "attn_drop": inner.dropout.p,
+            "attn_drop": getattr(inner, "dropout_prob", getattr(getattr(inner, "dropout", None), "p", 0.0)),
         }
 
     def _unknown(self, module: Any) -> str | None:
-        if getattr(module.self.config, "position_embedding_type", None) not in (None, "absolute"):
+        inner = self._inner(module)
+        if getattr(getattr(inner, "config", None), "position_embedding_type", None) not in (None, "absolute"):
             return "it adds relative position embeddings to its logits, which would be lost"
-        if module.self.is_decoder:
+        if getattr(inner, "is_decoder", False):
             return "it is the self attention of a decoder (is_decoder=True), whose cache is not supported"
-        return describe_refusal(module.self, {"query", "key", "value"})
+        return describe_refusal(inner, {"query", "key", "value"})
+
+
+class Dinov2Adapter(BertAdapter):
+    """DINOv2's shape in transformers before 5.20 or so: BERT's, with `attention` for `self`."""
+
+    families = _OLD_DINOV2
+    slot = Dinov2Slot
+    place = "attention"
 
 
 class EncoderAdapter(_HuggingFaceAdapter):
@@ -257,4 +278,5 @@ def _grid(embeddings: nn.Module, conv: nn.Conv2d) -> tuple[int, int] | None:
 
 
 register_adapter(BertAdapter())
+register_adapter(Dinov2Adapter())
 register_adapter(EncoderAdapter())
