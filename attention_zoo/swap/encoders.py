@@ -2,7 +2,7 @@
 
 Two shapes of layer: BERT's, whose projections stand in `self` (DINOv2's once in `attention`) and whose output projection in
 `output.dense`, and the later one with `q_proj, k_proj, v_proj` and `o_proj` or `out_proj`. Layers of these shapes in other families
-are listed and refused: what their models do around them (position biases in the mask, windows, dropped tokens) has not been checked.
+are listed and refused: what their models do around them (position biases in masks, windows, dropped tokens) was not checked.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class BertAdapter(_HuggingFaceAdapter):
     """
 
     families = _BERTS
-    slot = BertSlot
+    slot: type[EncoderSlot] = BertSlot
     place = "self"
 
     def replaced(self, host: Host) -> list[nn.Module]:
