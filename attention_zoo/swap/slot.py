@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
@@ -80,7 +79,7 @@ class Slot(nn.Module):
         check_cache(self.mechanism, past_key_values)
         if attention_mask is not None and attention_mask.ndim == 4 and info.padding_masks_only:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length(self.mechanism.layer_idx)
-            attention_mask = _padding(attention_mask, x.shape[0], x.shape[1], seen, causal=self.mechanism.is_causal)
+            attention_mask = read_padding(attention_mask, x.shape[0], x.shape[1], seen, causal=self.mechanism.is_causal)
         if is_causal and not self.mechanism.is_causal:
             raise ValueError(f"the model asks for causal attention, {info.name!r} was built noncausal")
         said = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, "past_key_values": past_key_values}
@@ -90,23 +89,6 @@ class Slot(nn.Module):
         if info.spatial and self.grid_size is not None:
             inputs["grid_size"] = self.grid_size
         return self.mechanism(x, **inputs)  # type: ignore[no-any-return]
-
-
-def _padding(mask: Tensor, batch: int, length: int, seen: int, *, causal: bool) -> Tensor | None:
-    """Which tokens are real, (B, N), of a 4-D mask that hides padding, and of a causal mechanism's future tokens, and nothing else.
-
-    Raises:
-        ValueError: the mask hides or weighs single pairs of tokens.
-    """
-    if causal:
-        return read_padding(mask, batch, length, seen)
-    allowed = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask
-    rows = allowed[:, :1, :1]
-    if not torch.compiler.is_compiling():
-        weighs = mask.is_floating_point() and bool((allowed & (mask != 0)).any())
-        if weighs or bool((allowed != rows).any()):
-            raise ValueError("attention_mask hides or weighs single pairs of tokens; this mechanism can only leave padding out")
-    return rows[:, 0, 0].expand(batch, length)
 
 
 class _TellGrid:
