@@ -340,6 +340,8 @@ def prepare(recipe: FinetuneRecipe, name: str, *, measure: bool = True) -> Finet
     """
     if recipe.output.save:
         require_free(_folder(recipe))
+    if recipe.lora.rank:
+        import peft  # noqa: F401 - that it is not installed is said before anything is trained
     set_seed(recipe.engine.seed)
     source = _open(recipe.model)
     train, held_out, tokens = _open_texts(recipe.data, source.folder)
@@ -394,8 +396,9 @@ def write_results(recipe: FinetuneRecipe, runs: Sequence[FinetuneRun]) -> Path:
 def _open(recipe: FinetuneModelRecipe) -> Source:
     if recipe.path is not None:
         source = open_model(recipe.path, dtype=recipe.dtype)
-        if getattr(source.model, "get_output_embeddings", lambda: None)() is None:
-            raise RecipeError(f"model.path={recipe.path!r} is no language model of Hugging Face's")
+        kind = type(source.model).__name__
+        if not kind.endswith(("ForCausalLM", "LMHeadModel")):
+            raise RecipeError(f"model.path={recipe.path!r} holds {kind}, which is no decoder with a language model's head")
         return source
     values = dict(recipe.config)
     try:

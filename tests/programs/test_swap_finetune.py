@@ -272,7 +272,7 @@ def test_what_cannot_be_trained_is_said(llama: Path, texts: Path, tmp_path: Path
         ({"model": path, "grow": {}}, "no key 'grow'"),
         ({"model": {**path, "grow": {"factor": 2}}}, "no grouped differential attention"),
         ({"model": {"config": {"model_type": "lama"}}}, "model.config: "),
-        ({"model": {"path": "timm/vit_tiny_patch16_224"}}, "no language model"),
+        ({"model": {"path": "timm/vit_tiny_patch16_224"}}, "holds VisionTransformer, which is no decoder"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             prepare(build(content, texts), "wrong")
