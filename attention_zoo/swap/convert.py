@@ -138,10 +138,10 @@ def _alike(plan: Plan) -> str:
 
 def _describe(plan: Plan, state: Mapping[str, Tensor], num_tokens: int) -> LayerSwap:
     host, width = plan.host, state["q_proj.weight"].element_size()
-    source, others = (_random_weights(state, seed) for seed in (0, 1))
+    source = _random_weights(state)
     with _quiet() as said:
         module = _repeatable(plan, source)
-        other = dict(_repeatable(plan, others).named_parameters())
+        other = dict(_repeatable(plan, {n: 0.5 * t.flip(0) + 1.0 for n, t in source.items()}).named_parameters())
     counts = {"carried": 0, "converted": 0, "new": 0}
     for name, parameter in module.named_parameters():
         if plan.init == "random" or torch.equal(parameter, other[name]):
@@ -295,11 +295,11 @@ def _is_carried(parameter: Tensor, source: Mapping[str, Tensor]) -> bool:
     return any(parameter.shape == (whole := torch.cat(pieces)).shape and torch.equal(parameter, whole) for pieces in same)
 
 
-def _random_weights(state: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+def _random_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of these shapes, such that logits are of the order of 1, in single precision on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     drawn = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
-    return {name: tensor * tensor.shape[-1] ** -0.5 if tensor.ndim > 1 else tensor for name, tensor in drawn.items()}
+    return {name: tensor.mul_(tensor.shape[-1] ** -0.5) if tensor.ndim > 1 else tensor for name, tensor in drawn.items()}
 
 
 def _keeps_function(plan: Plan, module: AttentionModule, source: Mapping[str, Tensor], num_tokens: int) -> tuple[bool | None, int]:
