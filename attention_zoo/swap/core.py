@@ -188,12 +188,19 @@ def _choose(hosts: list[Host], layers: Any, taken: list[str]) -> list[Host]:
 
 def _check(plans: list[Plan]) -> None:
     """Raise ValueError that lists every layer that cannot be swapped, with the reasons."""
-    problems = {plan.host.name: reasons for plan in plans if (reasons := check_plan(plan))}
+    problems = {plan.host.name: reasons for plan in plans if (reasons := [*check_plan(plan), *_offloaded(plan.host)])}
     if problems:
         lines = [f"  {name}: {'; '.join(reasons)}" for name, reasons in list(problems.items())[:20]]
         more = [f"  ... and {len(problems) - 20} layers more"] if len(problems) > 20 else []
         mechanisms = ", ".join(sorted({repr(plan.mechanism) for plan in plans if plan.host.name in problems}))
         raise ValueError("\n".join([f"{mechanisms} cannot take the place of:", *lines, *more]))
+
+
+def _offloaded(host: Host) -> list[str]:
+    """Whether accelerate keeps the layer's weights elsewhere, in words; nothing if it does not."""
+    hooked = [module for module in host.module.modules() if "_hf_hook" in vars(module)]
+    away = any(parameter.is_meta for module in hooked for parameter in module.parameters(recurse=False))
+    return ["its weights are offloaded: swap the model on a device that holds it, before it is spread"] if away else []
 
 
 def _named(plan: Plan, function: Callable[..., Any], *args: Any) -> Any:

@@ -109,19 +109,17 @@ def swap_again(model: nn.Module, entries: Iterable[Mapping[str, Any]]) -> None:
     """Put mechanisms as they were recorded (`swaps_of`) into a model's layers; their weights are to be read afterwards.
 
     Raises:
-        CheckpointError: layers that the model does not have, or that cannot be swapped.
+        CheckpointError: layers that the model does not have.
     """
     _install_again(model, entries)
     settle(model)
 
 
 def _install_again(model: nn.Module, entries: Iterable[Mapping[str, Any]]) -> None:
-    hosts = {host.name: host for host in find_hosts(model)}
+    hosts = {host.name: host for host in find_hosts(model)}  # also those that only a part of this model can swap
     entries = list(entries)
     if lost := [entry["name"] for entry in entries if entry["name"] not in hosts]:
         raise CheckpointError(f"{type(model).__name__} has no attention layer {some(lost)}")
-    if refused := [name for entry in entries if hosts[name := entry["name"]].refuse]:
-        raise CheckpointError(f"{some(refused)} cannot be swapped: {hosts[refused[0]].refuse}")
     for entry in entries:
         host = hosts[entry["name"]]
         mechanism = rebuild_mechanism(host, entry["mechanism"], _tuples(entry["constructor"]))

@@ -265,3 +265,14 @@ def test_originals_that_are_not_kept_are_freed() -> None:
     az.swap_attention(model, "gqa", keep_original=False)
     gc.collect()
     assert original() is None
+
+
+def test_offloaded_layers_are_refused() -> None:
+    from accelerate import cpu_offload
+
+    model, ids = llama(), torch.randint(0, 64, (2, 7))
+    want = model(ids).logits
+    cpu_offload(model, execution_device="cpu")
+    with pytest.raises(ValueError, match="its weights are offloaded"):
+        az.swap_attention(model, "gqa")
+    assert torch.equal(model(ids).logits, want)

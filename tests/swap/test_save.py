@@ -158,6 +158,32 @@ def test_towers(tower: str | None, tmp_path: Path) -> None:
     assert_loads(model.vision_model, tmp_path / "tower", inputs["pixel_values"])
 
 
+def test_the_text_model_of_a_model_of_images_and_text(tmp_path: Path) -> None:
+    """As a whole it is refused; its text model can be swapped alone, and the whole saved and loaded."""
+    text = {**DECODER, "max_position_embeddings": 64, "sliding_window": 8}
+    vision = {**IMAGE, "intermediate_size": 48}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=63)
+    model, ids = transformers.Gemma3ForConditionalGeneration(config).eval(), torch.randint(1, 60, (2, 9))
+    with pytest.raises(ValueError, match="swap its text model alone"):
+        az.swap_attention(model, "gqa", layers="model.language_model.*")
+    az.swap_attention(model.model.language_model, "gqa", num_kv_heads=2)
+    shake(model)
+    assert len(model.config.text_config.zoo_swap) == 2
+    assert_loads(model, tmp_path, ids)
+
+
+def test_a_timm_model_inside_transformers(tmp_path: Path) -> None:
+    config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", num_labels=3, model_args=VIT)
+    for part in ("timm_model", ""):
+        model = transformers.TimmWrapperForImageClassification(config)
+        az.swap_attention(model.get_submodule(part), "moh", aux_loss_coef=0.5)
+        x = torch.randn(2, 3, 32, 32)
+        assert_loads(model, tmp_path / f"swapped_{part}", x)
+        task = transformers.TimmWrapperForImageClassification.forward(model.train(), x, labels=torch.tensor([0, 1])).loss
+        got = model(x, labels=torch.tensor([0, 1])).loss
+        torch.testing.assert_close(got, task + 0.5 * az.auxiliary_loss(model), atol=1e-5, rtol=1e-5)
+
+
 def test_towers_that_share_one_configuration(tmp_path: Path) -> None:
     """Then names count from the whole model."""
     model = transformers.BertModel(transformers.BertConfig(**TEXT)).eval()
