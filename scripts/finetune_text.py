@@ -53,7 +53,7 @@ def main(
         except TrainingDivergedError as error:
             stderr.print(f"error: {error}", style="red", markup=False)
             raise typer.Exit(1) from None
-    folder = write_results(loaded, runs)
+        folder = write_results(loaded, runs)  # after each: what is done is not lost with what fails
     stdout.print(as_markdown(runs), markup=False)
     stdout.print(f"everything is in {folder}/", markup=False)
 

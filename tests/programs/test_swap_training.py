@@ -211,6 +211,7 @@ def test_the_program_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # 90 s of one core
 def test_the_digits_are_learned_again(tmp_path: Path) -> None:
     """From a trained model through mean pooling, which costs most of it, back to nearly what it was."""
     said = ["engine.cpu=true", "output.tensorboard=false", f"output.root={tmp_path}"]
