@@ -408,7 +408,7 @@ def core_context(
     settings |= {"scale": scale, "dropout_p": dropout_p}
     new, total = q.shape[2], k.shape[2]
     if real is None and seen is None:
-        _check_queries(total - new, total, **settings)
+        _check_queries(total - new, total, total, **settings)
         return _attend_at_once(q, k, v, total - new, **settings)
     # Real tokens come first, so that groups have no padding; queries are found by their number among them.
     index = torch.arange(total, device=q.device)
@@ -419,15 +419,20 @@ def core_context(
     start: int | Tensor = 0
     if new < total:
         start = (real & (index < first)).sum(1)
-        _check_queries(start, start + is_new.sum(1), **settings)
+        _check_queries(start, start + is_new.sum(1), total, **settings)
     k, v = (_in_order(t, torch.argsort(~real, dim=1, stable=True)) for t in (k, v))
     out = _attend_at_once(_in_order(q, order), k, v, start, **settings)
     return _in_order(out, order.argsort(1)).masked_fill(~is_new[:, None, :, None], 0.0)
 
 
-def _check_queries(start: int | Tensor, stop: int | Tensor, *, window_size: int, group_size: int, pool: str, **_: Any) -> None:
-    """Raise ValueError if the queries from `start` up to `stop` see core tokens of groups that end before `start`."""
-    if pool != "cca":
+def _check_queries(
+    start: int | Tensor, stop: int | Tensor, room: int, *, window_size: int, group_size: int, pool: str, **_: Any
+) -> None:
+    """Raise ValueError if the queries from `start` up to `stop` see core tokens of groups that end before `start`.
+
+    While tracing, which cannot look at tensors, it is raised unless there is no `room` for that many tokens.
+    """
+    if pool != "cca" or room < window_size + group_size:
         return
     lost = (start >= group_size) & (stop >= window_size + group_size)
     if isinstance(lost, Tensor):

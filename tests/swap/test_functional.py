@@ -410,6 +410,20 @@ def test_each_compiled(host: str, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["zoo_cca_mean_t", "zoo_gqa_t", "zoo_cca"])
+def test_compiled_decoding(name: str) -> None:
+    """As `generate` does with a preallocated cache on an accelerator: one graph, with masks that are made before."""
+    model, inputs = functional("llama", name), inputs_of("llama", "left")
+    how = transformers.CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    how._compile_all_devices = True  # type: ignore[attr-defined]  # this processor too
+    common = {"max_new_tokens": 4, "do_sample": False, **inputs}
+    want = model.generate(use_cache=False, **common)
+    torch.compiler.reset()
+    assert torch.equal(model.generate(cache_implementation="static", compile_config=how, **common), want)
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zoo_cca_t", "zoo_combiner_t"])
 def test_compiled_with_packed_documents(name: str) -> None:
     """A graph cannot know of them; they break it and stay right."""
