@@ -77,6 +77,7 @@ class AttentionInfo:
         grid_multiple: by default, H and W of its grid must be multiples of these.
         causal_options: constructor options that `is_causal=True` needs, where the defaults would let a token see the future.
         sequence_options: constructor options with which a spatial mechanism takes sequences, without a grid; none if it cannot.
+        decoder_options: constructor options with which a swap starts it in a pretrained decoder, where the paper has others there.
         silent_parameters: names of parameters that the output does not depend on; official checkpoints have them.
         summary: first line of the class's docstring.
         equation: the equation of the class's docstring (its first indented block), or "".
@@ -105,6 +106,7 @@ class AttentionInfo:
     grid_multiple: tuple[int, int] = (1, 1)
     causal_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     sequence_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    decoder_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     silent_parameters: tuple[str, ...] = ()
     summary: str = ""
     equation: str = ""
@@ -160,6 +162,7 @@ def register_attention(
     grid_multiple: tuple[int, int] = (1, 1),
     causal_options: Mapping[str, Any] | None = None,
     sequence_options: Mapping[str, Any] | None = None,
+    decoder_options: Mapping[str, Any] | None = None,
     silent_parameters: Iterable[str] = (),
 ) -> Callable[[_Class], _Class]:
     """Class decorator that registers a mechanism under `name`; the arguments are the fields of `AttentionInfo`.
@@ -199,6 +202,7 @@ def register_attention(
             grid_multiple=grid_multiple,
             causal_options=dict(causal_options or {}),
             sequence_options=dict(sequence_options or {}),
+            decoder_options=dict(decoder_options or {}),
             silent_parameters=tuple(silent_parameters),
             summary=summary,
             equation=equation,

@@ -133,6 +133,7 @@ class MixtureOfHeads(AuxiliaryLossModule):
     kv_cache=True,
     cost="O(N^2 d h), of which (h_s + K) / h is used",
     engines=("flash", "torch", "xformers", "flex"),
+    decoder_options={"router": "query_norm"},  # as the paper continues to train LLaMA3-8B; no new parameters
 )
 class MoHAttention(MixtureOfHeads):
     """Mixture-of-Head attention: each token mixes h_s shared heads with the K best of the other h_r = h - h_s, weighted per token.

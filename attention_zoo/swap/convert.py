@@ -216,7 +216,8 @@ def _settings(plan: Plan) -> dict[str, Any]:
     else:
         said |= attention_info(plan.mechanism).sequence_options
     if host.is_causal:
-        said |= {"is_causal": True, **attention_info(plan.mechanism).causal_options}
+        info = attention_info(plan.mechanism)
+        said |= {"is_causal": True, **info.causal_options, **info.decoder_options}
     if host.layer_idx is not None:
         said["depth"] = host.layer_idx
     if host.qk_norm:

@@ -55,7 +55,7 @@ def build(head: str, mechanism: str = "moh", **options: Any) -> Any:
             setattr(config, name, 0.0)
     model = getattr(transformers, head)._from_config(config)
     if mechanism == "moh":
-        options = {"shared_heads": 2, "routed_topk": 1, "aux_loss_coef": COEFFICIENT, **options}
+        options = {"router": "linear", "shared_heads": 2, "routed_topk": 1, "aux_loss_coef": COEFFICIENT, **options}
     az.swap_attention(model, mechanism, **options)
     shake(model)
     return model.train()

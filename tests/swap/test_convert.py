@@ -167,7 +167,8 @@ def test_new_weights_are_the_mechanisms_own(kind: str, name: str) -> None:
         models.append(mechanisms(model))
     (first, again, other), host = models, find_hosts(build(kind))[0]
     info = az.attention_info(name)
-    options = {**(info.causal_options if host.is_causal else {}), **({} if host.spatial else info.sequence_options)}
+    options = {**info.causal_options, **info.decoder_options} if host.is_causal else {}
+    options |= {} if host.spatial else info.sequence_options
     torch.manual_seed(3)
     for module in first:
         own = inspect.signature(attention_class(name)).parameters
@@ -208,7 +209,8 @@ def test_new_weights_keep_the_scale_of_the_logits(name: str) -> None:
     az.swap_attention(model, name, init="random")
     modules: list[Any] = mechanisms(model)
     torch.manual_seed(3)
-    options = az.attention_info(name).causal_options
+    info = az.attention_info(name)
+    options = {**info.causal_options, **info.decoder_options}
     own = inspect.signature(attention_class(name)).parameters
     said = {"is_causal": True, "qkv_bias": True, "proj_bias": True, "head_dim": 8, **options}
     fresh = [az.create_attention(name, 32, 4, **{k: v for k, v in said.items() if k in own}) for _ in modules]

@@ -276,3 +276,13 @@ def test_offloaded_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="its weights are offloaded"):
         az.swap_attention(model, "gqa")
     assert torch.equal(model(ids).logits, want)
+
+
+@pytest.mark.parametrize("options", [{}, {"router": "linear"}])
+def test_a_decoder_starts_with_the_papers_options_for_it(options: dict[str, Any]) -> None:
+    model, ids = llama(), torch.randint(0, 64, (2, 7))
+    want = model(ids).logits
+    report = az.swap_attention(model, "moh", layers=0, **options)
+    assert model.model.layers[0].self_attn.mechanism.router_kind == options.get("router", "query_norm")
+    assert (report.layers[0].new == 0) == (not options)  # ranking the queries' norms needs no weights
+    torch.testing.assert_close(model(ids).logits, want)
