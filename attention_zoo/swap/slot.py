@@ -84,7 +84,7 @@ class Slot(nn.Module):
             raise ValueError(f"the model asks for causal attention, {info.name!r} was built noncausal")
         said = {"attention_mask": attention_mask, "position_embeddings": position_embeddings, "past_key_values": past_key_values}
         inputs = {name: value for name, value in said.items() if value is not None}
-        if lost := inputs.keys() - self._inputs:
+        if lost := [name for name in inputs if name not in self._inputs]:  # torch 2.11 compiles no difference of keys
             raise ValueError(f"the model hands over {', '.join(sorted(lost))}, {info.name!r} takes none")
         if info.spatial and self.grid_size is not None:
             inputs["grid_size"] = self.grid_size
