@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py engines --out docs/results/engines.json      # on a GPU, about three minutes
     python scripts/benchmark.py engines --quick                              # anywhere, seconds
+    python scripts/benchmark.py papers --out docs/results/papers.json --page docs/performance.md    # a minute and a half
 
 A suite is a command of its own that fills a `Report`; the report knows the device, prints its tables and writes the JSON.
 """
@@ -27,6 +28,8 @@ from rich.table import Table
 from torch import Tensor
 
 import attention_zoo as az
+from attention_zoo.attention.flops import forward_flops
+from attention_zoo.benchmarks.papers import CONTEXTS, SETTINGS, measure_context, measure_setting, render_table
 from attention_zoo.ops._problem import make_problem
 from attention_zoo.ops.dispatch import select
 from attention_zoo.ops.engines import ENGINES, describe
@@ -240,6 +243,63 @@ def engines(
     )
     show("host time of a call", report.notes["host"], ("call", "engine", "auto_us", "engine_us", "choice_us", "raw_us"))
     report.write(out)
+
+
+@app.command()
+def papers(
+    out: Path | None = typer.Option(None, help="write the results to this JSON file"),  # noqa: B008
+    page: Path | None = typer.Option(None, help="put the table into this page, between its markers"),  # noqa: B008
+    quick: bool = typer.Option(False, help="tiny sizes, to try the program"),
+    dry_run: bool = typer.Option(False, help="say what would run, with its FLOPs"),
+    only: str = typer.Option("*", help="settings whose names match this wildcard"),
+) -> None:
+    """Mechanisms in settings of their papers against dense attention of the same shape: time, memory, and what was aimed at."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = [setting for setting in SETTINGS if fnmatch.fnmatchcase(setting.name, only)]
+    if dry_run:
+        rows = [{"setting": s.name, "batch": s.batch, **_gigaflops(s)} for s in chosen]
+        show("forward of the modules, GFLOP (two for each multiply-add)", rows, ("setting", "batch", "dense", "ours"))
+        return
+    results: dict[str, Any] = {"suite": "papers", "where": where(), "rows": {}, "contexts": {}}
+    for setting in chosen:
+        results["rows"][setting.name] = measure_setting(setting, device=device, quick=quick)
+        console.print(f"{setting.name}: {results['rows'][setting.name]}", markup=False, highlight=False)
+    if device == "cuda" and fnmatch.fnmatchcase("contexts", only) and not quick:
+        results["contexts"] = {str(length): measure_context(length, device=device) for length in CONTEXTS}
+    console.print(render_table(results["rows"], results["contexts"]), markup=False, highlight=False)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(results, indent=1) + "\n")
+    if page is not None:
+        page.write_text(put_table(page.read_text(), results))
+
+
+@app.command()
+def table(results: Path, page: Path) -> None:
+    """Write the table of an earlier run of `papers` into a page."""
+    page.write_text(put_table(page.read_text(), json.loads(results.read_text())))
+
+
+def put_table(text: str, results: dict[str, Any]) -> str:
+    """The page with the table of these results between its markers. Raises ValueError when it has none."""
+    begin, end = "<!-- papers -->", "<!-- end of papers -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"the page has no markers {begin} and {end}")
+    where_it_ran = f"{results['where']['device']}, torch {results['where']['torch']}, {results['where']['date'][:10]}."
+    before, after = text[: text.index(begin) + len(begin)], text[text.index(end) :]
+    return f"{before}\n\n{where_it_ran}\n\n{render_table(results['rows'], results['contexts'])}\n\n{after}"
+
+
+def _gigaflops(setting: Any) -> dict[str, float]:
+    """Of one forward of dense and of the mechanism."""
+    tokens = setting.grid[0] * setting.grid[1]
+    found = {}
+    for name, mechanism, options in (("dense", "mha", {}), ("ours", setting.mechanism, setting.options)):
+        with torch.device("meta"):
+            module = az.create_attention(mechanism, setting.dim, setting.num_heads, **options)
+        flops = forward_flops(module, tokens, grid_size=setting.grid)
+        found[name] = setting.batch * (flops or float("nan")) / 1e9
+    return found
 
 
 def time_engines(workload: Workload, tensors: tuple[Tensor, ...], settings: dict[str, Any], seconds: float) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Core-context attention as functions of tensors: old tokens as core tokens, one for each group, recent ones exactly, one softmax.
 
 In plain PyTorch, written to be read, in blocks of queries so that no N x N map is formed; softmaxes in float32 (float64 stays
-float64). It is the specification that a kernel is held to.
+float64). It is the specification of the kernel of `triton/core_context.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo.ops._autocast import no_autocast
+from attention_zoo.ops._kernels import use_kernel
 from attention_zoo.ops._tap import tapped
 
 __all__ = ["CORE_HEADS", "POOLS", "core_context_attention", "core_context_visible", "pool_core_tokens", "pooling_weights"]
@@ -153,6 +154,7 @@ def core_context_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention to old tokens in groups and to recent ones exactly, in one softmax; `core_context_visible` says which.
 
@@ -173,11 +175,13 @@ def core_context_attention(
         scale: factor of the logits; None: 1 / sqrt(D).
         dropout_p: probability with which each weight is dropped (and the others scaled up).
         return_lse: return the natural logarithm of each query's softmax denominator too.
+        backend: "triton" for our kernel; "auto" takes it on CUDA, where it serves the call; any other for the plain code.
 
     Returns: (B, H, N_q, D_v) in the dtype of q; with `return_lse` also (B, H, N_q), float32 or float64.
 
     Raises:
         ValueError: tensors that do not fit together, sizes out of range, or core tokens that are missing.
+        BackendError: backend="triton" cannot serve the call.
     """
     _check(q, k, v, core_k, core_v, window_size, group_size)
     if isinstance(query_start, int) and core_k.shape[2] < (
@@ -185,6 +189,14 @@ def core_context_attention(
     ):
         raise ValueError(f"the last query sees {needed} core tokens, core_k has {core_k.shape[2]}")
     factor = q.shape[-1] ** -0.5 if scale is None else scale
+    places = None if isinstance(query_start, Tensor) or isinstance(key_start, Tensor) else (query_start, key_start)
+    missing = "the samples start at different places" if places is None else None
+    if use_kernel(backend, (q, k, v, core_k, core_v), dropout_p=dropout_p, missing=missing) and places is not None:
+        from attention_zoo.ops.triton.core_context import core_context_attention_triton
+
+        sizes = {"window_size": window_size, "group_size": group_size, "query_start": places[0], "key_start": places[1]}
+        result = core_context_attention_triton(q, k, v, core_k, core_v, **sizes, scale=factor)
+        return result if return_lse else result[0]
     parts = []
     with no_autocast(q):
         for first in range(0, max(q.shape[2], 1), _BLOCK):

@@ -33,6 +33,7 @@ __all__ = [
     "follow_autocast",
     "select",
     "use_backend",
+    "wanted_backend",
 ]
 
 ENVIRONMENT_VARIABLE = "ATTENTION_ZOO_BACKEND"
@@ -62,7 +63,7 @@ def select(signature: Signature, backend: str) -> Engine:
         BackendError: the backend named in the call, by `use_backend` or by the environment cannot serve it.
         ValueError: no backend has this name.
     """
-    name = backend if backend != "auto" else _wanted()
+    name = wanted_backend(backend)
     if torch.compiler.is_compiling():
         return _decide(signature, name)
     engine = _decisions.get((signature, name))
@@ -121,6 +122,11 @@ def _torch_is_fused(s: Signature) -> bool:
 @torch.compiler.assume_constant_result
 def _unavailable(name: str) -> str | None:
     return ENGINES[name].status().reason
+
+
+def wanted_backend(backend: str) -> str:
+    """The backend of a call that names `backend`: that one, or for "auto" what `use_backend` or the environment say."""
+    return backend if backend != "auto" else _wanted()
 
 
 def _wanted() -> str:
@@ -233,7 +239,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **call: A
     """
     q, k, v = follow_autocast(q, k, v)
     problem: Problem = make_problem(q, k, v, **call)
-    return _explanation(describe(q, k, v, problem), backend if backend != "auto" else _wanted())
+    return _explanation(describe(q, k, v, problem), wanted_backend(backend))
 
 
 def _explanation(signature: Signature, name: str) -> Explanation:

@@ -1,7 +1,7 @@
 """Blocked local attention with a halo as a function of tensors: queries of a block share one window of keys around it.
 
 In plain PyTorch, written to be read: windows are gathered and all logits are formed, in float32 (float64 stays float64). It is the
-specification that a kernel, which would read the windows from the maps and never form the logits, is held to.
+specification of the kernel of `triton/halo.py`, which reads the windows from the maps and never forms the logits.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attention_zoo.ops._autocast import no_autocast
+from attention_zoo.ops._kernels import use_kernel
 from attention_zoo.ops._tap import tapped
 
 __all__ = ["halo_attention"]
@@ -55,6 +56,7 @@ def halo_attention(
     mask_padding: bool = False,
     dropout_p: float = 0.0,
     return_lse: bool = False,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Each query attends to the win x win window of its block, win = block_size + 2 halo_size, with learned relative positions.
 
@@ -75,13 +77,32 @@ def halo_attention(
             multiples of `block_size`. True: nothing; any H and W, the last blocks are cut off.
         dropout_p: probability with which each weight is dropped (and the others scaled up).
         return_lse: return the natural logarithm of each query's softmax denominator too.
+        backend: "triton" for our kernel; "auto" takes it on CUDA, where it serves the call; any other for the plain code.
 
     Returns: (B, heads, H_q, W_q, D_v) in the dtype of q; with `return_lse` also (B, heads, H_q, W_q), float32 or float64.
 
     Raises:
         ValueError: tensors that do not fit together, or a grid that the blocks do not divide without `mask_padding`.
+        BackendError: backend="triton" cannot serve the call.
     """
     _check(q, k, v, height_rel, width_rel, block_size, halo_size, query_stride, mask_padding)
+    if use_kernel(backend, (q, k, v), dropout_p=dropout_p):
+        from attention_zoo.ops.triton.halo import halo_attention_triton
+
+        result = halo_attention_triton(
+            q,
+            k,
+            v,
+            height_rel,
+            width_rel,
+            block_size=block_size,
+            halo_size=halo_size,
+            query_stride=query_stride,
+            scale=k.shape[-1] ** -0.5 if scale is None else scale,
+            scale_positions=scale_positions,
+            mask_padding=mask_padding,
+        )
+        return result if return_lse else result[0]
     with no_autocast(q):
         logits = _logits(q, k, height_rel, width_rel, block_size, halo_size, query_stride, scale, scale_positions, mask_padding)
         values = _to_windows(v.to(logits.dtype), block_size, halo_size)  # (B, heads, U, V, win^2, D)

@@ -1,7 +1,7 @@
 """Attention between regions as a function of tensors: each query region sees the key regions that a router chose for it.
 
-The chosen keys and values are gathered, and every query region is then a sample of its own to `attention`, on whichever engine
-serves that. It is the specification that a kernel, which would read the regions where they stand, is held to.
+In plain PyTorch the chosen keys and values are gathered, and every query region is then a sample of its own to `attention`, on
+whichever engine serves that. It is the specification of the kernel of `triton/routed.py`, which reads the regions where they stand.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention_zoo.ops._autocast import no_autocast
+from attention_zoo.ops._kernels import use_kernel
 from attention_zoo.ops._tap import tapped
-from attention_zoo.ops.attention import attention, attention_weights
+from attention_zoo.ops.attention import attention, attention_weights, merge_attention
+from attention_zoo.ops.dispatch import follow_autocast
 
 __all__ = ["routed_attention"]
 
@@ -71,7 +74,7 @@ def routed_attention(
         scale: factor of the logits; None: 1 / sqrt(D).
         dropout_p: probability with which each attention weight is dropped (and the others scaled up).
         return_lse: return the natural logarithm of each query's softmax denominator too.
-        backend: as for `attention`.
+        backend: "triton" for our kernel; "auto" takes it on CUDA, where it serves the call; any other as for `attention`.
 
     Returns: (B, H, R, n, D_v) in the dtype of q; with `return_lse` also (B, H, R, n) float32.
 
@@ -79,6 +82,10 @@ def routed_attention(
         ValueError: tensors that do not fit together.
         BackendError: the named backend cannot serve the call.
     """
+    q, k, v = follow_autocast(q, k, v)
+    if use_kernel(backend, (q, k, v), dropout_p=dropout_p):
+        out, lse = _run_kernel(q, k, v, routes, route_weights, key_mask, shared_k, shared_v, scale)
+        return (out, lse) if return_lse else out
     keys, values, mask = _expand(q, k, v, routes, route_weights, key_mask, shared_k, shared_v)
     batch, _, regions = q.shape[:3]
     queries = q.transpose(1, 2).flatten(0, 1)  # (B R, H, n, D): a query region is a sample
@@ -89,6 +96,31 @@ def routed_attention(
         return result.unflatten(0, (batch, regions)).transpose(1, 2)
     out, lse = (t.unflatten(0, (batch, regions)).transpose(1, 2) for t in result)
     return out, lse
+
+
+def _run_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    route_weights: Tensor | None,
+    key_mask: Tensor | None,
+    shared_k: Tensor | None,
+    shared_v: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The kernel attends to the routed tokens; shared ones are joined to its result."""
+    from attention_zoo.ops.triton.routed import routed_attention_triton
+
+    _check(q, k, v, routes, route_weights, key_mask, shared_k, shared_v)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    with no_autocast(q):
+        out, lse = routed_attention_triton(q, k, v, routes, route_weights=route_weights, key_mask=key_mask, scale=factor)
+        if shared_k is None or shared_v is None:
+            return out, lse
+        extra = attention(q.flatten(2, 3), shared_k.to(q.dtype), shared_v.to(q.dtype), scale=factor, return_lse=True)
+        joined = merge_attention([out.flatten(2, 3), extra[0]], [lse.flatten(2, 3), extra[1]])
+        return joined[0].unflatten(2, q.shape[2:4]), joined[1].unflatten(2, q.shape[2:4])
 
 
 def _expand(

@@ -1,0 +1,1 @@
+"""How fast the mechanisms are, against dense attention measured in the same run."""

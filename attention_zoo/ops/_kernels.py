@@ -1,0 +1,65 @@
+"""When one of our kernels serves an operation, whose plain code serves it otherwise."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from attention_zoo.ops.dispatch import BackendError, EngineReport, Explanation, wanted_backend
+from attention_zoo.ops.engines.base import compute_capability
+
+__all__ = ["use_kernel"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MOST_CHANNELS = 256
+
+
+def use_kernel(backend: str, tensors: tuple[Tensor, ...], *, dropout_p: float = 0.0, missing: str | None = None) -> bool:
+    """Whether the kernel is to be called with these queries, keys and values.
+
+    Args:
+        backend: of the call. "auto" takes the kernel on CUDA where it serves the call; "triton" asks for it; any other name is
+            about the plain code.
+        tensors: with their channels in the last dimension.
+        dropout_p: of the call.
+        missing: what else the call asks for that the kernel does not have; None: nothing.
+
+    Raises:
+        BackendError: "triton" is asked for, by the call, `use_backend` or the environment, and cannot serve it.
+    """
+    name = wanted_backend(backend)
+    if name not in ("auto", "triton"):
+        return False
+    reason = _reason(tensors, dropout_p) or missing
+    if name == "auto":
+        return reason is None and tensors[0].is_cuda
+    if reason is not None:
+        explanation = Explanation(None, name, (EngineReport(name, False, reason),))
+        raise BackendError(f"backend {name!r} cannot serve this call: {reason}", explanation)
+    return True
+
+
+def _reason(tensors: tuple[Tensor, ...], dropout_p: float) -> str | None:
+    """Why the kernels cannot serve a call; None if they can."""
+    first = tensors[0]
+    if any(t.dtype != first.dtype for t in tensors) or first.dtype not in _DTYPES:
+        return f"tensors must all be float16, bfloat16 or float32; got {', '.join(str(t.dtype) for t in tensors)}"
+    if any(t.shape[-1] > _MOST_CHANNELS for t in tensors):
+        return f"heads of more than {_MOST_CHANNELS} channels: {max(t.shape[-1] for t in tensors)}"
+    if dropout_p > 0:
+        return "the kernels have no dropout"
+    return _unusable(first.device)
+
+
+@torch.compiler.assume_constant_result
+def _unusable(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu":
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else "on a CPU the kernels run under TRITON_INTERPRET=1 only"
+    if device.type != "cuda":
+        return f"the kernels run on CUDA devices, not on {device.type}"
+    return None if compute_capability(device) >= 80 else "the kernels need compute capability 8.0 or higher"

@@ -1,0 +1,419 @@
+"""Blocked local attention with a halo as Triton kernels: windows are read from the maps, logits and copies are never formed.
+
+A program has the queries of one block (or some of them) and walks along the cells of its window. The position terms of a query
+are 2 win numbers, Sh[r] = q Rh[r - i + win - 1] and Sw[c] likewise; they reach the logits by a product with the one-hot rows and
+columns of the cells, and their gradients come back by the same product. Keys and values collect their gradients from the blocks
+around them, one program for each block of cells: no atomics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attention_zoo.ops.triton._common import LN2, LOG2E, last_contiguous, precision, tile
+
+__all__ = ["halo_attention_triton"]
+
+_WARPS = 4
+
+
+@triton.jit
+def _positions(q, Table, at, first, last, WIN, D, PRECISION: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr):
+    """q Table[r - at + win - 1] for r = 0 .. win - 1: (BM, BW). `at` is the row (column) of each query in its block."""
+    r, d = tl.arange(0, BW), tl.arange(0, BD)
+    out = tl.zeros([BM, BW], tl.float32)
+    for i in range(first, last):
+        rows = tl.load(
+            Table + (r[None, :] - i + WIN - 1) * D + d[:, None], mask=(r < WIN)[None, :] & (d < D)[:, None], other=0.0
+        )  # fmt: skip
+        out += tl.where((at == i)[:, None], tl.dot(q, rows.to(q.dtype), input_precision=PRECISION), 0.0)
+    return out
+
+
+@triton.jit
+def _split(x):
+    """A float32 tensor as the sum of two float16, 22 bits of it: their products with zeros and ones are exact."""
+    high = tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _spread(z, parts, one_hot):
+    """z + (sum of parts) one_hot: the position terms of rows (or columns), at their cells."""
+    return tl.dot(parts[1], one_hot, tl.dot(parts[0], one_hot, z))
+
+
+@triton.jit
+def _forward_kernel(
+    Q, K, V, Rows, Columns, Out, Lse,
+    scale, scale_positions,  # times log2 e
+    sqb, sqh, sqy, sqx, skb, skh, sky, skx, svb, svh, svy, svx, sob, soh, soy, sox,
+    HEADS, HEIGHT, WIDTH, QH, QW, BLOCKS_X, SIDE, BLOCK, HALO, WIN, D, DV, TILES,
+    POSITIONS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    pid, bh = tl.program_id(0), tl.program_id(1)
+    block, portion = pid // TILES, pid % TILES
+    u, w = block // BLOCKS_X, block % BLOCKS_X
+    b, h = (bh // HEADS).to(tl.int64), bh % HEADS
+    rows, d, dv = portion * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BDV)
+    i, j = rows // SIDE, rows % SIDE
+    y, x = u * SIDE + i, w * SIDE + j
+    real = (i < SIDE) & (y < QH) & (x < QW)
+    q = tl.load(
+        Q + b * sqb + h * sqh + y[:, None] * sqy + x[:, None] * sqx + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0
+    )  # fmt: skip
+    r = tl.arange(0, BW)
+    if POSITIONS:
+        first, last = (portion * BM) // SIDE, tl.minimum((portion * BM + BM - 1) // SIDE + 1, SIDE)
+        s_rows = _positions(q, Rows, i, first, last, WIN, D, PRECISION, BM, BW, BD) * scale_positions
+        s_columns = _positions(q, Columns, j, 0, SIDE, WIN, D, PRECISION, BM, BW, BD) * scale_positions
+        of_row, of_column = _split(s_rows), _split(s_columns)
+    K += b * skb + h * skh
+    V += b * svb + h * svh
+    highest = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BDV], tl.float32)
+    for start in range(0, WIN * WIN, BN):
+        cell = start + tl.arange(0, BN)
+        row, column = cell // WIN, cell % WIN
+        ky, kx = u * BLOCK - HALO + row, w * BLOCK - HALO + column
+        inside = (cell < WIN * WIN) & (ky >= 0) & (ky < HEIGHT) & (kx >= 0) & (kx < WIDTH)
+        k = tl.load(K + ky[None, :] * sky + kx[None, :] * skx + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
+        z = tl.dot(q, k, input_precision=PRECISION) * scale
+        if POSITIONS:
+            z = _spread(z, of_row, (r[:, None] == row[None, :]).to(tl.float16))
+            z = _spread(z, of_column, (r[:, None] == column[None, :]).to(tl.float16))
+        counts = inside if MASKED else cell < WIN * WIN
+        z = tl.where(counts[None, :], z, float("-inf"))
+        higher = tl.maximum(highest, tl.max(z, 1))
+        anchor = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.exp2(z - anchor[:, None])
+        fade = tl.exp2(highest - anchor)
+        total = total * fade + tl.sum(p, 1)
+        v = tl.load(V + ky[:, None] * svy + kx[:, None] * svx + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
+        acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        highest = higher
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    lse = tl.where(total == 0.0, float("-inf"), highest + tl.log2(tl.where(total == 0.0, 1.0, total)))
+    tl.store(
+        Out + b * sob + h * soh + y[:, None] * soy + x[:, None] * sox + dv[None, :], out.to(Out.dtype.element_ty),
+        mask=real[:, None] & (dv < DV)[None, :],
+    )  # fmt: skip
+    tl.store(Lse + (bh.to(tl.int64) * QH + y) * QW + x, lse, mask=real)
+
+
+@triton.jit
+def _query_gradient_kernel(
+    Q, K, V, Rows, Columns, Out, Lse, DOut, DLse, Delta, DQ, S, DS,
+    scale, scale_positions,
+    sqb, sqh, sqy, sqx, skb, skh, sky, skx, svb, svh, svy, svx, sob, soh, soy, sox, sgb, sgh, sgy, sgx, sdb, sdh, sdy, sdx,
+    HEADS, HEIGHT, WIDTH, QH, QW, BLOCKS, BLOCKS_X, SIDE, BLOCK, HALO, WIN, D, DV, TILES,
+    POSITIONS: tl.constexpr, MASKED: tl.constexpr, HAS_DLSE: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    pid, bh = tl.program_id(0), tl.program_id(1)
+    block, portion = pid // TILES, pid % TILES
+    u, w = block // BLOCKS_X, block % BLOCKS_X
+    b, h = (bh // HEADS).to(tl.int64), bh % HEADS
+    rows, d, dv = portion * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BDV)
+    i, j = rows // SIDE, rows % SIDE
+    y, x = u * SIDE + i, w * SIDE + j
+    real = (i < SIDE) & (y < QH) & (x < QW)
+    wanted, wanted_v = real[:, None] & (d < D)[None, :], real[:, None] & (dv < DV)[None, :]
+    q = tl.load(Q + b * sqb + h * sqh + y[:, None] * sqy + x[:, None] * sqx + d[None, :], mask=wanted, other=0.0)
+    out = tl.load(Out + b * sob + h * soh + y[:, None] * soy + x[:, None] * sox + dv[None, :], mask=wanted_v, other=0.0)
+    grad = tl.load(DOut + b * sgb + h * sgh + y[:, None] * sgy + x[:, None] * sgx + dv[None, :], mask=wanted_v, other=0.0)
+    place = (bh.to(tl.int64) * QH + y) * QW + x
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta -= tl.load(DLse + place, mask=real, other=0.0)
+    tl.store(Delta + place, delta, mask=real)
+    lse = tl.load(Lse + place, mask=real, other=float("inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # nothing was seen: every weight is 0
+    r = tl.arange(0, BW)
+    kept = ((bh.to(tl.int64) * BLOCKS + block) * SIDE * SIDE + rows)[:, None] * (2 * BW) + r[None, :]
+    listed = (rows < SIDE * SIDE)[:, None] & (r < BW)[None, :]
+    if POSITIONS:
+        first, last = (portion * BM) // SIDE, tl.minimum((portion * BM + BM - 1) // SIDE + 1, SIDE)
+        s_rows = _positions(q, Rows, i, first, last, WIN, D, PRECISION, BM, BW, BD) * scale_positions
+        s_columns = _positions(q, Columns, j, 0, SIDE, WIN, D, PRECISION, BM, BW, BD) * scale_positions
+        tl.store(S + kept, s_rows, mask=listed)
+        tl.store(S + kept + BW, s_columns, mask=listed)
+        ds_rows = tl.zeros([BM, BW], tl.float32)
+        ds_columns = tl.zeros([BM, BW], tl.float32)
+        of_row, of_column = _split(s_rows), _split(s_columns)
+    K += b * skb + h * skh
+    V += b * svb + h * svh
+    acc = tl.zeros([BM, BD], tl.float32)
+    for start in range(0, WIN * WIN, BN):
+        cell = start + tl.arange(0, BN)
+        row, column = cell // WIN, cell % WIN
+        ky, kx = u * BLOCK - HALO + row, w * BLOCK - HALO + column
+        inside = (cell < WIN * WIN) & (ky >= 0) & (ky < HEIGHT) & (kx >= 0) & (kx < WIDTH)
+        k = tl.load(K + ky[:, None] * sky + kx[:, None] * skx + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
+        v = tl.load(V + ky[None, :] * svy + kx[None, :] * svx + dv[:, None], mask=inside[None, :] & (dv < DV)[:, None], other=0.0)
+        z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        if POSITIONS:
+            z = _spread(z, of_row, (r[:, None] == row[None, :]).to(tl.float16))
+            z = _spread(z, of_column, (r[:, None] == column[None, :]).to(tl.float16))
+        counts = inside if MASKED else cell < WIN * WIN
+        p = tl.where(counts[None, :], tl.exp2(z - lse[:, None]), 0.0)
+        ds = p * (tl.dot(grad, v, input_precision=PRECISION) - delta[:, None])
+        acc += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
+        if POSITIONS:
+            rounded = ds.to(k.dtype)
+            ds_rows += tl.dot(rounded, (row[:, None] == r[None, :]).to(k.dtype), input_precision=PRECISION)
+            ds_columns += tl.dot(rounded, (column[:, None] == r[None, :]).to(k.dtype), input_precision=PRECISION)
+    acc *= scale * 0.6931471805599453
+    if POSITIONS:
+        ds_rows *= scale_positions * 0.6931471805599453
+        ds_columns *= scale_positions * 0.6931471805599453
+        tl.store(DS + kept, ds_rows.to(DS.dtype.element_ty), mask=listed)
+        tl.store(DS + kept + BW, ds_columns.to(DS.dtype.element_ty), mask=listed)
+        for n in range(first, last):
+            table = tl.load(
+                Rows + (r[:, None] - n + WIN - 1) * D + d[None, :], mask=(r < WIN)[:, None] & (d < D)[None, :], other=0.0
+            )  # fmt: skip
+            acc += tl.dot(tl.where((i == n)[:, None], ds_rows, 0.0).to(q.dtype), table.to(q.dtype), input_precision=PRECISION)
+        for n in range(SIDE):
+            table = tl.load(
+                Columns + (r[:, None] - n + WIN - 1) * D + d[None, :], mask=(r < WIN)[:, None] & (d < D)[None, :], other=0.0
+            )  # fmt: skip
+            acc += tl.dot(tl.where((j == n)[:, None], ds_columns, 0.0).to(q.dtype), table.to(q.dtype), input_precision=PRECISION)
+    at = DQ + b * sdb + h * sdh
+    tl.store(at + y[:, None] * sdy + x[:, None] * sdx + d[None, :], acc.to(DQ.dtype.element_ty), mask=wanted)
+
+
+@triton.jit
+def _key_gradient_kernel(
+    Q, K, V, Lse, DOut, Delta, S, DK, DV_,
+    scale,
+    sqb, sqh, sqy, sqx, skb, skh, sky, skx, svb, svh, svy, svx, sgb, sgh, sgy, sgx, sdkb, sdkh, sdky, sdkx, sdvb, sdvh, sdvy, sdvx,
+    HEADS, HEIGHT, WIDTH, QH, QW, BLOCKS, BLOCKS_Y, BLOCKS_X, SIDE, BLOCK, HALO, WIN, REACH, D, DV, TILES,
+    POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    pid, bh = tl.program_id(0), tl.program_id(1)
+    block, portion = pid // TILES, pid % TILES
+    u, w = block // BLOCKS_X, block % BLOCKS_X
+    b, h = (bh // HEADS).to(tl.int64), bh % HEADS
+    cells, d, dv = portion * BN + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
+    a, c = cells // BLOCK, cells % BLOCK
+    ky, kx = u * BLOCK + a, w * BLOCK + c
+    real = (a < BLOCK) & (ky < HEIGHT) & (kx < WIDTH)
+    wanted, wanted_v = real[:, None] & (d < D)[None, :], real[:, None] & (dv < DV)[None, :]
+    k = tl.load(K + b * skb + h * skh + ky[:, None] * sky + kx[:, None] * skx + d[None, :], mask=wanted, other=0.0)
+    v = tl.load(V + b * svb + h * svh + ky[:, None] * svy + kx[:, None] * svx + dv[None, :], mask=wanted_v, other=0.0)
+    Q += b * sqb + h * sqh
+    DOut += b * sgb + h * sgh
+    r = tl.arange(0, BW)
+    dk = tl.zeros([BN, BD], tl.float32)
+    dv_sum = tl.zeros([BN, BDV], tl.float32)
+    up, left = tl.maximum(u - REACH, 0), tl.maximum(w - REACH, 0)
+    across = tl.minimum(w + REACH + 1, BLOCKS_X) - left
+    steps = tl.cdiv(SIDE * SIDE, BM)
+    for n in range((tl.minimum(u + REACH + 1, BLOCKS_Y) - up) * across * steps):  # blocks whose windows may hold these cells
+        uu, ww = up + n // steps // across, left + n // steps % across
+        row, column = ky - uu * BLOCK + HALO, kx - ww * BLOCK + HALO
+        seen = real & (row >= 0) & (row < WIN) & (column >= 0) & (column < WIN)
+        rows = n % steps * BM + tl.arange(0, BM)
+        i, j = rows // SIDE, rows % SIDE
+        y, x = uu * SIDE + i, ww * SIDE + j
+        there = (i < SIDE) & (y < QH) & (x < QW)
+        q = tl.load(Q + y[:, None] * sqy + x[:, None] * sqx + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+        grad = tl.load(
+            DOut + y[:, None] * sgy + x[:, None] * sgx + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0.0
+        )  # fmt: skip
+        place = (bh.to(tl.int64) * QH + y) * QW + x
+        lse = tl.load(Lse + place, mask=there, other=float("inf"))
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+        delta = tl.load(Delta + place, mask=there, other=0.0)
+        z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # (queries, cells)
+        if POSITIONS:
+            kept = ((bh.to(tl.int64) * BLOCKS + uu * BLOCKS_X + ww) * SIDE * SIDE + rows)[:, None] * (2 * BW) + r[None, :]
+            s_rows = tl.load(S + kept, mask=there[:, None], other=0.0)
+            s_columns = tl.load(S + kept + BW, mask=there[:, None], other=0.0)
+            z = _spread(z, _split(s_rows), (r[:, None] == row[None, :]).to(tl.float16))
+            z = _spread(z, _split(s_columns), (r[:, None] == column[None, :]).to(tl.float16))
+        p = tl.where(seen[None, :], tl.exp2(z - lse[:, None]), 0.0)
+        ds = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        dv_sum += tl.dot(tl.trans(p.to(grad.dtype)), grad, input_precision=PRECISION)
+        dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION)
+    dk *= scale * 0.6931471805599453
+    at, at_v = DK + b * sdkb + h * sdkh, DV_ + b * sdvb + h * sdvh
+    tl.store(at + ky[:, None] * sdky + kx[:, None] * sdkx + d[None, :], dk.to(DK.dtype.element_ty), mask=wanted)
+    tl.store(at_v + ky[:, None] * sdvy + kx[:, None] * sdvx + dv[None, :], dv_sum.to(DV_.dtype.element_ty), mask=wanted_v)
+
+
+@triton.jit
+def _table_gradient_kernel(
+    Q, DS, Sums,
+    sqb, sqh, sqy, sqx,
+    HEADS, QH, QW, BLOCKS, BLOCKS_X, SIDE, WIN, D, TILES, SHARE,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The position terms' gradients of `SHARE` pieces of blocks, added up for each distance: (2, BT, D) of this program."""
+    share, bh = tl.program_id(0), tl.program_id(1)
+    b, h = (bh // HEADS).to(tl.int64), bh % HEADS
+    d, t = tl.arange(0, BD), tl.arange(0, BT)
+    of_rows = tl.zeros([BT, BD], tl.float32)
+    of_columns = tl.zeros([BT, BD], tl.float32)
+    for piece in range(share * SHARE, tl.minimum(share * SHARE + SHARE, BLOCKS * TILES)):
+        block = piece // TILES
+        rows = piece % TILES * BM + tl.arange(0, BM)
+        i, j = rows // SIDE, rows % SIDE
+        y, x = block // BLOCKS_X * SIDE + i, block % BLOCKS_X * SIDE + j
+        real = (i < SIDE) & (y < QH) & (x < QW)
+        q = tl.load(
+            Q + b * sqb + h * sqh + y[:, None] * sqy + x[:, None] * sqx + d[None, :],
+            mask=real[:, None] & (d < D)[None, :], other=0.0,
+        )  # fmt: skip
+        at = DS + ((bh.to(tl.int64) * BLOCKS + block) * SIDE * SIDE + rows)[None, :] * (2 * BW)
+        row, column = t[:, None] + i[None, :] - WIN + 1, t[:, None] + j[None, :] - WIN + 1  # (distances, queries)
+        ds_rows = tl.load(at + row, mask=real[None, :] & (row >= 0) & (row < WIN), other=0.0)
+        ds_columns = tl.load(at + BW + column, mask=real[None, :] & (column >= 0) & (column < WIN), other=0.0)
+        of_rows += tl.dot(ds_rows, q, input_precision=PRECISION)
+        of_columns += tl.dot(ds_columns, q, input_precision=PRECISION)
+    at = Sums + ((share * tl.num_programs(1) + bh).to(tl.int64) * 2 * BT + t)[:, None] * D + d[None, :]
+    tl.store(at, of_rows, mask=(d < D)[None, :])
+    tl.store(at + BT * D, of_columns, mask=(d < D)[None, :])
+
+
+def _empty(like: Tensor, channels: int) -> Tensor:
+    """(B, heads, H, W, channels), laid out with heads next to channels as projections read them."""
+    batch, heads, height, width = like.shape[:4]
+    return like.new_empty((batch, height, width, heads, channels)).permute(0, 3, 1, 2, 4)
+
+
+@torch.library.custom_op("attention_zoo::halo_forward", mutates_args=())
+def _halo_forward(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, columns: Tensor | None,
+    block: int, halo: int, stride: int, scale: float, scale_positions: float, masked: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
+    (batch, heads, qh, qw, dim), (height, width), dim_v = q.shape, k.shape[2:4], v.shape[-1]
+    out, lse = _empty(q, dim_v), q.new_empty((batch, heads, qh, qw), dtype=torch.float32)
+    if not out.numel():
+        return out, lse
+    side, win = block // stride, block + 2 * halo
+    blocks_y, blocks_x = triton.cdiv(height, block), triton.cdiv(width, block)
+    bm = tile(side * side)
+    tiles = triton.cdiv(side * side, bm)
+    _forward_kernel[(blocks_y * blocks_x * tiles, batch * heads)](
+        q, k, v, q if rows is None else rows, q if columns is None else columns, out, lse, scale * LOG2E, scale_positions * LOG2E,
+        *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *out.stride()[:4],
+        heads, height, width, qh, qw, blocks_x, side, block, halo, win, dim, dim_v, tiles,
+        POSITIONS=rows is not None, MASKED=masked, PRECISION=precision(q),
+        BM=bm, BN=tile(win * win), BW=tile(win, 256), BD=tile(dim, 256), BDV=tile(dim_v, 256), num_warps=_WARPS,
+    )  # fmt: skip
+    return out, lse
+
+
+@_halo_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, rows: Any, columns: Any,
+    block: int, halo: int, stride: int, scale: float, scale_positions: float, masked: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _empty(q, v.shape[-1]), q.new_empty(q.shape[:4], dtype=torch.float32)
+
+
+@torch.library.custom_op("attention_zoo::halo_backward", mutates_args=())
+def _halo_backward(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, columns: Tensor | None, out: Tensor, lse: Tensor,
+    grad: Tensor, grad_lse: Tensor | None,
+    block: int, halo: int, stride: int, scale: float, scale_positions: float, masked: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q, k, v, grad = last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(grad)
+    (batch, heads, qh, qw, dim), (height, width), dim_v = q.shape, k.shape[2:4], v.shape[-1]
+    side, win = block // stride, block + 2 * halo
+    blocks_y, blocks_x = triton.cdiv(height, block), triton.cdiv(width, block)
+    dq, dk, dv = _empty(q, dim), _empty(k, dim), _empty(v, dim_v)
+    bw, delta = tile(win, 256), torch.empty_like(lse)
+    positions = rows is not None
+    kept = (batch, heads, blocks_y * blocks_x, side * side, 2, bw) if positions else (1,)
+    s, ds = q.new_empty(kept, dtype=torch.float32), q.new_empty(kept)
+    common = {
+        "POSITIONS": positions, "PRECISION": precision(q), "BW": bw, "BD": tile(dim, 256), "BDV": tile(dim_v, 256),
+        "num_warps": _WARPS,
+    }  # fmt: skip
+    bm = tile(side * side)
+    tiles = triton.cdiv(side * side, bm)
+    if not q.numel():
+        return dq, dk, dv, q.new_zeros((2, 2 * win - 1, dim) if positions else (1,), dtype=torch.float32)
+    _query_gradient_kernel[(blocks_y * blocks_x * tiles, batch * heads)](
+        q, k, v, q if rows is None else rows, q if columns is None else columns, out, lse, grad,
+        lse if grad_lse is None else (grad_lse * LOG2E).contiguous(), delta, dq, s, ds, scale * LOG2E, scale_positions * LOG2E,
+        *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *out.stride()[:4], *grad.stride()[:4], *dq.stride()[:4],
+        heads, height, width, qh, qw, blocks_y * blocks_x, blocks_x, side, block, halo, win, dim, dim_v, tiles,
+        MASKED=masked, HAS_DLSE=grad_lse is not None, BM=bm, BN=tile(win * win), **common,
+    )  # fmt: skip
+    bn = tile(block * block)
+    tiles = triton.cdiv(block * block, bn)
+    _key_gradient_kernel[(blocks_y * blocks_x * tiles, batch * heads)](
+        q, k, v, lse, grad, delta, s, dk, dv, scale * LOG2E,
+        *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *grad.stride()[:4], *dk.stride()[:4], *dv.stride()[:4],
+        heads, height, width, qh, qw, blocks_y * blocks_x, blocks_y, blocks_x, side, block, halo, win, triton.cdiv(halo, block),
+        dim, dim_v, tiles, BM=bm, BN=bn, **common,
+    )  # fmt: skip
+    if not positions:
+        return dq, dk, dv, ds
+    return dq, dk, dv, _table_gradients(q, ds, side, win)
+
+
+@_halo_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, rows: Any, columns: Any, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Any,
+    block: int, halo: int, stride: int, scale: float, scale_positions: float, masked: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    tables = (2, 2 * (block + 2 * halo) - 1, q.shape[-1]) if rows is not None else (1,)
+    return _empty(q, q.shape[-1]), _empty(k, k.shape[-1]), _empty(v, v.shape[-1]), q.new_empty(tables, dtype=torch.float32)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.settings = inputs[5:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, rows, columns, out, lse = ctx.saved_tensors
+    grad = torch.zeros_like(out) if grad is None else grad
+    dq, dk, dv, tables = _halo_backward(q, k, v, rows, columns, out, lse, grad, grad_lse, *ctx.settings)
+    of_tables = (None, None) if rows is None else (tables[0].to(rows.dtype), tables[1].to(columns.dtype))
+    return dq, dk, dv, *of_tables, *(None,) * 6
+
+
+def _table_gradients(q: Tensor, ds: Tensor, side: int, win: int) -> Tensor:
+    """Gradients of both tables, (2, 2 win - 1, D) float32, from those of the position terms, (B, heads, blocks, side^2, 2, BW)."""
+    batch, heads, blocks = ds.shape[:3]
+    dim, bm, bt = q.shape[-1], tile(side * side), tile(2 * win - 1, 512)
+    tiles = triton.cdiv(side * side, bm)
+    share = max(1, min(32, batch * heads * blocks * tiles // 2048))
+    shares = triton.cdiv(blocks * tiles, share)
+    sums = torch.empty((shares, batch * heads, 2, bt, dim), dtype=torch.float32, device=q.device)
+    _table_gradient_kernel[(shares, batch * heads)](
+        q, ds, sums, *q.stride()[:4], heads, *q.shape[2:4], blocks, triton.cdiv(q.shape[3], side), side, win, dim, tiles, share,
+        PRECISION=precision(q), BM=bm, BW=ds.shape[-1], BT=bt, BD=tile(dim, 256), num_warps=_WARPS,
+    )  # fmt: skip
+    return sums.sum((0, 1))[:, : 2 * win - 1].contiguous()
+
+
+_halo_forward.register_autograd(_backward, setup_context=_setup)
+
+
+def halo_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, height_rel: Tensor | None, width_rel: Tensor | None, *,
+    block_size: int, halo_size: int, query_stride: int, scale: float, scale_positions: bool, mask_padding: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Outputs (B, heads, H_q, W_q, D_v) and the natural log-normaliser, of tensors as `ops.halo_attention` has checked them."""
+    tables = [None if t is None else t.contiguous() for t in (height_rel, width_rel)]
+    out, lse = _halo_forward(
+        q, k, v, tables[0], tables[1], block_size, halo_size, query_stride, scale, scale if scale_positions else 1.0, mask_padding
+    )
+    return out, lse * LN2
