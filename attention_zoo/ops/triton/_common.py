@@ -6,9 +6,10 @@ import math
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-__all__ = ["LN2", "LOG2E", "last_contiguous", "precision", "tile"]
+__all__ = ["LN2", "LOG2E", "last_contiguous", "precision", "prepare_gradient", "read_lse", "tile"]
 
 LOG2E = math.log2(math.e)  # the kernels' softmax is one of base 2
 LN2 = math.log(2.0)
@@ -27,3 +28,23 @@ def precision(x: Tensor) -> str:
 def last_contiguous(x: Tensor) -> Tensor:
     """The kernels take any strides but the last dimension's."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@triton.jit
+def read_lse(Lse, place, real):
+    """Log-normalisers, +inf where a query has seen nothing: the weights 2 ** (x - lse) that are computed again are 0 then."""
+    lse = tl.load(Lse + place, mask=real, other=float("inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+@triton.jit
+def prepare_gradient(out, grad, Lse, DLse, Delta, place, real, HAS_DLSE: tl.constexpr):
+    """What the gradient of a logit is made of besides: the log-normaliser and delta = out . grad - grad of the log-normaliser.
+
+    Delta is kept for the kernel of the keys.
+    """
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta -= tl.load(DLse + place, mask=real, other=0.0)
+    tl.store(Delta + place, delta, mask=real)
+    return read_lse(Lse, place, real), delta

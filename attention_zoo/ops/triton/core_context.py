@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_zoo.ops.triton._common import LN2, LOG2E, last_contiguous, precision, tile
+from attention_zoo.ops.triton._common import LN2, LOG2E, last_contiguous, precision, prepare_gradient, read_lse, tile
 
 __all__ = ["core_context_attention_triton"]
 
@@ -162,12 +162,7 @@ def _query_gradient_kernel(
     out = tl.load(Out + b * sob + h * soh + rows[:, None] * son + dv[None, :], mask=wanted_v, other=0.0)
     grad = tl.load(DOut + b * sgb + h * sgh + rows[:, None] * sgn + dv[None, :], mask=wanted_v, other=0.0)
     place = bh.to(tl.int64) * QUERIES + rows
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    if HAS_DLSE:
-        delta -= tl.load(DLse + place, mask=real, other=0.0)
-    tl.store(Delta + place, delta, mask=real)
-    lse = tl.load(Lse + place, mask=real, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # nothing was seen: every weight is 0
+    lse, delta = prepare_gradient(out, grad, Lse, DLse, Delta, place, real, HAS_DLSE)
     places = query_start + rows
     oldest = _released(places, WINDOW, GROUP)
     low, high = query_start + portion * BM, query_start + tl.minimum(portion * BM + BM, QUERIES) - 1
@@ -227,8 +222,7 @@ def _key_gradient_kernel(
                 DOut + b * sgb + h * sgh + rows[:, None] * sgn + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0.0
             )  # fmt: skip
             place = (b * HEADS + h) * QUERIES + rows
-            lse = tl.load(Lse + place, mask=there, other=float("inf"))
-            lse = tl.where(lse == float("-inf"), float("inf"), lse)
+            lse = read_lse(Lse, place, there)
             delta = tl.load(Delta + place, mask=there, other=0.0)
             places = query_start + rows
             oldest = _released(places, WINDOW, GROUP)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_zoo.ops.triton._common import LN2, LOG2E, last_contiguous, precision, tile
+from attention_zoo.ops.triton._common import LN2, LOG2E, last_contiguous, precision, prepare_gradient, read_lse, tile
 
 __all__ = ["halo_attention_triton"]
 
@@ -130,12 +130,7 @@ def _query_gradient_kernel(
     out = tl.load(Out + b * sob + h * soh + y[:, None] * soy + x[:, None] * sox + dv[None, :], mask=wanted_v, other=0.0)
     grad = tl.load(DOut + b * sgb + h * sgh + y[:, None] * sgy + x[:, None] * sgx + dv[None, :], mask=wanted_v, other=0.0)
     place = (bh.to(tl.int64) * QH + y) * QW + x
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    if HAS_DLSE:
-        delta -= tl.load(DLse + place, mask=real, other=0.0)
-    tl.store(Delta + place, delta, mask=real)
-    lse = tl.load(Lse + place, mask=real, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # nothing was seen: every weight is 0
+    lse, delta = prepare_gradient(out, grad, Lse, DLse, Delta, place, real, HAS_DLSE)
     r = tl.arange(0, BW)
     kept = ((bh.to(tl.int64) * BLOCKS + block) * SIDE * SIDE + rows)[:, None] * (2 * BW) + r[None, :]
     listed = (rows < SIDE * SIDE)[:, None] & (r < BW)[None, :]
@@ -231,8 +226,7 @@ def _key_gradient_kernel(
             DOut + y[:, None] * sgy + x[:, None] * sgx + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0.0
         )  # fmt: skip
         place = (bh.to(tl.int64) * QH + y) * QW + x
-        lse = tl.load(Lse + place, mask=there, other=float("inf"))
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+        lse = read_lse(Lse, place, there)
         delta = tl.load(Delta + place, mask=there, other=0.0)
         z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # (queries, cells)
         if POSITIONS:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_zoo.ops.triton._common import LN2, LOG2E, last_contiguous, precision, tile
+from attention_zoo.ops.triton._common import LN2, LOG2E, last_contiguous, precision, prepare_gradient, read_lse, tile
 
 __all__ = ["routed_attention_triton"]
 
@@ -97,12 +97,7 @@ def _query_gradient_kernel(
     out = tl.load(Out + b * sob + h * soh + wide * sor + rows[:, None] * sot + dv[None, :], mask=wanted_v, other=0.0)
     grad = tl.load(DOut + b * sgb + h * sgh + wide * sgr + rows[:, None] * sgt + dv[None, :], mask=wanted_v, other=0.0)
     place = (bh.to(tl.int64) * R + r) * NQ + rows
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    if HAS_DLSE:
-        delta -= tl.load(DLse + place, mask=real, other=0.0)
-    tl.store(Delta + place, delta, mask=real)
-    lse = tl.load(Lse + place, mask=real, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # nothing was seen: every weight is 0
+    lse, delta = prepare_gradient(out, grad, Lse, DLse, Delta, place, real, HAS_DLSE)
     K += b * skb + hk * skh
     V += b * svb + hk * svh
     Routes += (b * R + r) * NUM
@@ -220,8 +215,7 @@ def _key_gradient_kernel(
                 mask=inside[:, None] & (dv < DV)[None, :], other=0.0,
             )  # fmt: skip
             place = ((b * H + h) * R + r) * NQ + t
-            lse = tl.load(Lse + place, mask=inside, other=float("inf"))
-            lse = tl.where(lse == float("-inf"), float("inf"), lse)
+            lse = read_lse(Lse, place, inside)
             delta = tl.load(Delta + place, mask=inside, other=0.0)
             x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
             if HAS_W:
