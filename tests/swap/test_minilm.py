@@ -135,6 +135,7 @@ def dropout_rates(model: torch.nn.Module) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", [case for case in CASES if not is_kept(case)], ids=name_of)
 def test_distilling_every_mechanism(case: Case, sentences: Sentences) -> None:
     row = run_case(case, str(packaged_encoder()), sentences, DistillRecipe())
