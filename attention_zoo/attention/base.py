@@ -32,6 +32,7 @@ __all__ = [
     "merge_heads",
     "project_qkv",
     "read_padding",
+    "refuse_where",
     "reset_children",
     "resolve_attention_mask",
     "resolve_head_dim",
@@ -310,6 +311,7 @@ def read_padding(attention_mask: Tensor | None, batch: int, new: int, seen: int,
 
     Raises:
         ValueError: a mask of another shape, or one that is more than padding and causality.
+        RuntimeError: the latter in a compiled graph, which looks at the mask when it runs.
     """
     mask, total = attention_mask, seen + new
     if mask is None:
@@ -325,13 +327,23 @@ def read_padding(attention_mask: Tensor | None, batch: int, new: int, seen: int,
     added = mask.is_floating_point()
     allowed = mask > torch.finfo(mask.dtype).min / 2 if added else mask
     real = allowed[:, 0, -1]  # the last token may see all that is real
-    if not torch.compiler.is_compiling():
-        _check_padding(mask, allowed, new, seen, causal)
+    refuse_where(
+        _says_more(mask, allowed, new, seen, causal),
+        "attention_mask hides or weighs single pairs of tokens; this mechanism can only leave padding out",
+    )
     return real.expand(batch, total)
 
 
-def _check_padding(mask: Tensor, allowed: Tensor, new: int, seen: int, causal: bool) -> None:
-    """Raise ValueError when a 4-D mask, and what it allows, say more than which tokens are real, and causality."""
+def refuse_where(wrong: Tensor, message: str) -> None:
+    """Raise ValueError where any of `wrong` is true; in a compiled graph, which branches on no value, RuntimeError as it runs."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(~wrong.any(), message)
+    elif bool(wrong.any()):
+        raise ValueError(message)
+
+
+def _says_more(mask: Tensor, allowed: Tensor, new: int, seen: int, causal: bool) -> Tensor:
+    """Where a 4-D mask, and what it allows, say more than which tokens are real, and causality."""
     added, total, real = mask.is_floating_point(), seen + new, allowed[:, 0, -1]
     if not causal:
         wrong = allowed != real[:, None, None]
@@ -345,8 +357,7 @@ def _check_padding(mask: Tensor, allowed: Tensor, new: int, seen: int, causal: b
         # Rows before the first real token are empty, opened wholly by those who want no empty rows, or padding without causality.
         uniform = (allowed == allowed[..., :1]).all(-1, keepdim=True)
         wrong = torch.where(expected.any(-1, keepdim=True), wrong, (allowed != real[:, None, None]) & ~uniform)
-    if bool(wrong.any()):
-        raise ValueError("attention_mask hides or weighs single pairs of tokens; this mechanism can only leave padding out")
+    return wrong
 
 
 def seen_keys(attention_mask: Tensor | None, num_keys: int) -> Tensor | None:

@@ -27,6 +27,7 @@ from attention_zoo.attention.base import (
     check_tokens,
     merge_heads,
     read_padding,
+    refuse_where,
     resolve_head_dim,
     split_heads,
 )
@@ -346,11 +347,11 @@ class CoreContextCacheLayer(StateCacheLayer):
             counts = torch.full((real.shape[0],), seen, device=real.device)
         told = seen if real is None else real[:, :seen].sum(1)
         counts = counts if real is None else counts.to(real.device)
-        if not torch.compiler.is_compiling() and bool((counts != told).any()):
-            raise ValueError(
-                "attention_mask does not call the same tokens padding as it did when they were cached, and their groups are "
-                "pooled; give the mask of all tokens with every call, or none from the first"
-            )
+        refuse_where(
+            counts != told,
+            "attention_mask does not call the same tokens padding as it did when they were cached, and their groups are pooled; "
+            "give the mask of all tokens with every call, or none from the first",
+        )
         return counts
 
     def join_raw(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

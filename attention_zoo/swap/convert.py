@@ -85,7 +85,23 @@ def check_plan(plan: Plan) -> list[str]:
         problems[f"the layer has {name}={getattr(host, name)}, the mechanism has no {name}"] = (
             getattr(host, name) > 0 and name not in own
         )
+    problems |= {f"{name}={plan.options[name]!r}: {why}": True for name, why in _settled(plan).items()}
     return [reason for reason, applies in problems.items() if applies]
+
+
+def _settled(plan: Plan) -> dict[str, str]:
+    """Options that say something else than the layer, which settles them: why they cannot."""
+    host = plan.host
+    settled = {"is_causal": host.is_causal, "layer_idx": host.layer_idx}
+    if host.spatial:
+        settled["num_prefix_tokens"] = host.prefix_tokens
+    if plan.init != "random":
+        settled["head_dim"] = host.head_dim
+    wrong = {name: f"the layer says {value}" for name, value in settled.items() if plan.options.get(name, value) != value}
+    followed = {"device": "it is the layer's", "dtype": "it is the layer's"}
+    if host.rope:
+        followed["rope_layout"] = "the model's rotary tables settle it"
+    return wrong | {name: why for name, why in followed.items() if name in plan.options}
 
 
 def build_mechanism(plan: Plan) -> AttentionModule:
@@ -96,11 +112,14 @@ def build_mechanism(plan: Plan) -> AttentionModule:
     Raises:
         ValueError: what the mechanism's constructor or conversion says of the layer.
     """
-    state = {name: tensor.detach() for name, tensor in plan.host.adapter.softmax_state(plan.host).items()}
-    module = _build(plan, state)
+    source = plan.host.adapter.softmax_state(plan.host)
+    module = _build(plan, {name: tensor.detach() for name, tensor in source.items()})
     module.train(plan.host.module.training)
-    if not any(parameter.requires_grad for parameter in plan.host.module.parameters()):
+    frozen = {name for name, tensor in source.items() if not tensor.requires_grad}
+    if len(frozen) == len(source):
         module.requires_grad_(False)
+    elif frozen:
+        _freeze(plan, module, source, frozen)
     return module
 
 
@@ -141,7 +160,7 @@ def _describe(plan: Plan, state: Mapping[str, Tensor], num_tokens: int) -> Layer
     source = _random_weights(state)
     with _quiet() as said:
         module = _repeatable(plan, source)
-        other = dict(_repeatable(plan, {n: 0.5 * t.flip(0) + 1.0 for n, t in source.items()}).named_parameters())
+        other = dict(_repeatable(plan, {n: _other(t) for n, t in source.items()}).named_parameters())
     counts = {"carried": 0, "converted": 0, "new": 0}
     for name, parameter in module.named_parameters():
         if plan.init == "random" or torch.equal(parameter, other[name]):
@@ -279,6 +298,19 @@ def _scale_queries(plan: Plan, module: Any) -> None:
             parameter[:rows].mul_(factor)
 
 
+def _freeze(plan: Plan, module: nn.Module, source: Mapping[str, Tensor], frozen: set[str]) -> None:
+    """Let those parameters require no gradient that come from `frozen` tensors of the layer only, as conversions tell."""
+    drawn = _random_weights(source)
+    with _quiet():
+        first, by_frozen, by_others = (
+            dict(_repeatable(plan, {n: _other(t) if n in moved else t for n, t in drawn.items()}).named_parameters())
+            for moved in (set(), frozen, drawn.keys() - frozen)
+        )
+    for name, parameter in module.named_parameters():
+        if torch.equal(first[name], by_others[name]) and not torch.equal(first[name], by_frozen[name]):
+            parameter.requires_grad_(False)
+
+
 def _repeatable(plan: Plan, state: Mapping[str, Tensor]) -> AttentionModule:
     """The mechanism from `state`, with the same random numbers each time, which nobody else sees."""
     devices = [t.device for t in state.values() if t.is_cuda][:1]
@@ -301,6 +333,11 @@ def _random_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     drawn = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
     return {name: tensor.mul_(tensor.shape[-1] ** -0.5) if tensor.ndim > 1 else tensor for name, tensor in drawn.items()}
+
+
+def _other(tensor: Tensor) -> Tensor:
+    """A tensor of which no part stays what it was."""
+    return 0.5 * tensor.flip(0) + 1.0
 
 
 def _keeps_function(plan: Plan, module: AttentionModule, source: Mapping[str, Tensor], num_tokens: int) -> tuple[bool | None, int]:

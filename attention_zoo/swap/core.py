@@ -7,6 +7,7 @@ import fnmatch
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
@@ -60,13 +61,13 @@ def swap_attention(
 
     Raises:
         ValueError: no layer is chosen, or one cannot be swapped; the reasons are listed. A weight below 0. The model is as it was.
-        TypeError: an option that the mechanism does not have.
+        TypeError: an option that the mechanism does not have; something else than a module, or a name or mapping.
         UnknownNameError: no such mechanism.
     """
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}; got {init!r}")
-    if aux_loss_coef is not None and not (math.isfinite(aux_loss_coef) and aux_loss_coef >= 0):
-        raise ValueError(f"aux_loss_coef is a weight, from 0; got {aux_loss_coef}")
+    if not (aux_loss_coef is None or (isinstance(aux_loss_coef, Real) and math.isfinite(aux_loss_coef) and aux_loss_coef >= 0)):
+        raise ValueError(f"aux_loss_coef is a weight, from 0; got {aux_loss_coef!r}")
     plans = _plans(model, attention, layers, init, options)
     _check(plans)
     chosen = [_plain_options(plan) for plan in plans]
@@ -129,6 +130,10 @@ def find_hosts(model: nn.Module) -> list[Host]:
 
 def _plans(model: nn.Module, attention: str | Mapping[Any, Any], layers: Any, init: str, options: dict[str, Any]) -> list[Plan]:
     """What to do, in the model's order. Raises ValueError when nothing is chosen or a layer is chosen twice."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model, an nn.Module, is swapped; got {type(model).__name__}")
+    if not isinstance(attention, (str, Mapping)):
+        raise TypeError(f"attention is a mechanism's name or a mapping layers -> mechanism; got {attention!r}")
     hosts = find_hosts(model)
     taken = list(slots_of(model))
     if not hosts:
@@ -137,6 +142,8 @@ def _plans(model: nn.Module, attention: str | Mapping[Any, Any], layers: Any, in
     if isinstance(attention, Mapping):
         if layers is not None:
             raise ValueError("a mapping says its layers itself: leave `layers` out")
+        if not attention:
+            raise ValueError("no layer is chosen: the mapping is empty")
         wanted = [(key, *_mechanism(value)) for key, value in attention.items()]
     else:
         wanted = [(layers, attention, {})]
@@ -172,14 +179,14 @@ def _choose(hosts: list[Host], layers: Any, taken: list[str]) -> list[Host]:
     count = max(count, len(hosts) + len(taken))
     if isinstance(layers, slice):
         numbers = set(range(*layers.indices(count)))
-    elif isinstance(layers, int) and not isinstance(layers, bool):
-        numbers = {layers + count if layers < 0 else layers}
+    elif isinstance(layers, Integral) and not isinstance(layers, bool):
+        numbers = {int(layers) + count if layers < 0 else int(layers)}
     elif isinstance(layers, str):
         numbers = {host.index for host in hosts if fnmatch.fnmatchcase(host.name, layers)}
     else:
         raise ValueError(f"layers are numbers, slices, names or patterns of names, or several of these; got {layers!r}")
     chosen = [host for host in hosts if host.index in numbers]
-    if not chosen or (isinstance(layers, int) and len(chosen) != 1):
+    if not chosen or (isinstance(layers, Integral) and len(chosen) != 1):
         names = some([host.name for host in hosts])
         extra = f"; swapped already (unswap first): {some(taken)}" if taken else ""
         raise ValueError(f"no attention layer is {layers!r}; the model has {count}: {names}{extra}")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from attention_zoo.attention.base import refuse_where
 from attention_zoo.swap.hosts import Adapter, Host, register_adapter
 from attention_zoo.swap.hugging_face import check_call, family_of, hook_again_after, read_mask, window_problem
 from attention_zoo.swap.slot import Slot, describe_refusal, install_slot, linear_problem, shared_problem
@@ -56,21 +56,20 @@ class DecoderSlot(Slot):
                 implementation do not hold: a window, or the bounds of packed sequences.
         """
         check_call(self.mechanism.attention_info.name, kwargs)
-        if problem := window_problem(self.window_size, self.config) or self._packing_problem(attention_mask, kwargs):
+        if problem := window_problem(self.window_size, self.config):
             raise ValueError(problem)
+        self._check_packing(attention_mask, kwargs)
         cache = past_key_values if cache is None else cache
         cache = getattr(cache, "self_attention_cache", cache)  # GPT-2's may hold one for cross attention beside it
         return self.attend(hidden_states, read_mask(attention_mask), False, position_embeddings, cache), None
 
-    def _packing_problem(self, attention_mask: Any, said: Mapping[str, Any]) -> str | None:
-        """Why sequences that are packed in one row would be taken for one: flash-attn's kernels read that from the positions."""
+    def _check_packing(self, attention_mask: Any, said: Mapping[str, Any]) -> None:
+        """Refuse sequences that are packed in one row and not in a mask: flash-attn's kernels read that from the positions."""
         positions = said.get("position_ids")
-        if attention_mask is not None or positions is None or torch.compiler.is_compiling():
-            return None
         implementation = str(getattr(self.config, "_attn_implementation", None))
-        if implementation.startswith("flash") and bool((positions.diff() != 1).any()):
-            return f"packed sequences are in the masks of 'eager' and 'sdpa' attention, not in those of {implementation!r}"
-        return None
+        if attention_mask is None and positions is not None and implementation.startswith("flash"):
+            masked = f"packed sequences are in the masks of 'eager' and 'sdpa' attention, not in those of {implementation!r}"
+            refuse_where(positions.diff() != 1, masked)
 
 
 class DecoderAdapter(Adapter):

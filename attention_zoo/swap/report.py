@@ -58,7 +58,7 @@ class LayerSwap:
         return self.carried + self.converted + self.new
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SwapReport:
     """What `swap_attention` changed.
 
@@ -100,6 +100,10 @@ class SwapReport:
         """The report as plain data, which JSON can hold: the rows, and the totals as [before, after]."""
         totals = {name: list(getattr(self, name)) for name in ("parameters", "flops", "cache_bytes")}
         return {"dry_run": self.dry_run, "layers": [asdict(layer) for layer in self.layers], "totals": totals}
+
+    def __repr__(self) -> str:
+        """The table: what a prompt or notebook shows."""
+        return str(self)
 
     def __str__(self) -> str:
         """A table of at most 120 columns; neighbours that differ in one number of their names only share a row."""

@@ -92,7 +92,8 @@ class TimmAdapter(Adapter):
                 layer = getattr(module, f"{part}_proj")
                 state[f"{part}_proj.weight"] = layer.weight
                 if biased:  # EVA's keys have no bias where its queries and values have one
-                    state[f"{part}_proj.bias"] = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+                    zeros = layer.weight.new_zeros(len(layer.weight)).requires_grad_(module.q_proj.bias.requires_grad)
+                    state[f"{part}_proj.bias"] = zeros if layer.bias is None else layer.bias
         parts = {"o_proj": module.proj, "q_norm": module.q_norm, "k_norm": module.k_norm}
         return state | {f"{part}.{name}": tensor for part, layer in parts.items() for name, tensor in layer.named_parameters()}
 

@@ -7,6 +7,7 @@ import gc
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -286,3 +287,41 @@ def test_a_decoder_starts_with_the_papers_options_for_it(options: dict[str, Any]
     assert model.model.layers[0].self_attn.mechanism.router_kind == options.get("router", "query_norm")
     assert (report.layers[0].new == 0) == (not options)  # ranking the queries' norms needs no weights
     torch.testing.assert_close(model(ids).logits, want)
+
+
+@pytest.mark.parametrize("trained", ["bias", "v_proj", "o_proj", "q_proj"])
+@pytest.mark.parametrize("mechanism", ["mha", "gda", "moh"])
+def test_frozen_parts_of_a_layer_stay_frozen(mechanism: str, trained: str) -> None:
+    """A parameter that comes from frozen tensors only is frozen; what is made of both, or is new, is not."""
+    model = llama(attention_bias=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    az.swap_attention(model, mechanism, layers=0)
+    said = {name: p.requires_grad for name, p in model.model.layers[0].self_attn.mechanism.named_parameters()}
+    for name, learns in said.items():
+        layer, _, kind = name.rpartition(".")
+        sources = {"qkv": "q_proj k_proj v_proj", "proj": "o_proj"}.get(layer, layer) if kind in ("weight", "bias") else ""
+        if "proj" in sources:
+            assert learns == any(trained in f"{source}.{kind}" for source in sources.split()), name
+        else:
+            assert learns, name
+
+
+@pytest.mark.parametrize(
+    ("model", "attention", "options", "error", "match"),
+    [
+        ("llama", "gqa", {}, TypeError, "an nn.Module, is swapped; got str"),
+        (None, ["gqa"], {}, TypeError, "a mechanism's name or a mapping"),
+        (None, {}, {}, ValueError, "the mapping is empty"),
+        (None, "gqa", {"aux_loss_coef": "much"}, ValueError, "aux_loss_coef is a weight"),
+    ],
+)
+def test_wrong_arguments_are_named(model: Any, attention: Any, options: dict[str, Any], error: type, match: str) -> None:
+    with pytest.raises(error, match=match):
+        az.swap_attention(llama() if model is None else model, attention, **options)
+
+
+def test_numbers_of_numpy_choose_layers() -> None:
+    report = az.swap_attention(llama(), "gqa", layers=np.arange(1, 3), dry_run=True)
+    assert [row.name for row in report.layers] == ["model.layers.1.self_attn", "model.layers.2.self_attn"]
+    assert repr(report) == str(report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.utils import parametrizations, prune
 
 import attention_zoo as az
+from attention_zoo.attention.base import read_padding
 from attention_zoo.swap.core import find_hosts
 from attention_zoo.swap.slot import Slot
 
@@ -222,6 +224,37 @@ def test_packed_sequences_are_in_the_masks_or_refused() -> None:
     slot(x, tables, position_ids=torch.arange(5)[None])
     with pytest.raises(ValueError, match="packed sequences"):
         slot(x, tables, position_ids=packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_sequences_are_refused_in_a_compiled_graph(causal: bool, dtype: torch.dtype) -> None:
+    """A mechanism that leaves padding out cannot hold them; a graph looks at its mask when it runs."""
+    seen = torch.ones(7, 7).tril() if causal else torch.ones(7, 7)
+    padded, packed = seen * (torch.arange(7) > 1), seen * torch.block_diag(torch.ones(3, 3), torch.ones(4, 4))
+    masks = [mask.bool()[None, None] for mask in (padded, packed)]
+    if dtype.is_floating_point:
+        masks = [torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(dtype).min) for mask in masks]
+    read = torch.compile(functools.partial(read_padding, batch=1, new=7, seen=0, causal=causal), backend="eager", fullgraph=True)
+    assert read(masks[0]).tolist() == [[False, False, True, True, True, True, True]]
+    with pytest.raises(RuntimeError, match="single pairs of tokens"):
+        read(masks[1])
+
+
+@pytest.mark.parametrize(
+    ("host", "mechanism", "options", "match"),
+    [
+        ("hf-llama", "moh", {"is_causal": False}, "is_causal=False: the layer says True"),
+        ("hf-bert", "mha", {"is_causal": True}, "is_causal=True: the layer says False"),
+        ("hf-llama", "cca", {"layer_idx": 5}, "layer_idx=5: the layer says 0"),
+        ("hf-llama", "cca", {"head_dim": 16}, "head_dim=16: the layer says 8"),
+        ("hf-llama", "gqa", {"rope_layout": "interleaved"}, "rotary tables settle it"),
+        ("hf-vit", "moh", {"device": "meta"}, "device='meta': it is the layer's"),
+        ("hf-vit", "agent", {"num_prefix_tokens": 0}, "num_prefix_tokens=0: the layer says 1"),
+    ],
+)
+def test_what_the_layer_settles_is_no_option(host: str, mechanism: str, options: dict[str, Any], match: str) -> None:
+    assert_refused(HOSTS[host].build(), match, mechanism, **options)
 
 
 # Probabilities
