@@ -41,7 +41,7 @@ def save_pretrained(model: Any, path: str | Path, *, model_args: Mapping[str, An
     What a timm model was built with is read from it, and the model is built once more, without memory, to see whether that is all.
 
     Args:
-        model: a model that `swap_attention` changed, or did not.
+        model: a model that `swap_attention` changed, or did not; also compiled or in a `DataParallel` wrapper, which are not saved.
         path: the folder; made if it is not there.
         model_args: arguments of `timm.create_model` besides the name, where they cannot be read from a timm model (img_size,
             in_chans, num_classes, embed_dim, depth and the like can).
@@ -50,6 +50,7 @@ def save_pretrained(model: Any, path: str | Path, *, model_args: Mapping[str, An
         ValueError: a model of neither kind, one that its name and arguments do not build, or arguments that JSON cannot hold.
             Nothing is written.
     """
+    model = _unwrapped(model)
     if hasattr(model, "save_pretrained"):
         if model_args is not None:
             raise ValueError("a Hugging Face model is built from its configuration: leave model_args out")
@@ -105,6 +106,14 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     return _load_timm(folder, config)
 
 
+def _unwrapped(model: Any) -> Any:
+    """The model inside what `torch.compile` and the parallel wrappers return."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, parallel) or "_orig_mod" in getattr(model, "_modules", ()):
+        model = model.module if isinstance(model, parallel) else model._orig_mod
+    return model
+
+
 def swap_again(model: nn.Module, entries: Iterable[Mapping[str, Any]]) -> None:
     """Put mechanisms as they were recorded (`swaps_of`) into a model's layers; their weights are to be read afterwards.
 
@@ -133,11 +142,14 @@ def _load_timm(folder: Path, config: dict[str, Any]) -> Any:
     model = timm.create_model(config["architecture"], **_tuples(config["model_args"]))
     swap_again(model, config[RECORD])
     state = read_checkpoint(folder / _WEIGHTS)
+    own = model.state_dict()
+    _refuse_other_keys([name for name in own if name not in state], [name for name in state if name not in own])
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())
-    own = model.state_dict()
-    _refuse_other_keys([name for name in own if name not in state], [name for name in state if name not in own])
+    else:
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            tensor.data = tensor.data.to(state[name].dtype if name in state else tensor.dtype)
     model.load_state_dict(state)
     return model.eval()
 

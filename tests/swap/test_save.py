@@ -86,6 +86,18 @@ def test_timm_models(dtype: torch.dtype, tmp_path: Path) -> None:
     assert torch.equal(loaded(x), model(x))
 
 
+@pytest.mark.parametrize("wrapped", ["compiled", "parallel", "dtypes"])
+def test_wrapped_timm_models_and_those_of_several_dtypes(wrapped: str, tmp_path: Path) -> None:
+    model = tiny_vit()
+    az.swap_attention(model, "moh")
+    if wrapped == "dtypes":
+        model.to(torch.bfloat16).head.float()
+    wrappers = {"compiled": torch.compile, "parallel": nn.DataParallel, "dtypes": lambda model: model}
+    az.save_pretrained(wrappers[wrapped](model), tmp_path)
+    loaded = az.from_pretrained(tmp_path).state_dict()
+    assert all(loaded[n].dtype == t.dtype and torch.equal(loaded[n], t) for n, t in model.state_dict().items())
+
+
 def test_models_that_were_not_swapped(tmp_path: Path) -> None:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)).eval()
     az.save_pretrained(model, tmp_path)
