@@ -436,8 +436,6 @@ def _choose(layers: list[str], modules: list[str], wanted: Any) -> set[str] | No
             raise ValueError(
                 f"layers are numbers, slices, names or patterns of names, or several of these; got {wanted!r}"
             ) from None
-        if not each:
-            raise ValueError("no layer is chosen: `layers` is empty")
         return set().union(*(_choose(layers, modules, one) or () for one in each))
     if not found:
         raise ValueError(f"no attention layer is {wanted!r}; the model has {len(layers)}: {some(layers)}")
