@@ -394,7 +394,7 @@ def test_adapters_of_a_swapped_base(tmp_path: Path) -> None:
     from peft import PeftModel
 
     model, ids = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)).eval(), torch.randint(1, 64, (2, 9))
-    az.swap_attention(model, "moh", shared_heads=2, routed_topk=1)
+    az.swap_attention(model, "moh", router="linear", shared_heads=2, routed_topk=1)
     shake(model)
     model.save_pretrained(tmp_path / "base")
     adapted = lora(model, modules_to_save=["router", "balance"])
