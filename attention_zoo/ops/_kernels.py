@@ -31,11 +31,11 @@ def use_kernel(backend: str, tensors: tuple[Tensor, ...], *, dropout_p: float = 
         BackendError: "triton" is asked for, by the call, `use_backend` or the environment, and cannot serve it.
     """
     name = wanted_backend(backend)
-    if name not in ("auto", "triton"):
-        return False
+    if name not in ("auto", "triton") or (name == "auto" and not tensors[0].is_cuda):
+        return False  # nothing is asked of the kernels, which is all that such a call pays
     reason = _reason(tensors, dropout_p) or missing
     if name == "auto":
-        return reason is None and tensors[0].is_cuda
+        return reason is None
     if reason is not None:
         explanation = Explanation(None, name, (EngineReport(name, False, reason),))
         raise BackendError(f"backend {name!r} cannot serve this call: {reason}", explanation)

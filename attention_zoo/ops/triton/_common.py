@@ -9,7 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["LN2", "LOG2E", "last_contiguous", "precision", "prepare_gradient", "read_lse", "tile"]
+__all__ = [
+    "LN2",
+    "LOG2E",
+    "absorb",
+    "conclude",
+    "last_contiguous",
+    "per_logit",
+    "precision",
+    "prepare_gradient",
+    "read_lse",
+    "tile",
+]
 
 LOG2E = math.log2(math.e)  # the kernels' softmax is one of base 2
 LN2 = math.log(2.0)
@@ -48,3 +59,29 @@ def prepare_gradient(out, grad, Lse, DLse, Delta, place, real, HAS_DLSE: tl.cons
         delta -= tl.load(DLse + place, mask=real, other=0.0)
     tl.store(Delta + place, delta, mask=real)
     return read_lse(Lse, place, real), delta
+
+
+@triton.jit
+def absorb(x, highest, total):
+    """One tile of logits x (queries, keys) enters the running softmax of each query.
+
+    Returns: its weights, relative to the new maximum; by how much what was summed up before fades; the new maximum and denominator.
+    """
+    higher = tl.maximum(highest, tl.max(x, 1))
+    anchor = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
+    p = tl.exp2(x - anchor[:, None])
+    fade = tl.exp2(highest - anchor)
+    return p, fade, higher, total * fade + tl.sum(p, 1)
+
+
+@triton.jit
+def conclude(acc, highest, total):
+    """Outputs and log-normalisers from the sums of a softmax; a query that has seen nothing gives 0 and -inf."""
+    whole = tl.where(total == 0.0, 1.0, total)
+    return acc / whole[:, None], tl.where(total == 0.0, float("-inf"), highest + tl.log2(whole))
+
+
+@triton.jit
+def per_logit(scale):
+    """Without the factor log2 e, which logits of base 2 carry: what gradients by natural logits are multiplied by."""
+    return scale * 0.6931471805599453

@@ -14,7 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_zoo.ops.triton._common import LN2, LOG2E, last_contiguous, precision, prepare_gradient, read_lse, tile
+from attention_zoo.ops.triton._common import (
+    LN2,
+    LOG2E,
+    absorb,
+    conclude,
+    last_contiguous,
+    per_logit,
+    precision,
+    prepare_gradient,
+    read_lse,
+    tile,
+)
 
 __all__ = ["core_context_attention_triton"]
 
@@ -26,7 +37,7 @@ def _released(position, WINDOW, GROUP):
 
 
 @triton.jit
-def _absorb(
+def _walk(
     q, K, V, first, stop, places, offset, oldest, skn, svn, LENGTH, D, DV, highest, total, acc, scale,
     CORE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
@@ -47,14 +58,9 @@ def _absorb(
                 at = n + offset
                 seen = (there & (at >= 0))[None, :] & (at[None, :] >= oldest[:, None]) & (at[None, :] <= places[:, None])
             x = tl.where(seen, x, float("-inf"))
-        higher = tl.maximum(highest, tl.max(x, 1))
-        anchor = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(x - anchor[:, None])
-        fade = tl.exp2(highest - anchor)
-        total = total * fade + tl.sum(p, 1)
+        p, fade, highest, total = absorb(x, highest, total)
         v = tl.load(V + n[:, None] * svn + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0.0)
         acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        highest = higher
     return highest, total, acc
 
 
@@ -94,28 +100,27 @@ def _forward_kernel(
     V += b * svb + h // SHARE * svh
     CoreK += b * sckb + h // CORE_SHARE * sckh
     CoreV += b * scvb + h // CORE_SHARE * scvh
-    highest, total, acc = _absorb(
+    highest, total, acc = _walk(
         q, K, V, first, all_from, places, key_start, oldest * GROUP, skn, svn, KEYS, D, DV, highest, total, acc, scale,
         False, True, PRECISION, BN, BD, BDV,
     )  # fmt: skip
-    highest, total, acc = _absorb(
+    highest, total, acc = _walk(
         q, K, V, all_from, all_to, places, key_start, oldest * GROUP, skn, svn, KEYS, D, DV, highest, total, acc, scale,
         False, False, PRECISION, BN, BD, BDV,
     )  # fmt: skip
-    highest, total, acc = _absorb(
+    highest, total, acc = _walk(
         q, K, V, all_to, end, places, key_start, oldest * GROUP, skn, svn, KEYS, D, DV, highest, total, acc, scale,
         False, True, PRECISION, BN, BD, BDV,
     )  # fmt: skip
-    highest, total, acc = _absorb(
+    highest, total, acc = _walk(
         q, CoreK, CoreV, 0, core_all, places, 0, oldest, sckn, scvn, CORES, D, DV, highest, total, acc, scale,
         True, False, PRECISION, BN, BD, BDV,
     )  # fmt: skip
-    highest, total, acc = _absorb(
+    highest, total, acc = _walk(
         q, CoreK, CoreV, core_all, core_end, places, 0, oldest, sckn, scvn, CORES, D, DV, highest, total, acc, scale,
         True, True, PRECISION, BN, BD, BDV,
     )  # fmt: skip
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    lse = tl.where(total == 0.0, float("-inf"), highest + tl.log2(tl.where(total == 0.0, 1.0, total)))
+    out, lse = conclude(acc, highest, total)
     at = Out + b * sob + h * soh
     tl.store(at + rows[:, None] * son + dv[None, :], out.to(Out.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])
     tl.store(Lse + bh.to(tl.int64) * QUERIES + rows, lse, mask=real)
@@ -180,7 +185,7 @@ def _query_gradient_kernel(
         q, grad, CoreK, CoreV, 0, core_end, places, 0, oldest, lse, delta, sckn, scvn, CORES, D, DV, acc, scale,
         True, PRECISION, BN, BD, BDV,
     )  # fmt: skip
-    acc *= scale * 0.6931471805599453
+    acc *= per_logit(scale)
     at = DQ + b * sdb + h * sdh
     tl.store(at + rows[:, None] * sdn + d[None, :], acc.to(DQ.dtype.element_ty), mask=wanted)
 
@@ -236,7 +241,7 @@ def _key_gradient_kernel(
             ds = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
             dv_sum += tl.dot(tl.trans(p.to(grad.dtype)), grad, input_precision=PRECISION)
             dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION)
-    dk *= scale * 0.6931471805599453
+    dk *= per_logit(scale)
     at_k, at_v = DK + b * sdkb + g * sdkh, DV_ + b * sdvb + g * sdvh
     tl.store(at_k + n[:, None] * sdkn + d[None, :], dk.to(DK.dtype.element_ty), mask=wanted)
     tl.store(at_v + n[:, None] * sdvn + dv[None, :], dv_sum.to(DV_.dtype.element_ty), mask=wanted_v)

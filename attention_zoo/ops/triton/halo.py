@@ -15,7 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_zoo.ops.triton._common import LN2, LOG2E, last_contiguous, precision, prepare_gradient, read_lse, tile
+from attention_zoo.ops.triton._common import (
+    LN2,
+    LOG2E,
+    absorb,
+    conclude,
+    last_contiguous,
+    per_logit,
+    precision,
+    prepare_gradient,
+    read_lse,
+    tile,
+)
 
 __all__ = ["halo_attention_triton"]
 
@@ -91,16 +102,10 @@ def _forward_kernel(
             z = _spread(z, of_column, (r[:, None] == column[None, :]).to(tl.float16))
         counts = inside if MASKED else cell < WIN * WIN
         z = tl.where(counts[None, :], z, float("-inf"))
-        higher = tl.maximum(highest, tl.max(z, 1))
-        anchor = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(z - anchor[:, None])
-        fade = tl.exp2(highest - anchor)
-        total = total * fade + tl.sum(p, 1)
+        p, fade, highest, total = absorb(z, highest, total)
         v = tl.load(V + ky[:, None] * svy + kx[:, None] * svx + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
         acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        highest = higher
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    lse = tl.where(total == 0.0, float("-inf"), highest + tl.log2(tl.where(total == 0.0, 1.0, total)))
+    out, lse = conclude(acc, highest, total)
     tl.store(
         Out + b * sob + h * soh + y[:, None] * soy + x[:, None] * sox + dv[None, :], out.to(Out.dtype.element_ty),
         mask=real[:, None] & (dv < DV)[None, :],
@@ -165,10 +170,10 @@ def _query_gradient_kernel(
             rounded = ds.to(k.dtype)
             ds_rows += tl.dot(rounded, (row[:, None] == r[None, :]).to(k.dtype), input_precision=PRECISION)
             ds_columns += tl.dot(rounded, (column[:, None] == r[None, :]).to(k.dtype), input_precision=PRECISION)
-    acc *= scale * 0.6931471805599453
+    acc *= per_logit(scale)
     if POSITIONS:
-        ds_rows *= scale_positions * 0.6931471805599453
-        ds_columns *= scale_positions * 0.6931471805599453
+        ds_rows *= per_logit(scale_positions)
+        ds_columns *= per_logit(scale_positions)
         tl.store(DS + kept, ds_rows.to(DS.dtype.element_ty), mask=listed)
         tl.store(DS + kept + BW, ds_columns.to(DS.dtype.element_ty), mask=listed)
         for n in range(first, last):
@@ -239,7 +244,7 @@ def _key_gradient_kernel(
         ds = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dv_sum += tl.dot(tl.trans(p.to(grad.dtype)), grad, input_precision=PRECISION)
         dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION)
-    dk *= scale * 0.6931471805599453
+    dk *= per_logit(scale)
     at, at_v = DK + b * sdkb + h * sdkh, DV_ + b * sdvb + h * sdvh
     tl.store(at + ky[:, None] * sdky + kx[:, None] * sdkx + d[None, :], dk.to(DK.dtype.element_ty), mask=wanted)
     tl.store(at_v + ky[:, None] * sdvy + kx[:, None] * sdvx + dv[None, :], dv_sum.to(DV_.dtype.element_ty), mask=wanted_v)

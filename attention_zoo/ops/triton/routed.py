@@ -15,7 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_zoo.ops.triton._common import LN2, LOG2E, last_contiguous, precision, prepare_gradient, read_lse, tile
+from attention_zoo.ops.triton._common import (
+    LN2,
+    LOG2E,
+    absorb,
+    conclude,
+    last_contiguous,
+    per_logit,
+    precision,
+    prepare_gradient,
+    read_lse,
+    tile,
+)
 
 __all__ = ["routed_attention_triton"]
 
@@ -57,20 +68,14 @@ def _forward_kernel(
         if HAS_MASK:
             inside = inside & (tl.load(Mask + b * smb + region * NK + t, mask=inside, other=0) != 0)
         x = tl.where(inside[None, :], x, float("-inf"))
-        higher = tl.maximum(highest, tl.max(x, 1))
-        anchor = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(x - anchor[:, None])
-        fade = tl.exp2(highest - anchor)
-        total = total * fade + tl.sum(p, 1)
+        p, fade, highest, total = absorb(x, highest, total)
         if HAS_W:
             p = p * w[None, :]
         v = tl.load(
             V + region[:, None] * svr + t[:, None] * svt + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0.0
         )
         acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        highest = higher
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    lse = tl.where(total == 0.0, float("-inf"), highest + tl.log2(tl.where(total == 0.0, 1.0, total)))
+    out, lse = conclude(acc, highest, total)
     at = Out + b * sob + h * soh + r.to(tl.int64) * sor
     tl.store(at + rows[:, None] * sot + dv[None, :], out.to(Out.dtype.element_ty), mask=(rows < NQ)[:, None] & (dv < DV)[None, :])
     tl.store(Lse + (bh.to(tl.int64) * R + r) * NQ + rows, lse, mask=rows < NQ)
@@ -127,13 +132,13 @@ def _query_gradient_kernel(
         if HAS_W:
             ds = p * (dp * w[None, :] - delta[:, None])
             if HAS_DW:
-                each = tl.sum(p * dp + ds * raw * 0.6931471805599453, 0)
+                each = tl.sum(p * dp + ds * per_logit(raw), 0)
                 tl.store(DWeights + slot, each, mask=inside)
             ds = ds * w[None, :]
         else:
             ds = p * (dp - delta[:, None])
         acc += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
-    acc *= scale * 0.6931471805599453
+    acc *= per_logit(scale)
     at = DQ + b * sdb + h * sdh + wide * sdr
     tl.store(at + rows[:, None] * sdt + d[None, :], acc.to(DQ.dtype.element_ty), mask=wanted)
 
@@ -230,7 +235,7 @@ def _key_gradient_kernel(
                 ds = p * (dp - delta[None, :])
             dv_sum += tl.dot(p.to(grad.dtype), grad, input_precision=PRECISION)
             dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
-    dk *= scale * 0.6931471805599453
+    dk *= per_logit(scale)
     part = tl.load(Parts + b * RK + region)
     if part < 0:
         at, at_v = DK + b * sdkb + hk * sdkh + wide * sdkr, DV_ + b * sdvb + hk * sdvh + wide * sdvr
