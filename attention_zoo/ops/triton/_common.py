@@ -18,6 +18,7 @@ __all__ = [
     "per_logit",
     "precision",
     "prepare_gradient",
+    "read_delta",
     "read_lse",
     "tile",
 ]
@@ -49,14 +50,21 @@ def read_lse(Lse, place, real):
 
 
 @triton.jit
+def read_delta(out, grad, DLse, place, real, HAS_DLSE: tl.constexpr):
+    """out . grad - grad of the log-normaliser, for each query."""
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta -= tl.load(DLse + place, mask=real, other=0.0)
+    return delta
+
+
+@triton.jit
 def prepare_gradient(out, grad, Lse, DLse, Delta, place, real, HAS_DLSE: tl.constexpr):
     """What the gradient of a logit is made of besides: the log-normaliser and delta = out . grad - grad of the log-normaliser.
 
     Delta is kept for the kernel of the keys.
     """
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    if HAS_DLSE:
-        delta -= tl.load(DLse + place, mask=real, other=0.0)
+    delta = read_delta(out, grad, DLse, place, real, HAS_DLSE)
     tl.store(Delta + place, delta, mask=real)
     return read_lse(Lse, place, real), delta
 

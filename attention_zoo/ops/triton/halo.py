@@ -2,8 +2,9 @@
 
 A program has the queries of one block (or some of them) and walks along the cells of its window. The position terms of a query
 are 2 win numbers, Sh[r] = q Rh[r - i + win - 1] and Sw[c] likewise; they reach the logits by a product with the one-hot rows and
-columns of the cells, and their gradients come back by the same product. Keys and values collect their gradients from the blocks
-around them, one program for each block of cells: no atomics.
+columns of the cells, and their gradients come back by the same product. The queries' gradients are computed first; their kernel
+leaves the weights and the logits' gradients of some heads at a time, from which keys and values then collect theirs, one program
+for each block of cells: nothing is computed twice, and there are no atomics.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from attention_zoo.ops.triton._common import (
     last_contiguous,
     per_logit,
     precision,
-    prepare_gradient,
+    read_delta,
     read_lse,
     tile,
 )
@@ -31,6 +32,7 @@ from attention_zoo.ops.triton._common import (
 __all__ = ["halo_attention_triton"]
 
 _WARPS = 4
+_KEPT_BYTES = 2**26  # of weights and gradients of logits that the backward holds at a time; a GPU is full with less
 
 
 @triton.jit
@@ -115,14 +117,15 @@ def _forward_kernel(
 
 @triton.jit
 def _query_gradient_kernel(
-    Q, K, V, Rows, Columns, Out, Lse, DOut, DLse, Delta, DQ, S, DS,
-    scale, scale_positions,
+    Q, K, V, Rows, Columns, Out, Lse, DOut, DLse, DQ, DPositions, P, DZ,
+    scale, scale_positions, first_head,
     sqb, sqh, sqy, sqx, skb, skh, sky, skx, svb, svh, svy, svx, sob, soh, soy, sox, sgb, sgh, sgy, sgx, sdb, sdh, sdy, sdx,
     HEADS, HEIGHT, WIDTH, QH, QW, BLOCKS, BLOCKS_X, SIDE, BLOCK, HALO, WIN, D, DV, TILES,
     POSITIONS: tl.constexpr, MASKED: tl.constexpr, HAS_DLSE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
-    pid, bh = tl.program_id(0), tl.program_id(1)
+    """Of the heads from `first_head` on, counted over the batch; P and DZ keep their weights and the gradients of their logits."""
+    pid, bh = tl.program_id(0), first_head + tl.program_id(1)
     block, portion = pid // TILES, pid % TILES
     u, w = block // BLOCKS_X, block % BLOCKS_X
     b, h = (bh // HEADS).to(tl.int64), bh % HEADS
@@ -135,7 +138,7 @@ def _query_gradient_kernel(
     out = tl.load(Out + b * sob + h * soh + y[:, None] * soy + x[:, None] * sox + dv[None, :], mask=wanted_v, other=0.0)
     grad = tl.load(DOut + b * sgb + h * sgh + y[:, None] * sgy + x[:, None] * sgx + dv[None, :], mask=wanted_v, other=0.0)
     place = (bh.to(tl.int64) * QH + y) * QW + x
-    lse, delta = prepare_gradient(out, grad, Lse, DLse, Delta, place, real, HAS_DLSE)
+    lse, delta = read_lse(Lse, place, real), read_delta(out, grad, DLse, place, real, HAS_DLSE)
     r = tl.arange(0, BW)
     kept = ((bh.to(tl.int64) * BLOCKS + block) * SIDE * SIDE + rows)[:, None] * (2 * BW) + r[None, :]
     listed = (rows < SIDE * SIDE)[:, None] & (r < BW)[None, :]
@@ -143,13 +146,12 @@ def _query_gradient_kernel(
         first, last = (portion * BM) // SIDE, tl.minimum((portion * BM + BM - 1) // SIDE + 1, SIDE)
         s_rows = _positions(q, Rows, i, first, last, WIN, D, PRECISION, BM, BW, BD) * scale_positions
         s_columns = _positions(q, Columns, j, 0, SIDE, WIN, D, PRECISION, BM, BW, BD) * scale_positions
-        tl.store(S + kept, s_rows, mask=listed)
-        tl.store(S + kept + BW, s_columns, mask=listed)
         ds_rows = tl.zeros([BM, BW], tl.float32)
         ds_columns = tl.zeros([BM, BW], tl.float32)
         of_row, of_column = _split(s_rows), _split(s_columns)
     K += b * skb + h * skh
     V += b * svb + h * svh
+    pairs = (tl.program_id(1).to(tl.int64) * BLOCKS + block) * WIN * WIN * SIDE * SIDE  # (cells of the window, queries)
     acc = tl.zeros([BM, BD], tl.float32)
     for start in range(0, WIN * WIN, BN):
         cell = start + tl.arange(0, BN)
@@ -165,17 +167,21 @@ def _query_gradient_kernel(
         counts = inside if MASKED else cell < WIN * WIN
         p = tl.where(counts[None, :], tl.exp2(z - lse[:, None]), 0.0)
         ds = p * (tl.dot(grad, v, input_precision=PRECISION) - delta[:, None])
-        acc += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
+        rounded = ds.to(k.dtype)
+        at = pairs + cell[:, None] * (SIDE * SIDE) + rows[None, :]
+        exists = (cell < WIN * WIN)[:, None] & (rows < SIDE * SIDE)[None, :]
+        tl.store(P + at, tl.trans(p.to(k.dtype)), mask=exists)
+        tl.store(DZ + at, tl.trans(rounded), mask=exists)
+        acc += tl.dot(rounded, k, input_precision=PRECISION)
         if POSITIONS:
-            rounded = ds.to(k.dtype)
             ds_rows += tl.dot(rounded, (row[:, None] == r[None, :]).to(k.dtype), input_precision=PRECISION)
             ds_columns += tl.dot(rounded, (column[:, None] == r[None, :]).to(k.dtype), input_precision=PRECISION)
     acc *= per_logit(scale)
     if POSITIONS:
         ds_rows *= per_logit(scale_positions)
         ds_columns *= per_logit(scale_positions)
-        tl.store(DS + kept, ds_rows.to(DS.dtype.element_ty), mask=listed)
-        tl.store(DS + kept + BW, ds_columns.to(DS.dtype.element_ty), mask=listed)
+        tl.store(DPositions + kept, ds_rows.to(DPositions.dtype.element_ty), mask=listed)
+        tl.store(DPositions + kept + BW, ds_columns.to(DPositions.dtype.element_ty), mask=listed)
         for n in range(first, last):
             table = tl.load(
                 Rows + (r[:, None] - n + WIN - 1) * D + d[None, :], mask=(r < WIN)[:, None] & (d < D)[None, :], other=0.0
@@ -186,20 +192,20 @@ def _query_gradient_kernel(
                 Columns + (r[:, None] - n + WIN - 1) * D + d[None, :], mask=(r < WIN)[:, None] & (d < D)[None, :], other=0.0
             )  # fmt: skip
             acc += tl.dot(tl.where((j == n)[:, None], ds_columns, 0.0).to(q.dtype), table.to(q.dtype), input_precision=PRECISION)
-    at = DQ + b * sdb + h * sdh
-    tl.store(at + y[:, None] * sdy + x[:, None] * sdx + d[None, :], acc.to(DQ.dtype.element_ty), mask=wanted)
+    DQ += b * sdb + h * sdh
+    tl.store(DQ + y[:, None] * sdy + x[:, None] * sdx + d[None, :], acc.to(DQ.dtype.element_ty), mask=wanted)
 
 
 @triton.jit
 def _key_gradient_kernel(
-    Q, K, V, Lse, DOut, Delta, S, DK, DV_,
-    scale,
-    sqb, sqh, sqy, sqx, skb, skh, sky, skx, svb, svh, svy, svx, sgb, sgh, sgy, sgx, sdkb, sdkh, sdky, sdkx, sdvb, sdvh, sdvy, sdvx,
-    HEADS, HEIGHT, WIDTH, QH, QW, BLOCKS, BLOCKS_Y, BLOCKS_X, SIDE, BLOCK, HALO, WIN, REACH, D, DV, TILES,
-    POSITIONS: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    Q, DOut, P, DZ, DK, DV_,
+    scale, first_head,
+    sqb, sqh, sqy, sqx, sgb, sgh, sgy, sgx, sdkb, sdkh, sdky, sdkx, sdvb, sdvh, sdvy, sdvx,
+    HEADS, HEIGHT, WIDTH, QH, QW, BLOCKS_Y, BLOCKS_X, SIDE, BLOCK, HALO, WIN, REACH, D, DV, TILES,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
-    pid, bh = tl.program_id(0), tl.program_id(1)
+    """From the weights and gradients of logits that the queries' kernel has left of the heads from `first_head` on."""
+    pid, bh = tl.program_id(0), first_head + tl.program_id(1)
     block, portion = pid // TILES, pid % TILES
     u, w = block // BLOCKS_X, block % BLOCKS_X
     b, h = (bh // HEADS).to(tl.int64), bh % HEADS
@@ -208,11 +214,9 @@ def _key_gradient_kernel(
     ky, kx = u * BLOCK + a, w * BLOCK + c
     real = (a < BLOCK) & (ky < HEIGHT) & (kx < WIDTH)
     wanted, wanted_v = real[:, None] & (d < D)[None, :], real[:, None] & (dv < DV)[None, :]
-    k = tl.load(K + b * skb + h * skh + ky[:, None] * sky + kx[:, None] * skx + d[None, :], mask=wanted, other=0.0)
-    v = tl.load(V + b * svb + h * svh + ky[:, None] * svy + kx[:, None] * svx + dv[None, :], mask=wanted_v, other=0.0)
     Q += b * sqb + h * sqh
     DOut += b * sgb + h * sgh
-    r = tl.arange(0, BW)
+    pairs = tl.program_id(1).to(tl.int64) * BLOCKS_Y * BLOCKS_X * WIN * WIN * SIDE * SIDE
     dk = tl.zeros([BN, BD], tl.float32)
     dv_sum = tl.zeros([BN, BDV], tl.float32)
     up, left = tl.maximum(u - REACH, 0), tl.maximum(w - REACH, 0)
@@ -223,30 +227,22 @@ def _key_gradient_kernel(
         row, column = ky - uu * BLOCK + HALO, kx - ww * BLOCK + HALO
         seen = real & (row >= 0) & (row < WIN) & (column >= 0) & (column < WIN)
         rows = n % steps * BM + tl.arange(0, BM)
-        i, j = rows // SIDE, rows % SIDE
-        y, x = uu * SIDE + i, ww * SIDE + j
-        there = (i < SIDE) & (y < QH) & (x < QW)
+        y, x = uu * SIDE + rows // SIDE, ww * SIDE + rows % SIDE
+        there = (rows < SIDE * SIDE) & (y < QH) & (x < QW)
         q = tl.load(Q + y[:, None] * sqy + x[:, None] * sqx + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
         grad = tl.load(
             DOut + y[:, None] * sgy + x[:, None] * sgx + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0.0
         )  # fmt: skip
-        place = (bh.to(tl.int64) * QH + y) * QW + x
-        lse = read_lse(Lse, place, there)
-        delta = tl.load(Delta + place, mask=there, other=0.0)
-        z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # (queries, cells)
-        if POSITIONS:
-            kept = ((bh.to(tl.int64) * BLOCKS + uu * BLOCKS_X + ww) * SIDE * SIDE + rows)[:, None] * (2 * BW) + r[None, :]
-            s_rows = tl.load(S + kept, mask=there[:, None], other=0.0)
-            s_columns = tl.load(S + kept + BW, mask=there[:, None], other=0.0)
-            z = _spread(z, _split(s_rows), (r[:, None] == row[None, :]).to(tl.float16))
-            z = _spread(z, _split(s_columns), (r[:, None] == column[None, :]).to(tl.float16))
-        p = tl.where(seen[None, :], tl.exp2(z - lse[:, None]), 0.0)
-        ds = p * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-        dv_sum += tl.dot(tl.trans(p.to(grad.dtype)), grad, input_precision=PRECISION)
-        dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION)
+        cell = (uu * BLOCKS_X + ww) * WIN * WIN + row * WIN + column
+        at = pairs + cell[:, None] * (SIDE * SIDE) + rows[None, :]
+        exists = seen[:, None] & there[None, :]
+        p = tl.load(P + at, mask=exists, other=0.0)
+        dz = tl.load(DZ + at, mask=exists, other=0.0)
+        dv_sum += tl.dot(p, grad, input_precision=PRECISION)
+        dk += tl.dot(dz, q, input_precision=PRECISION)
     dk *= per_logit(scale)
-    at, at_v = DK + b * sdkb + h * sdkh, DV_ + b * sdvb + h * sdvh
-    tl.store(at + ky[:, None] * sdky + kx[:, None] * sdkx + d[None, :], dk.to(DK.dtype.element_ty), mask=wanted)
+    at_k, at_v = DK + b * sdkb + h * sdkh, DV_ + b * sdvb + h * sdvh
+    tl.store(at_k + ky[:, None] * sdky + kx[:, None] * sdkx + d[None, :], dk.to(DK.dtype.element_ty), mask=wanted)
     tl.store(at_v + ky[:, None] * sdvy + kx[:, None] * sdvx + dv[None, :], dv_sum.to(DV_.dtype.element_ty), mask=wanted_v)
 
 
@@ -333,36 +329,36 @@ def _halo_backward(
     side, win = block // stride, block + 2 * halo
     blocks_y, blocks_x = triton.cdiv(height, block), triton.cdiv(width, block)
     dq, dk, dv = _empty(q, dim), _empty(k, dim), _empty(v, dim_v)
-    bw, delta = tile(win, 256), torch.empty_like(lse)
-    positions = rows is not None
-    kept = (batch, heads, blocks_y * blocks_x, side * side, 2, bw) if positions else (1,)
-    s, ds = q.new_empty(kept, dtype=torch.float32), q.new_empty(kept)
-    common = {
-        "POSITIONS": positions, "PRECISION": precision(q), "BW": bw, "BD": tile(dim, 256), "BDV": tile(dim_v, 256),
-        "num_warps": _WARPS,
-    }  # fmt: skip
-    bm = tile(side * side)
-    tiles = triton.cdiv(side * side, bm)
+    positions, blocks, bw = rows is not None, blocks_y * blocks_x, tile(win, 256)
+    d_positions = q.new_empty((batch, heads, blocks, side * side, 2, bw) if positions else (1,))
     if not q.numel():
         return dq, dk, dv, q.new_zeros((2, 2 * win - 1, dim) if positions else (1,), dtype=torch.float32)
-    _query_gradient_kernel[(blocks_y * blocks_x * tiles, batch * heads)](
-        q, k, v, q if rows is None else rows, q if columns is None else columns, out, lse, grad,
-        lse if grad_lse is None else (grad_lse * LOG2E).contiguous(), delta, dq, s, ds, scale * LOG2E, scale_positions * LOG2E,
-        *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *out.stride()[:4], *grad.stride()[:4], *dq.stride()[:4],
-        heads, height, width, qh, qw, blocks_y * blocks_x, blocks_x, side, block, halo, win, dim, dim_v, tiles,
-        MASKED=masked, HAS_DLSE=grad_lse is not None, BM=bm, BN=tile(win * win), **common,
-    )  # fmt: skip
-    bn = tile(block * block)
-    tiles = triton.cdiv(block * block, bn)
-    _key_gradient_kernel[(blocks_y * blocks_x * tiles, batch * heads)](
-        q, k, v, lse, grad, delta, s, dk, dv, scale * LOG2E,
-        *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *grad.stride()[:4], *dk.stride()[:4], *dv.stride()[:4],
-        heads, height, width, qh, qw, blocks_y * blocks_x, blocks_y, blocks_x, side, block, halo, win, triton.cdiv(halo, block),
-        dim, dim_v, tiles, BM=bm, BN=bn, **common,
-    )  # fmt: skip
+    bm, bn = tile(side * side), tile(block * block)
+    per_head = blocks * win * win * side * side
+    step = max(1, min(batch * heads, _KEPT_BYTES // (2 * per_head * q.element_size())))
+    p, dz = (q.new_empty(step * per_head) for _ in range(2))
+    d_lse = lse if grad_lse is None else (grad_lse * LOG2E).contiguous()
+    common = {"PRECISION": precision(q), "BM": bm, "BD": tile(dim, 256), "BDV": tile(dim_v, 256), "num_warps": _WARPS}
+    for first in range(0, batch * heads, step):
+        some = min(step, batch * heads - first)
+        tiles = triton.cdiv(side * side, bm)
+        _query_gradient_kernel[(blocks * tiles, some)](
+            q, k, v, q if rows is None else rows, q if columns is None else columns, out, lse, grad, d_lse, dq, d_positions, p, dz,
+            scale * LOG2E, scale_positions * LOG2E, first,
+            *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *out.stride()[:4], *grad.stride()[:4], *dq.stride()[:4],
+            heads, height, width, qh, qw, blocks, blocks_x, side, block, halo, win, dim, dim_v, tiles,
+            POSITIONS=positions, MASKED=masked, HAS_DLSE=grad_lse is not None, BN=tile(win * win), BW=bw, **common,
+        )  # fmt: skip
+        tiles = triton.cdiv(block * block, bn)
+        _key_gradient_kernel[(blocks * tiles, some)](
+            q, grad, p, dz, dk, dv, scale * LOG2E, first,
+            *q.stride()[:4], *grad.stride()[:4], *dk.stride()[:4], *dv.stride()[:4],
+            heads, height, width, qh, qw, blocks_y, blocks_x, side, block, halo, win, triton.cdiv(halo, block),
+            dim, dim_v, tiles, BN=bn, **common,
+        )  # fmt: skip
     if not positions:
-        return dq, dk, dv, ds
-    return dq, dk, dv, _table_gradients(q, ds, side, win)
+        return dq, dk, dv, d_positions
+    return dq, dk, dv, _table_gradients(q, d_positions, side, win)
 
 
 @_halo_backward.register_fake
