@@ -21,6 +21,7 @@ POOLS = ("cca", "mean", "max")
 CORE_HEADS = ("query", "kv")
 
 _BLOCK = 256  # queries whose logits exist at the same time
+_MOST_MEMBERS = 128  # tokens of a group that a program of the pooling kernel holds
 
 
 def pooling_weights(q: Tensor, k: Tensor, *, group_size: int, scale: float | None = None) -> Tensor:
@@ -37,7 +38,15 @@ def pooling_weights(q: Tensor, k: Tensor, *, group_size: int, scale: float | Non
 
 
 def _pool_weights(
-    q: Tensor, k: Tensor, v: Tensor, *, group_size: int, pool: str = "cca", core_per: str = "query", scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group_size: int,
+    pool: str = "cca",
+    core_per: str = "query",
+    scale: float | None = None,
+    **_: Any,
 ) -> Tensor | None:
     """How `pool_core_tokens` weighs the tokens of each group, (B, H_core, m, group_size); None: by their size ("max")."""
     if pool == "max":
@@ -52,7 +61,15 @@ def _pool_weights(
 
 @tapped(_pool_weights)
 def pool_core_tokens(
-    q: Tensor, k: Tensor, v: Tensor, *, group_size: int, pool: str = "cca", core_per: str = "query", scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group_size: int,
+    pool: str = "cca",
+    core_per: str = "query",
+    scale: float | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of the core tokens, one for each group of `group_size` consecutive tokens.
 
@@ -67,11 +84,13 @@ def pool_core_tokens(
         core_per: "query": a core token for each query head; "kv": one for each key/value head, with the mean of its query heads'
             alpha. "mean" and "max" do not depend on the query and are always one for each key/value head.
         scale: factor of q k; None: 1 / sqrt(D).
+        backend: "triton" for our kernel, which pool="cca" has; "auto" takes it on CUDA; any other for the plain code.
 
     Returns: (B, H_core, m, D) and (B, H_core, m, D_v) in the dtype of k and v; H_core is H or G.
 
     Raises:
         ValueError: tensors that do not fit together, or an unknown choice.
+        BackendError: backend="triton" cannot serve the call.
     """
     for name, value, allowed in (("pool", pool, POOLS), ("core_per", core_per, CORE_HEADS)):
         if value not in allowed:
@@ -81,6 +100,11 @@ def pool_core_tokens(
             f"q must be (B, H, m, D), k and v (B, G, m * {group_size}, D) with G a divisor of H; got {tuple(q.shape)}, "
             f"{tuple(k.shape)}, {tuple(v.shape)}"
         )
+    if use_kernel(backend, (q, k, v), missing=_no_pooling_kernel(pool, group_size)):
+        from attention_zoo.ops.triton.core_pooling import pool_core_tokens_triton
+
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        return pool_core_tokens_triton(q, k, v, group_size=group_size, mean=core_per == "kv", scale=factor)
     with no_autocast(q):
         groups = tuple(t.unflatten(2, (-1, group_size)) for t in (k, v))  # (B, G, m, group_size, D)
         if pool == "max":
@@ -93,6 +117,15 @@ def pool_core_tokens(
             weights = weights.mean(2, keepdim=True)
         core_k, core_v = (torch.einsum("bgrmp,bgmpd->bgrmd", weights, t.to(work)).flatten(1, 2) for t in groups)
         return core_k.to(k.dtype), core_v.to(v.dtype)
+
+
+def _no_pooling_kernel(pool: str, group_size: int) -> str | None:
+    """Why there is no kernel for pooling this way; None if there is."""
+    if pool != "cca":
+        return f"pool={pool!r} is a single reduction, which needs no kernel"
+    if group_size > _MOST_MEMBERS:
+        return f"groups of more than {_MOST_MEMBERS} tokens: {group_size}"
+    return None
 
 
 def core_context_visible(
@@ -189,13 +222,12 @@ def core_context_attention(
     ):
         raise ValueError(f"the last query sees {needed} core tokens, core_k has {core_k.shape[2]}")
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    places = None if isinstance(query_start, Tensor) or isinstance(key_start, Tensor) else (query_start, key_start)
-    missing = "the samples start at different places" if places is None else None
-    if use_kernel(backend, (q, k, v, core_k, core_v), dropout_p=dropout_p, missing=missing) and places is not None:
+    if use_kernel(backend, (q, k, v, core_k, core_v), dropout_p=dropout_p):
         from attention_zoo.ops.triton.core_context import core_context_attention_triton
 
-        sizes = {"window_size": window_size, "group_size": group_size, "query_start": places[0], "key_start": places[1]}
-        result = core_context_attention_triton(q, k, v, core_k, core_v, **sizes, scale=factor)
+        places: dict[str, Any] = {"query_start": query_start, "key_start": key_start}
+        sizes = {"window_size": window_size, "group_size": group_size}
+        result = core_context_attention_triton(q, k, v, core_k, core_v, **sizes, **places, scale=factor)
         return result if return_lse else result[0]
     parts = []
     with no_autocast(q):

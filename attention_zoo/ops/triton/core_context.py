@@ -17,7 +17,6 @@ from torch import Tensor
 from attention_zoo.ops.triton._common import (
     LN2,
     LOG2E,
-    absorb,
     conclude,
     last_contiguous,
     per_logit,
@@ -26,59 +25,27 @@ from attention_zoo.ops.triton._common import (
     read_lse,
     tile,
 )
+from attention_zoo.ops.triton._core_walk import place_of, released, walk
+from attention_zoo.ops.triton.core_decode import decode, is_decode
 
 __all__ = ["core_context_attention_triton"]
 
 
 @triton.jit
-def _released(position, WINDOW, GROUP):
-    """Core tokens that the query at `position` sees."""
-    return tl.maximum(position + 1 - WINDOW, 0) // GROUP
-
-
-@triton.jit
-def _walk(
-    q, K, V, first, stop, places, offset, oldest, skn, svn, LENGTH, D, DV, highest, total, acc, scale,
-    CORE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-):  # fmt: skip
-    """The softmax goes on over the keys numbered `first` to `stop`, which stand at `offset` and behind.
-
-    Exact keys (not CORE): a query sees those from `oldest` to its own place. Core keys: those below `oldest`.
-    """
-    d, dv = tl.arange(0, BD), tl.arange(0, BDV)
-    for start in range(first, stop, BN):
-        n = start + tl.arange(0, BN)
-        there = (n >= 0) & (n < LENGTH)
-        k = tl.load(K + n[None, :] * skn + d[:, None], mask=there[None, :] & (d < D)[:, None], other=0.0)
-        x = tl.dot(q, k, input_precision=PRECISION) * scale
-        if MASKED:
-            if CORE:
-                seen = there[None, :] & (n[None, :] < oldest[:, None])
-            else:
-                at = n + offset
-                seen = (there & (at >= 0))[None, :] & (at[None, :] >= oldest[:, None]) & (at[None, :] <= places[:, None])
-            x = tl.where(seen, x, float("-inf"))
-        p, fade, highest, total = absorb(x, highest, total)
-        v = tl.load(V + n[:, None] * svn + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0.0)
-        acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-    return highest, total, acc
-
-
-@triton.jit
 def _spans(low, high, KEYS, CORES, WINDOW, GROUP, offset, BN: tl.constexpr):
     """Of the queries at `low` to `high`: where their exact keys begin, are seen by all, are so no more, end; likewise core keys."""
-    first = tl.maximum(_released(low, WINDOW, GROUP) * GROUP - offset, 0) // BN * BN
+    first = tl.maximum(released(low, WINDOW, GROUP) * GROUP - offset, 0) // BN * BN
     end = tl.maximum(tl.minimum(high + 1 - offset, KEYS), first)
-    all_from = tl.cdiv(tl.maximum(_released(high, WINDOW, GROUP) * GROUP - offset, -offset), BN) * BN
+    all_from = tl.cdiv(tl.maximum(released(high, WINDOW, GROUP) * GROUP - offset, -offset), BN) * BN
     all_from = tl.minimum(tl.maximum(all_from, first), end)
     all_to = tl.maximum(tl.minimum(low + 1 - offset, KEYS) // BN * BN, all_from)
-    core_all = tl.minimum(_released(low, WINDOW, GROUP), CORES) // BN * BN
-    return first, all_from, all_to, end, core_all, tl.minimum(_released(high, WINDOW, GROUP), CORES)
+    core_all = tl.minimum(released(low, WINDOW, GROUP), CORES) // BN * BN
+    return first, all_from, all_to, end, core_all, tl.minimum(released(high, WINDOW, GROUP), CORES)
 
 
 @triton.jit
 def _forward_kernel(
-    Q, K, V, CoreK, CoreV, Out, Lse,
+    Q, K, V, CoreK, CoreV, Out, Lse, QueryStarts, KeyStarts,
     scale,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sckb, sckh, sckn, scvb, scvh, scvn, sob, soh, son,
     HEADS, SHARE, CORE_SHARE, QUERIES, KEYS, CORES, query_start, key_start, WINDOW, GROUP, D, DV,
@@ -86,11 +53,12 @@ def _forward_kernel(
 ):  # fmt: skip
     portion, bh = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # the longest first
     b, h = (bh // HEADS).to(tl.int64), bh % HEADS
+    query_start, key_start = place_of(query_start, QueryStarts, b), place_of(key_start, KeyStarts, b)
     rows, d, dv = portion * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BDV)
     real = rows < QUERIES
     q = tl.load(Q + b * sqb + h * sqh + rows[:, None] * sqn + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
     places = query_start + rows
-    oldest = _released(places, WINDOW, GROUP)
+    oldest = released(places, WINDOW, GROUP)
     low, high = query_start + portion * BM, query_start + tl.minimum(portion * BM + BM, QUERIES) - 1
     first, all_from, all_to, end, core_all, core_end = _spans(low, high, KEYS, CORES, WINDOW, GROUP, key_start, BN)
     highest = tl.full([BM], float("-inf"), tl.float32)
@@ -100,23 +68,23 @@ def _forward_kernel(
     V += b * svb + h // SHARE * svh
     CoreK += b * sckb + h // CORE_SHARE * sckh
     CoreV += b * scvb + h // CORE_SHARE * scvh
-    highest, total, acc = _walk(
+    highest, total, acc = walk(
         q, K, V, first, all_from, places, key_start, oldest * GROUP, skn, svn, KEYS, D, DV, highest, total, acc, scale,
         False, True, PRECISION, BN, BD, BDV,
     )  # fmt: skip
-    highest, total, acc = _walk(
+    highest, total, acc = walk(
         q, K, V, all_from, all_to, places, key_start, oldest * GROUP, skn, svn, KEYS, D, DV, highest, total, acc, scale,
         False, False, PRECISION, BN, BD, BDV,
     )  # fmt: skip
-    highest, total, acc = _walk(
+    highest, total, acc = walk(
         q, K, V, all_to, end, places, key_start, oldest * GROUP, skn, svn, KEYS, D, DV, highest, total, acc, scale,
         False, True, PRECISION, BN, BD, BDV,
     )  # fmt: skip
-    highest, total, acc = _walk(
+    highest, total, acc = walk(
         q, CoreK, CoreV, 0, core_all, places, 0, oldest, sckn, scvn, CORES, D, DV, highest, total, acc, scale,
         True, False, PRECISION, BN, BD, BDV,
     )  # fmt: skip
-    highest, total, acc = _walk(
+    highest, total, acc = walk(
         q, CoreK, CoreV, core_all, core_end, places, 0, oldest, sckn, scvn, CORES, D, DV, highest, total, acc, scale,
         True, True, PRECISION, BN, BD, BDV,
     )  # fmt: skip
@@ -152,7 +120,7 @@ def _descend(
 
 @triton.jit
 def _query_gradient_kernel(
-    Q, K, V, CoreK, CoreV, Out, Lse, DOut, DLse, Delta, DQ,
+    Q, K, V, CoreK, CoreV, Out, Lse, DOut, DLse, Delta, DQ, QueryStarts, KeyStarts,
     scale,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sckb, sckh, sckn, scvb, scvh, scvn, sob, soh, son, sgb, sgh, sgn, sdb, sdh, sdn,
     HEADS, SHARE, CORE_SHARE, QUERIES, KEYS, CORES, query_start, key_start, WINDOW, GROUP, D, DV,
@@ -160,6 +128,7 @@ def _query_gradient_kernel(
 ):  # fmt: skip
     portion, bh = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     b, h = (bh // HEADS).to(tl.int64), bh % HEADS
+    query_start, key_start = place_of(query_start, QueryStarts, b), place_of(key_start, KeyStarts, b)
     rows, d, dv = portion * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BDV)
     real = rows < QUERIES
     wanted, wanted_v = real[:, None] & (d < D)[None, :], real[:, None] & (dv < DV)[None, :]
@@ -169,7 +138,7 @@ def _query_gradient_kernel(
     place = bh.to(tl.int64) * QUERIES + rows
     lse, delta = prepare_gradient(out, grad, Lse, DLse, Delta, place, real, HAS_DLSE)
     places = query_start + rows
-    oldest = _released(places, WINDOW, GROUP)
+    oldest = released(places, WINDOW, GROUP)
     low, high = query_start + portion * BM, query_start + tl.minimum(portion * BM + BM, QUERIES) - 1
     first, _, _, end, _, core_end = _spans(low, high, KEYS, CORES, WINDOW, GROUP, key_start, BN)
     K += b * skb + h // SHARE * skh
@@ -192,7 +161,7 @@ def _query_gradient_kernel(
 
 @triton.jit
 def _key_gradient_kernel(
-    Q, K, V, Lse, DOut, Delta, DK, DV_,
+    Q, K, V, Lse, DOut, Delta, DK, DV_, QueryStarts, KeyStarts,
     scale,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sgb, sgh, sgn, sdkb, sdkh, sdkn, sdvb, sdvh, sdvn,
     HEADS, SHARE, QUERIES, KEYS, query_start, key_start, WINDOW, GROUP, D, DV,
@@ -201,6 +170,7 @@ def _key_gradient_kernel(
     """Of exact keys, or of core keys: their gradients from the queries that see them."""
     portion, bg = tl.program_id(0), tl.program_id(1)
     b, g = (bg // (HEADS // SHARE)).to(tl.int64), bg % (HEADS // SHARE)
+    query_start, key_start = place_of(query_start, QueryStarts, b), place_of(key_start, KeyStarts, b)
     n, d, dv = portion * BN + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
     real = n < KEYS
     wanted, wanted_v = real[:, None] & (d < D)[None, :], real[:, None] & (dv < DV)[None, :]
@@ -230,7 +200,7 @@ def _key_gradient_kernel(
             lse = read_lse(Lse, place, there)
             delta = tl.load(Delta + place, mask=there, other=0.0)
             places = query_start + rows
-            oldest = _released(places, WINDOW, GROUP)
+            oldest = released(places, WINDOW, GROUP)
             if CORE:
                 seen = real[None, :] & (n[None, :] < oldest[:, None])
             else:
@@ -261,9 +231,15 @@ def _tiles(q: Tensor, v: Tensor) -> dict[str, Any]:
             "num_warps": 8 if wide and q.shape[2] > 64 else 4}  # fmt: skip
 
 
+def _gradient_tiles(q: Tensor, v: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Those of the two backward kernels: of queries, of keys."""
+    tiles = {**_tiles(q, v), "BM": tile(q.shape[2]), "num_warps": 4}
+    return tiles, tiles
+
+
 @torch.library.custom_op("attention_zoo::core_context_forward", mutates_args=())
 def _core_context_forward(
-    q: Tensor, k: Tensor, v: Tensor, core_k: Tensor, core_v: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, core_k: Tensor, core_v: Tensor, query_starts: Tensor | None, key_starts: Tensor | None,
     window: int, group: int, query_start: int, key_start: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v, core_k, core_v = (last_contiguous(t) for t in (q, k, v, core_k, core_v))
@@ -271,10 +247,13 @@ def _core_context_forward(
     out, lse = _empty(q, dim_v), q.new_empty((batch, heads, queries), dtype=torch.float32)
     if not out.numel():
         return out, lse
+    if is_decode(q, k):
+        decode(q, k, v, core_k, core_v, out, lse, query_starts, key_starts, window, group, query_start, key_start, scale)
+        return out, lse
     tiles = _tiles(q, v)
     strides = [s for t in (q, k, v, core_k, core_v, out) for s in t.stride()[:3]]
     _forward_kernel[(triton.cdiv(queries, tiles["BM"]), batch * heads)](
-        q, k, v, core_k, core_v, out, lse, scale * LOG2E, *strides,
+        q, k, v, core_k, core_v, out, lse, query_starts, key_starts, scale * LOG2E, *strides,
         heads, heads // k.shape[1], heads // core_k.shape[1], queries, k.shape[2], core_k.shape[2], query_start, key_start,
         window, group, dim, dim_v, PRECISION=precision(q), **tiles,
     )  # fmt: skip
@@ -283,7 +262,7 @@ def _core_context_forward(
 
 @_core_context_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, core_k: Tensor, core_v: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, core_k: Tensor, core_v: Tensor, query_starts: Tensor | None, key_starts: Tensor | None,
     window: int, group: int, query_start: int, key_start: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _empty(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -291,31 +270,31 @@ def _(
 
 @torch.library.custom_op("attention_zoo::core_context_backward", mutates_args=())
 def _core_context_backward(
-    q: Tensor, k: Tensor, v: Tensor, core_k: Tensor, core_v: Tensor, out: Tensor, lse: Tensor,
-    grad: Tensor, grad_lse: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, core_k: Tensor, core_v: Tensor, query_starts: Tensor | None, key_starts: Tensor | None,
+    out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None,
     window: int, group: int, query_start: int, key_start: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, core_k, core_v, grad = (last_contiguous(t) for t in (q, k, v, core_k, core_v, grad))
     (batch, heads, queries, dim), dim_v = q.shape, v.shape[-1]
     dq, delta = _empty(q, dim), torch.empty_like(lse)
-    tiles = {**_tiles(q, v), "BM": tile(queries), "num_warps": 4}
-    common = {"PRECISION": precision(q), **tiles}
+    tiles, key_tiles = _gradient_tiles(q, v)
     if q.numel():
         strides = [s for t in (q, k, v, core_k, core_v, out, grad, dq) for s in t.stride()[:3]]
         _query_gradient_kernel[(triton.cdiv(queries, tiles["BM"]), batch * heads)](
             q, k, v, core_k, core_v, out, lse, grad, lse if grad_lse is None else (grad_lse * LOG2E).contiguous(), delta, dq,
-            scale * LOG2E, *strides, heads, heads // k.shape[1], heads // core_k.shape[1], queries, k.shape[2], core_k.shape[2],
-            query_start, key_start, window, group, dim, dim_v, HAS_DLSE=grad_lse is not None, **common,
+            query_starts, key_starts, scale * LOG2E, *strides, heads, heads // k.shape[1], heads // core_k.shape[1],
+            queries, k.shape[2], core_k.shape[2], query_start, key_start, window, group, dim, dim_v,
+            HAS_DLSE=grad_lse is not None, PRECISION=precision(q), **tiles,
         )  # fmt: skip
     gradients = []
     for keys, values, core in ((k, v, False), (core_k, core_v, True)):
         dk, dv = _empty(keys, dim), _empty(values, dim_v)
         if dk.numel():
             strides = [s for t in (q, keys, values, grad, dk, dv) for s in t.stride()[:3]]
-            _key_gradient_kernel[(triton.cdiv(keys.shape[2], tiles["BN"]), batch * keys.shape[1])](
-                q, keys, values, lse, grad, delta, dk, dv, scale * LOG2E, *strides,
+            _key_gradient_kernel[(triton.cdiv(keys.shape[2], key_tiles["BN"]), batch * keys.shape[1])](
+                q, keys, values, lse, grad, delta, dk, dv, query_starts, key_starts, scale * LOG2E, *strides,
                 heads, heads // keys.shape[1], queries, keys.shape[2], query_start, key_start, window, group, dim, dim_v,
-                CORE=core, **common,
+                CORE=core, PRECISION=precision(q), **key_tiles,
             )  # fmt: skip
         gradients += [dk, dv]
     return dq, gradients[0], gradients[1], gradients[2], gradients[3]
@@ -323,7 +302,8 @@ def _core_context_backward(
 
 @_core_context_backward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, core_k: Tensor, core_v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Any,
+    q: Tensor, k: Tensor, v: Tensor, core_k: Tensor, core_v: Tensor, query_starts: Any, key_starts: Any,
+    out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Any,
     window: int, group: int, query_start: int, key_start: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv, dck, dcv = (_empty(t, t.shape[-1]) for t in (q, k, v, core_k, core_v))
@@ -331,15 +311,15 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], *output)
-    ctx.settings = inputs[5:]
+    ctx.save_for_backward(*inputs[:7], *output)
+    ctx.settings = inputs[7:]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     *tensors, out, lse = ctx.saved_tensors
     grad = torch.zeros_like(out) if grad is None else grad
-    return *_core_context_backward(*tensors, out, lse, grad, grad_lse, *ctx.settings), *(None,) * 5
+    return *_core_context_backward(*tensors, out, lse, grad, grad_lse, *ctx.settings), *(None,) * 7
 
 
 _core_context_forward.register_autograd(_backward, setup_context=_setup)
@@ -347,8 +327,13 @@ _core_context_forward.register_autograd(_backward, setup_context=_setup)
 
 def core_context_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, core_k: Tensor, core_v: Tensor, *,
-    window_size: int, group_size: int, query_start: int, key_start: int, scale: float,
+    window_size: int, group_size: int, query_start: int | Tensor, key_start: int | Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs (B, H, N_q, D_v) and the natural log-normaliser, of tensors as `core_context_attention` has checked them."""
-    out, lse = _core_context_forward(q, k, v, core_k, core_v, window_size, group_size, query_start, key_start, scale)
+    (query_place, query_starts), (key_place, key_starts) = (
+        (0, start.contiguous()) if isinstance(start, Tensor) else (start, None) for start in (query_start, key_start)
+    )
+    out, lse = _core_context_forward(
+        q, k, v, core_k, core_v, query_starts, key_starts, window_size, group_size, query_place, key_place, scale
+    )
     return out, lse * LN2
