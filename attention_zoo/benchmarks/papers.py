@@ -1,218 +1,344 @@
-"""The suite `papers`: mechanisms as modules, in settings of their papers, against dense attention of the same shape.
+"""Suite `papers`: each mechanism in a setting of its paper, or of its size, with what the paper claims and what is aimed at here.
 
-Dense is `mha`: fused projection, the fastest dense engine that is installed, output projection. Times are medians of CUDA events,
-once as called from Python and once replayed from a CUDA graph, which leaves Python's time out.
+Modules are measured with their projections against `mha` of the same width, heads and tokens; operations, which have no
+projections, against dense attention of the same queries, keys and values.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attention_zoo import ops
+from attention_zoo.attention.combiner import combine
+from attention_zoo.benchmarks.cases import (
+    Build,
+    Case,
+    Contender,
+    Task,
+    Wrap,
+    compiled,
+    dense_ways,
+    mechanism,
+    module_task,
+    normal,
+    operation_task,
+    plain,
+    unique,
+)
+from attention_zoo.benchmarks.decode import core_context_case, token_count
+from attention_zoo.benchmarks.roofline import FORWARD, TRAIN, Work, attention_work, causal_pairs, core_context_pairs, mechanism_work
 from attention_zoo.ops.core_context import core_context_attention, pool_core_tokens
 from attention_zoo.registry import create_attention
 
-__all__ = ["CONTEXTS", "SETTINGS", "Setting", "measure_context", "measure_setting", "render_table"]
+__all__ = ["CLAIMS", "GROWTH", "cases"]
+
+CLAIMS = {
+    "BRA": "BiFormer, 2303.08810: attention to the regions that matter, far below the cost of dense; the official code gathers "
+    "keys and values.",
+    "halo": "HaloNet, 2103.12731: local attention at the cost of its windows; timm's layer, which stands for it, unfolds them.",
+    "HiLo": "LITv2, 2205.13213, dim 768, 14x14, batch 64, on an RTX 3090: 1.16 times the images per second of dense attention,  "
+    "1.06 of spatial reduction, 1.13 of local windows.",
+    "agent": "Agent attention, 2312.08874: cost linear in the tokens; models 1.4 to 2.1 times as fast as PVT and Swin.",
+    "agent, growth": "The same module on growing maps: time linear in the tokens, to 16K.",
+    "CCA, attention": "Core context, 2412.12465, Llama-2-7B: first token 3.5, 5.7 and 7.9 times earlier at 32K, 64K and 128K "
+    "tokens. Here the operation alone, against dense causal attention.",
+    "CCA, with pooling": "The same with the pooling of the core tokens.",
+    "CCA, decode": "The same, attention of one token: 14 times as fast at 128K in the paper (a whole model's step).",
+    "MoH": "Mixture-of-Head, 2410.11842: equal quality with 50 to 90 % of the heads; the paper's own kernel is 1.6 times as fast "
+    "with half of them. Here routing, attention and gates, without projections.",
+    "MoH, causal": "The same in a decoder, routed by the norms of the queries.",
+    "diff": "Differential transformer, 2410.05258: training 5 to 12 % slower than the plain transformer. Here two maps, their "
+    "difference and its norm, without projections, against softmax attention of as many FLOPs.",
+    "gda": "Grouped differential attention, 2510.06949: as diff, one noise head for three signal heads.",
+    "KDGQA": "Key-driven grouped queries, 2408.08454: no claim about speed. Against grouped queries of as many key/value heads.",
+    "Combiner, fixed": "Combiner, 2107.05768: full attention in O(N sqrt N).",
+    "Combiner, logsparse": "The same in O(N log N).",
+}
+# Group -> exponent of N that its time should grow with, to 0.1; N log N between 4K and 64K is N^1.1.
+GROWTH = {"agent, growth": 1.0, "Combiner, fixed": 1.5, "Combiner, logsparse": 1.1}
+
+_MHA = "mha"
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A mechanism of a shape. `targets`: forward, forward and backward, as shares of dense's time."""
-
-    name: str
-    mechanism: str
-    dim: int
-    num_heads: int
-    batch: int
-    grid: tuple[int, int]
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    targets: tuple[float, float] | None = None
-    has_kernel: bool = False  # then the plain code is measured too
+def cases(scale: str) -> list[Case]:
+    """Every setting, at its full size, "small" (for a CPU) or "quick" (to try the program)."""
+    parts = (_vision, _core_context, _mixture_of_heads, _differential, _grouped, _combiner)
+    found = unique(case for part in parts for case in part(scale))
+    return found if scale == "full" else [replace(case, targets={}) for case in found]  # what is aimed at holds for full sizes
 
 
-def _bra(dim: int, grid: tuple[int, int], topk: int, targets: tuple[float, float]) -> Setting:
-    name = f"BRA {dim}, {grid[0]}x{grid[1]}, top {topk}"
-    return Setting(name, "bra", dim, dim // 32, 2, grid, {"n_win": 16, "topk": topk}, targets, True)
+# ---- modules on maps
 
 
-def _halo(dim: int, side: int, targets: tuple[float, float]) -> Setting:
-    options = {"block_size": 8, "halo_size": 3}
-    return Setting(f"halo {dim}, {side}x{side}", "halo", dim, 8, 8, (side, side), options, targets, True)
+def _vision(scale: str) -> Iterator[Case]:
+    bra, halo, agent = {"n_win": 16}, {"block_size": 8, "halo_size": 3}, {"agent_num": 49}
+    hilo = {"alpha": 0.9, "window_size": 2}
+    yield _map("BRA", "bra", 64, 2, 2, (208, 336), {**bra, "topk": 1}, (0.06, 0.08), scale)
+    yield _map("BRA", "bra", 128, 4, 2, (112, 176), {**bra, "topk": 4}, (0.3, 0.35), scale)
+    yield _map("BRA", "bra", 256, 8, 2, (64, 96), {**bra, "topk": 16}, (0.9, 1.0), scale)
+    yield _map("halo", "halo", 512, 8, 8, (64, 64), halo, (0.6, 0.7), scale)
+    yield _map("halo", "halo", 256, 8, 8, (128, 128), halo, (0.15, 0.2), scale)
+    yield _map("HiLo", "hilo", 768, 12, 64, (14, 14), hilo, (1.0, 1.0), scale)
+    yield _map("HiLo", "hilo", 384, 12, 32, (28, 28), hilo, (0.9, 0.9), scale)
+    yield _map("HiLo", "hilo", 384, 12, 16, (56, 56), hilo, (0.6, 0.6), scale)
+    yield _map("HiLo", "hilo", 384, 12, 4, (112, 112), hilo, (0.4, 0.4), scale)
+    yield _map("agent", "agent", 192, 6, 16, (56, 56), agent, (0.9, 0.9), scale)
+    yield _map("agent", "agent", 384, 12, 1, (128, 128), agent, (0.35, 0.4), scale)
+    for side in (32, 64, 128):
+        yield _map("agent, growth", "agent", 384, 12, 4, (side, side), agent, None, scale)
 
 
-def _hilo(dim: int, side: int, batch: int, targets: tuple[float, float]) -> Setting:
-    options = {"alpha": 0.9, "window_size": 2}
-    return Setting(f"HiLo {dim}, {side}x{side}", "hilo", dim, 12, batch, (side, side), options, targets)
+def _map(
+    group: str,
+    name: str,
+    dim: int,
+    heads: int,
+    batch: int,
+    grid: tuple[int, int],
+    options: Mapping[str, Any],
+    targets: tuple[float, float] | None,
+    scale: str,
+) -> Case:
+    """A spatial mechanism on maps, against dense attention of their tokens."""
+    if scale != "full":
+        most = 32 if scale == "small" else 8
+        grid, batch = (max(4, min(grid[0] // 2, most)), max(4, min(grid[1] // 2, most))), min(batch, 2 if scale == "small" else 1)
+    given = dict(options)
+    if name == "agent":
+        given["window_size"] = grid
+    if scale == "quick":
+        given |= {"bra": {"n_win": 2, "topk": 1}, "agent": {"agent_num": 4}}.get(name, {})
+    tokens = grid[0] * grid[1]
+    setting = f"dim {dim}, {grid[0]}x{grid[1]}, batch {batch}" + (f", top {given['topk']}" if "topk" in given else "")
+    shape: dict[str, Any] = {"batch": batch, "num_tokens": tokens}
+    ours = mechanism(name, dim, heads, **shape, grid_size=grid, options=given)
+    return Case(
+        group,
+        setting,
+        tokens,
+        _contenders(ours, mechanism(_MHA, dim, heads, **shape)),
+        targets=_by_direction(targets),
+        work=partial(mechanism_work, name, dim, heads, **shape, grid_size=grid, options=given),
+        items=batch * tokens,
+    )
 
 
-def _agent(dim: int, side: int, batch: int, targets: tuple[float, float]) -> Setting:
-    options = {"agent_num": 49, "window_size": (side, side)}
-    return Setting(f"agent {dim}, {side}x{side}", "agent", dim, dim // 32, batch, (side, side), options, targets)
+# ---- operations on sequences
 
 
-SETTINGS = (
-    _bra(64, (208, 336), 1, (0.06, 0.08)),
-    _bra(128, (112, 176), 4, (0.3, 0.35)),
-    _bra(256, (64, 96), 16, (0.9, 1.0)),
-    _halo(512, 64, (0.6, 0.7)),
-    _halo(256, 128, (0.15, 0.2)),
-    _hilo(768, 14, 64, (1.0, 1.0)),
-    _hilo(384, 28, 32, (0.9, 0.9)),
-    _hilo(384, 56, 16, (0.6, 0.6)),
-    _hilo(384, 112, 4, (0.4, 0.4)),
-    _agent(192, 56, 16, (0.9, 0.9)),
-    _agent(384, 128, 1, (0.35, 0.4)),
-)
-CONTEXTS = {32_768: 1 / 3.5, 65_536: 1 / 5.7, 131_072: 1 / 7.9}  # tokens of a Llama-2-7B layer -> target, as a share of dense
+def _core_context(scale: str) -> Iterator[Case]:
+    """A layer of Llama-2-7B's shape."""
+    heads, head_dim, window, group = (32, 128, 1024, 16) if scale == "full" else (2, 32, 64, 16)
+    for tokens, speed in ((32_768, 3.5), (65_536, 5.7), (131_072, 7.9)):
+        length, learns = _scaled(tokens, scale, small=32), tokens < 2**17
+        dense = _sequences(_causal, heads, length, head_dim, learns=learns)
+        work = partial(
+            attention_work,
+            batch=1,
+            heads=heads,
+            num_queries=length,
+            pairs=core_context_pairs(length, window_size=window, group_size=group),
+            head_dim=head_dim,
+            kept=2 * heads * head_dim * (length + length // group),
+        )
+        attention = _sequences(partial(_core, window, group), heads, length, head_dim, cores=length // group, learns=learns)
+        pooled = _sequences(partial(_pooled, window, group), heads, length, head_dim, learns=learns)
+        for name, ours in (("CCA, attention", attention), ("CCA, with pooling", pooled)):
+            contenders = _contenders(ours, dense)
+            if tokens > 2**15:  # seconds each: the shortest context shows them
+                del contenders["plain"], contenders["compiled"]
+            yield Case(name, token_count(length), length, contenders, targets={FORWARD: 1 / speed}, work=work, items=length)
+    yield core_context_case({"full": 131_072, "small": 8192, "quick": 512}[scale], scale, targets={FORWARD: 0.1})
 
 
-def measure_setting(setting: Setting, *, device: str, quick: bool = False) -> dict[str, dict[str, Any]]:
-    """Times and memory of "dense", "ours" and, where there is a kernel, "plain": the mechanism without it.
-
-    Returns: for each, `eager` and on CUDA `graph`: milliseconds of [forward, forward and backward], and `peak_mib`: memory that a
-    training step takes beyond weights and input.
-    """
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    height, width = (8, 8) if quick else setting.grid
-    options = dict(setting.options) | ({"n_win": 2, "topk": 1} if quick and setting.mechanism == "bra" else {})
-    if quick and setting.mechanism == "agent":
-        options |= {"window_size": (8, 8), "agent_num": 4}
-    batch = 1 if quick else setting.batch
-    x = torch.randn(batch, height * width, setting.dim, device=device, dtype=dtype, requires_grad=True)
-    found: dict[str, dict[str, Any]] = {}
-    dense = create_attention("mha", setting.dim, setting.num_heads, device=device, dtype=dtype)
-    ours = create_attention(setting.mechanism, setting.dim, setting.num_heads, device=device, dtype=dtype, **options)
-    grid = {"grid_size": (height, width)}
-    cases: list[tuple[str, nn.Module, dict[str, Any], str]] = [("dense", dense, {}, "auto"), ("ours", ours, grid, "auto")]
-    if setting.has_kernel and device == "cuda":
-        cases.append(("plain", ours, grid, "torch"))
-    for name, module, kwargs, backend in cases:
-        with ops.use_backend(backend) if backend != "auto" else nullcontext():
-            found[name] = _measure(module, x, kwargs, repeat=1 if quick else 9)
-    return found
+def _core(window: int, group: int, q: Tensor, k: Tensor, v: Tensor, core_k: Tensor, core_v: Tensor) -> Tensor:
+    out = core_context_attention(q, k, v, core_k, core_v, window_size=window, group_size=group)
+    assert isinstance(out, Tensor)  # no log-normaliser was asked for
+    return out
 
 
-def measure_context(num_tokens: int, *, device: str, heads: int = 32, head_dim: int = 128) -> dict[str, float]:
-    """Milliseconds of the operators' forward: causal dense attention, core-context attention, and pooling its core tokens."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+def _pooled(window: int, group: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _core(window, group, q, k, v, *pool_core_tokens(q[:, :, group - 1 :: group], k, v, group_size=group))
 
-    def normal(length: int) -> Tensor:
-        return torch.randn(1, length, heads, head_dim, device=device, dtype=dtype).transpose(1, 2)
 
-    q, k, v = normal(num_tokens), normal(num_tokens), normal(num_tokens)
-    core_k, core_v = normal(num_tokens // 16), normal(num_tokens // 16)
-    lasts = q[:, :, 15::16]
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = ops.attention(q, k, v, is_causal=True)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = ops.attention(q, k, v)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _sequences(
+    function: Callable[..., Tensor], heads: int, length: int, head_dim: int, *, batch: int = 1, cores: int = 0, learns: bool = True
+) -> Build:
+    """What builds the task of an operation on q, k, v (and core tokens), laid out as projections leave them."""
+
+    def build(device: str, dtype: torch.dtype, wrap: Wrap) -> Task:
+        tensors = [
+            normal(batch, n, heads, head_dim, device=device, dtype=dtype, seed=i).transpose(1, 2)
+            for i, n in enumerate([length] * 3 + [cores] * (2 if cores else 0))
+        ]
+        return operation_task(function, wrap, *tensors, learns=learns)
+
+    return build
+
+
+class Given(nn.Module):
+    """In the place of a projection: numbers that are there already, whatever the tokens are. A mechanism without projections."""
+
+    def __init__(self, *shape: int, device: str, dtype: torch.dtype, seed: int) -> None:
+        super().__init__()
+        self.value = nn.Parameter(normal(*shape, device=device, dtype=dtype, seed=seed))
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.value
+
+
+def _bare(name: str, dim: int, heads: int, *, batch: int, length: int, options: Mapping[str, Any]) -> Build:
+    """A mechanism without its projections: queries, keys and values are given, and the heads' outputs are what comes out."""
+
+    def build(device: str, dtype: torch.dtype, wrap: Wrap) -> Task:
+        module = create_attention(name, dim, heads, device=device, dtype=dtype, **options)
+        widths = {p: getattr(module, p).weight.shape[0] for p in ("qkv", "q_proj", "k_proj", "v_proj") if hasattr(module, p)}
+        for seed, (part, width) in enumerate(widths.items()):
+            setattr(module, part, Given(batch, length, width, device=device, dtype=dtype, seed=seed))
+        setattr(module, "proj" if hasattr(module, "proj") else "o_proj", nn.Identity())
+        return module_task(module, normal(batch, length, dim, device=device, dtype=dtype, seed=9), wrap)
+
+    return build
+
+
+def _mixture_of_heads(scale: str) -> Iterator[Case]:
+    heads = 16 if scale == "full" else 4
+    for causal, head_dim in ((False, 64), (True, 128)):
+        for tokens in (4096, 16_384):
+            for active, targets in ((heads // 2, (0.6, 0.65)), (3 * heads // 4, (0.85, 0.85))):
+                length = _scaled(tokens, scale)
+                batch = 1 if scale != "full" or tokens > 4096 else 4
+                options: dict[str, Any] = {"shared_heads": heads // 4, "active_heads": active, "is_causal": causal}
+                if causal:
+                    options["router"] = "query_norm"
+                pairs = causal_pairs(length, length) if causal else length**2
+                numbers = {"batch": batch, "heads": active, "num_queries": length, "head_dim": head_dim}
+                ours = _bare("moh", heads * head_dim, heads, batch=batch, length=length, options=options)
+                dense = _sequences(_causal if causal else _full, heads, length, head_dim, batch=batch)
+                yield Case(
+                    "MoH, causal" if causal else "MoH",
+                    f"{active} of {heads} heads of {head_dim}, {token_count(length)}",
+                    length,
+                    _contenders(ours, dense),
+                    targets=_by_direction(targets),
+                    work=partial(attention_work, **numbers, pairs=pairs, kept=2 * batch * heads * length * head_dim),
+                )
+
+
+def _differential(scale: str) -> Iterator[Case]:
+    """A map with values of twice the width costs 1.5 times what a head of softmax attention costs: as many more heads there."""
+    unit = 8 if scale == "full" else 2
+    for name, causal, head_dim in (("diff", True, 64), ("gda", True, 128), ("diff", False, 64), ("gda", False, 128)):
+        noise = unit if name == "diff" else unit // 2
+        signal = 2 * unit - noise  # as many maps in all
+        for tokens in (4096, 16_384):
+            length = _scaled(tokens, scale)
+            batch = 1 if scale != "full" or tokens > 4096 else 4
+            options: dict[str, Any] = {"head_dim": head_dim, "is_causal": causal}
+            if name == "gda":
+                options |= {"num_noise_heads": noise, "num_kv_heads": noise}
+            ours = _bare(name, 2 * unit * head_dim, signal, batch=batch, length=length, options=options)
+            dense = _sequences(_causal if causal else _full, 3 * unit, length, head_dim, batch=batch)
+            pairs = causal_pairs(length, length) if causal else length**2
+            numbers = {"batch": batch, "heads": 2 * unit, "num_queries": length, "head_dim": head_dim, "value_dim": 2 * head_dim}
+            yield Case(
+                name,
+                f"{'causal, ' if causal else ''}{signal} + {noise} heads of {head_dim}, {token_count(length)}",
+                length,
+                _contenders(ours, dense),
+                targets=_by_direction((1.1, 1.1)),
+                work=partial(attention_work, **numbers, pairs=pairs, kept=4 * batch * noise * length * head_dim),
+            )
+
+
+def _grouped(scale: str) -> Iterator[Case]:
+    for dim, heads, kv_heads, batch, tokens in ((768, 12, 3, 64, 197), (1024, 16, 4, 16, 1024), (1024, 16, 4, 4, 4096)):
+        length = {"full": tokens, "small": min(tokens, 256), "quick": 16}[scale]
+        shape: dict[str, Any] = {
+            "batch": batch if scale == "full" else 1,
+            "num_tokens": length,
+            "options": {"num_kv_heads": kv_heads},
+        }
+        ours = mechanism("kdgqa", dim, heads, **shape)
+        yield Case(
+            "KDGQA",
+            f"dim {dim}, {heads} heads on {kv_heads}, {token_count(length)}, batch {shape['batch']}",
+            length,
+            {
+                "ours": Contender(ours),
+                "gqa": Contender(mechanism("gqa", dim, heads, **shape), dense_ways()),
+                "plain": plain(ours),
+                "compiled": compiled(ours),
+            },
+            baseline="gqa",
+            targets=_by_direction((1.05, 1.05)),
+            work=partial(mechanism_work, "kdgqa", dim, heads, **shape),
+            items=shape["batch"] * length,
+        )
+
+
+def _combiner(scale: str) -> Iterator[Case]:
+    heads, head_dim = (12, 64) if scale == "full" else (2, 16)
+    for pattern in ("fixed", "logsparse"):
+        for tokens in (4096, 16_384, 65_536):
+            length = _scaled(tokens, scale)
+            ours = _sequences(partial(_combine, pattern), heads, length, head_dim)
+            yield Case(
+                f"Combiner, {pattern}",
+                f"{heads} heads of {head_dim}, {token_count(length)}",
+                length,
+                _contenders(ours, _sequences(_causal, heads, length, head_dim), backend="reference"),  # joins by log-normalisers
+                work=partial(_combiner_work, pattern, heads, length, head_dim),
+            )
+
+
+def _combine(pattern: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return combine(q, k, v, real=None, is_causal=True, scale=None, dropout_p=0.0, pattern=pattern)
+
+
+def _combiner_work(pattern: str, heads: int, length: int, head_dim: int) -> dict[str, Work]:
+    """Tokens of the segment so far, segments before it and its summary; or a span of each level, and the spans' summaries."""
+    segment = 2 ** ((length.bit_length()) // 2)
+    levels = length.bit_length() - 1
+    pairs = length * ((segment + length / segment) / 2 + 1) if pattern == "fixed" else 2.0 * length * levels
+    kept = 2 * heads * length * head_dim
+    return attention_work(batch=1, heads=heads, num_queries=length, pairs=pairs, head_dim=head_dim, kept=kept)
+
+
+# ---- shared
+
+
+def _contenders(ours: Build, dense: Build, *, backend: str = "torch") -> dict[str, Contender]:
     return {
-        "dense": _median(lambda: ops.attention(q, k, v, is_causal=True), 5),
-        "core_context": _median(lambda: core_context_attention(q, k, v, core_k, core_v, window_size=1024, group_size=16), 5),
-        "pool": _median(lambda: pool_core_tokens(lasts, k, v, group_size=16), 5),
+        "ours": Contender(ours),
+        "dense": Contender(dense, dense_ways()),
+        "plain": plain(ours, backend),
+        "compiled": compiled(ours, backend),
     }
 
 
-def _measure(module: nn.Module, x: Tensor, kwargs: dict[str, Any], repeat: int) -> dict[str, Any]:
-    gradient = torch.randn_like(x)
-
-    def forward() -> None:
-        with torch.no_grad():
-            module(x, **kwargs)
-
-    def train() -> None:
-        module(x, **kwargs).backward(gradient)
-
-    row: dict[str, Any] = {"eager": [_median(forward, repeat), _median(train, repeat)]}
-    for tensor in (x, *module.parameters()):
-        tensor.grad = None
-    if x.is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        train()
-        torch.cuda.synchronize()
-        row["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20)
-        row["graph"] = [_median(_captured(run), repeat) for run in (forward, train)]
-    return row
+def _by_direction(targets: tuple[float, float] | None) -> dict[str, float]:
+    return {} if targets is None else dict(zip((FORWARD, TRAIN), targets, strict=True))
 
 
-def _captured(run: Callable[[], None]) -> Callable[[], None]:
-    """The run as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def _median(run: Callable[[], Any], repeat: int) -> float:
-    """Milliseconds, each run on its own, after three to warm up."""
-    for _ in range(min(repeat, 3)):
-        run()
-    return round(statistics.median(_times(run, repeat)), 4)
-
-
-def _times(run: Callable[[], Any], repeat: int) -> Iterator[float]:
-    for _ in range(repeat):
-        if not torch.cuda.is_available():
-            start = time.perf_counter()
-            run()
-            yield 1e3 * (time.perf_counter() - start)
-            continue
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        yield begin.elapsed_time(end)
-
-
-def render_table(rows: Mapping[str, Mapping[str, Any]], contexts: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown: each setting's times as shares of dense's, with the targets; then the operators over long contexts."""
-    lines = [
-        "| module | dense, ms | ours, ms | of dense | target | plain code, ms | from Python: dense, ours | memory of dense |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    targets = {setting.name: setting.targets for setting in SETTINGS}
-    for name, row in rows.items():
-        dense, ours = row["dense"], row["ours"]
-        kind = "graph" if "graph" in dense else "eager"
-        shares = [mine / theirs for mine, theirs in zip(ours[kind], dense[kind], strict=True)]
-        target = targets.get(name)
-        met = "" if target is None else " \\| ".join(
-            f"{t:g} {'met' if share <= t else 'missed'}" for t, share in zip(target, shares, strict=True)
-        )  # fmt: skip
-        plain = _pair(row["plain"][kind]) if "plain" in row else ""
-        memory = f"{ours['peak_mib'] / dense['peak_mib']:.2f}" if "peak_mib" in ours else ""
-        cells = (name, _pair(dense[kind]), _pair(ours[kind]), _pair(shares), met, plain)
-        lines.append("| " + " | ".join((*cells, f"{_pair(dense['eager'])}, {_pair(ours['eager'])}", memory)) + " |")
-    if contexts:
-        lines += [
-            "",
-            "| tokens | dense, ms | core-context attention, ms | dense / ours | target | pooling, ms | with pooling |",
-            "|---|---|---|---|---|---|---|",
-        ]
-    for tokens, row in contexts.items():
-        speed = row["dense"] / row["core_context"]
-        whole = row["dense"] / (row["core_context"] + row["pool"])
-        target_speed = 1 / CONTEXTS[int(tokens)]
-        lines.append(
-            f"| {int(tokens):,} | {row['dense']:.1f} | {row['core_context']:.2f} | {speed:.1f} | {target_speed:.1f} "
-            f"{'met' if speed >= target_speed else 'missed'} | {row['pool']:.2f} | {whole:.1f} |"
-        )
-    return "\n".join(lines)
-
-
-def _pair(values: Any) -> str:
-    return " \\| ".join(f"{value:.2f}" for value in values)
+def _scaled(tokens: int, scale: str, *, small: int = 16) -> int:
+    """A length at this scale; "small" divides it by so much."""
+    return {"full": tokens, "small": tokens // small, "quick": max(16, tokens // 256)}[scale]

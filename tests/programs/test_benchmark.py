@@ -1,4 +1,4 @@
-"""The suite of the papers' settings: its program, its table, and the page that holds it."""
+"""The benchmark program: quick runs of each suite, what it says without running, and the page that holds the results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from attention_zoo.benchmarks import report
+
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -20,38 +23,101 @@ def program() -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-def test_a_quick_run_fills_file_and_page(program: Any, tmp_path: Path) -> None:
-    out, page = tmp_path / "papers.json", tmp_path / "page.md"
-    page.write_text("before\n<!-- papers -->\nold\n<!-- end of papers -->\nafter\n")
-    done = CliRunner().invoke(program.app, ["papers", "--quick", "--only", "BRA 64*", "--out", str(out), "--page", str(page)])
-    assert done.exit_code == 0, done.output
-    (row,) = json.loads(out.read_text())["rows"].values()
-    assert min(row["dense"]["eager"] + row["ours"]["eager"]) > 0
-    text = page.read_text()
-    assert text.startswith("before\n<!-- papers -->")
-    assert text.endswith("<!-- end of papers -->\nafter\n")
-    assert "old" not in text
-    assert "BRA 64, 208x336, top 1" in text
+def invoke(program: Any, *arguments: str) -> str:
+    done = CliRunner().invoke(program.app, list(arguments))
+    assert done.exit_code == 0, done.output + str(done.exception)
+    return done.output
+
+
+@pytest.mark.parametrize(
+    ("suite", "only"),
+    [
+        ("papers", "BRA: dim 64*"),
+        ("papers", "CCA, decode*"),
+        ("mechanisms", "moh, causal*"),
+        ("models", "llama, moh*"),
+        ("models", "vit*"),
+        ("decode", "cca*"),
+        ("engines", "causal*"),
+    ],
+)
+def test_a_quick_run_fills_a_file(program: Any, suite: str, only: str, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    arguments = ("--scale", "quick", "--seconds", "0.001", "--budget", "0", "--only", only, "--out", str(out))
+    output = invoke(program, suite, *arguments)
+    results = report.read(out)
+    assert results["suite"] == suite
+    assert results["scale"] == "quick"
+    assert results["peaks"]["flops"] > 0
+    for row in results["rows"]:
+        assert "error" not in row["measured"]["ours"], row
+        assert row["measured"]["ours"]["forward"]["eager"] > 0
+        assert report.baseline_ms(row, "forward")
+        assert row["work"]["forward"]["bound_ms"] > 0
+    assert "|---|" in output
 
 
 def test_a_dry_run_counts(program: Any) -> None:
-    done = CliRunner().invoke(program.app, ["papers", "--dry-run", "--only", "HiLo 768*"])
-    assert done.exit_code == 0, done.output
-    dense, ours = (float(cell) for cell in done.output.splitlines()[-2].split("│")[3:5])
-    assert dense == pytest.approx(2 * 64 * 0.52143, rel=0.01)  # multiply-adds of the table of hilo.md
-    assert ours == pytest.approx(2 * 64 * 0.2983, rel=0.01)
+    output = invoke(program, "papers", "--dry-run", "--only", "HiLo: dim 768*")
+    assert "bound: of an H200" in output
+    cells = [cell.strip() for cell in output.splitlines()[-2].split("│")]
+    flops, _, bound = (float(cell.split("|")[0]) for cell in cells[4:7])
+    assert flops == pytest.approx(2 * 64 * 0.2983, rel=0.01)  # multiply-adds of the table of hilo.md
+    assert bound == pytest.approx(flops / 790, rel=0.01)  # of an H200's 790 TFLOP/s, in milliseconds
 
 
-def test_the_page_shows_the_results_that_are_kept(program: Any) -> None:
-    page = (ROOT / "docs" / "performance.md").read_text()
-    assert program.put_table(page, json.loads((ROOT / "docs" / "results" / "papers_h100.json").read_text())) == page
+@pytest.mark.parametrize("suite", ["engines", "mechanisms", "models", "decode"])
+def test_every_suite_says_what_it_would_run(program: Any, suite: str) -> None:
+    only = {"models": "llama, gqa: 4096*", "mechanisms": "hilo*"}.get(suite, "*")
+    scale = ("--scale", "quick") if suite == "engines" else ()
+    assert "│ ours" in invoke(program, suite, "--dry-run", "--only", only, *scale)
 
 
-def test_a_page_without_markers(program: Any) -> None:
-    with pytest.raises(ValueError, match="no markers"):
-        program.put_table("nothing", {})
+def test_tables_of_earlier_runs(program: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out, page = tmp_path / "results" / "mine.json", tmp_path / "page.md"
+    page.write_text("before\n<!-- papers: results/none.json -->\nold\n<!-- end of papers -->\nafter\n", encoding="utf-8")
+    invoke(
+        program, "papers", "--scale", "quick", "--seconds", "0.001", "--budget", "0", "--only", "BRA: dim 64*", "--out", str(out)
+    )
+    invoke(program, "table", str(page), str(out))
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- papers: results/mine.json -->")
+    assert text.endswith("<!-- end of papers -->\nafter\n")
+    assert "old" not in text
+    assert "dim 64, 8x8" in text
+    assert "(results/mine_roofline.png)" in text
+    assert (tmp_path / "results" / "mine_roofline.png").exists()
+    invoke(program, "table", str(page))
+    assert page.read_text(encoding="utf-8") == text
+
+
+def test_the_page_shows_the_results_that_are_kept() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert "<!-- papers: results/" in page
+    assert report.put_results(page, ROOT / "docs") == page
+
+
+@pytest.mark.parametrize("path", sorted([*RESULTS.glob("engines_*.json"), *RESULTS.glob("papers_*.json")]), ids=lambda p: p.stem)
+def test_results_that_are_kept_can_be_read(path: Path) -> None:
+    results = report.read(path)
+    assert results["suite"] in path.stem
+    assert "|---|" in report.render(results)
+    for picture in results.get("pictures", ()):
+        assert path.with_name(f"{path.stem}_{picture}.png").exists()
+
+
+def test_a_scale_that_is_none(program: Any) -> None:
+    done = CliRunner().invoke(program.app, ["papers", "--scale", "tiny"])
+    assert done.exit_code == 2
+
+
+def test_results_are_plain_json(program: Any, tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    invoke(program, "decode", "--scale", "quick", "--seconds", "0.001", "--only", "GQA*", "--out", str(out))
+    assert json.loads(out.read_text(encoding="utf-8"))["dtype"] == "float32"

@@ -1,0 +1,179 @@
+"""How long calls take: medians, cold caches, CUDA graphs, calls from Python back to back; and how much memory they need.
+
+Clocks and power limits of a device are left as they are. On CUDA a time lies between two events; before each replay of a graph a
+buffer larger than the second-level cache is overwritten, so that a call finds its tensors in memory. On a CPU it is the wall clock.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Clock",
+    "captured",
+    "host_microseconds",
+    "interleaved_ms",
+    "median_ms",
+    "peak_mib",
+    "pipelined_ms",
+    "synchronize",
+    "time_call",
+]
+
+_FLUSHED_BYTES = 256 * 2**20  # several times the second-level cache of any GPU of today
+_IN_A_ROW = 10  # calls between two events when Python's share is wanted
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How much is measured. `seconds`: of each measurement, about; `least` and `most`: how often a call is timed."""
+
+    seconds: float = 0.05
+    least: int = 3
+    most: int = 50
+
+    def repeats(self, ms: float) -> int:
+        """How many calls of about `ms` milliseconds are timed."""
+        return max(self.least, min(self.most, round(1e3 * self.seconds / max(ms, 1e-3))))
+
+
+def time_call(run: Call, clock: Clock, *, capturable: bool = True) -> dict[str, float]:
+    """Milliseconds of a call: "eager", called from Python back to back, and on CUDA "graph", replayed, without Python's time.
+
+    A call that cannot be captured has no "graph": it waits for the device or allocates by what it reads there.
+    """
+    if not torch.cuda.is_available():
+        return {"eager": round(median_ms(run, clock), 5)}
+    found = {"eager": round(pipelined_ms(run, clock), 5)}
+    if capturable:
+        try:
+            replay = captured(run)
+        except Exception:  # whatever a library raises inside a capture
+            torch.cuda.synchronize()
+            return found
+        found["graph"] = round(median_ms(replay, clock), 5)
+    return found
+
+
+def median_ms(run: Call, clock: Clock) -> float:
+    """Median over single calls: on CUDA each with a cold cache, between its own events."""
+    return statistics.median(_times(run, clock.repeats(_estimate(run))))
+
+
+def interleaved_ms(runs: Mapping[str, Call], clock: Clock, rounds: int = 5) -> dict[str, float]:
+    """Medians of calls that are compared closely: measured in turns, so that a drift of the clock meets all alike."""
+    repeats = {name: max(1, clock.repeats(_estimate(run)) // rounds + 1) for name, run in runs.items()}
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            taken[name] += _times(run, repeats[name])
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def pipelined_ms(run: Call, clock: Clock) -> float:
+    """Median time of a call of several queued in a row: the device's or Python's, whichever is longer."""
+    expected = _estimate(run)
+    calls = max(1, min(_IN_A_ROW, int(1e3 * clock.seconds / expected)))
+
+    def several() -> None:
+        for _ in range(calls):
+            run()
+
+    return statistics.median(_times(several, max(3, clock.repeats(calls * expected)), cold=False)) / calls
+
+
+def host_microseconds(run: Call, calls: int) -> float:
+    """Python time of a call, least of seven rounds; the device is not waited for within a round."""
+    for _ in range(calls):
+        run()
+    best = float("inf")
+    for _ in range(7):
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        best = min(best, (time.perf_counter() - start) / calls)
+    synchronize()
+    return best * 1e6
+
+
+def captured(run: Call) -> Callable[[], None]:
+    """The call as a CUDA graph, after three calls on a stream of its own, to compile and to allocate."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def peak_mib(run: Call) -> float | None:
+    """MiB that a call allocates on the GPU at its worst moment, beyond what is there before it; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    run()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _estimate(run: Call) -> float:
+    """Milliseconds of a call, roughly, after one that warms up."""
+    run()
+    return max(1e-3, min(_times(run, 2, cold=False)))
+
+
+def _times(run: Call, repeat: int, *, cold: bool = True) -> list[float]:
+    if not torch.cuda.is_available():
+        return [_wall_ms(run) for _ in range(repeat)]
+    buffer = _flushing_buffer() if cold else None
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeat)]
+    torch.cuda.synchronize()
+    for begin, end in events:
+        if buffer is not None:
+            buffer.zero_()
+        begin.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in events]
+
+
+def _wall_ms(run: Call) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+_BUFFERS: dict[int, Tensor] = {}
+
+
+def _flushing_buffer() -> Tensor:
+    device = torch.cuda.current_device()
+    if device not in _BUFFERS:
+        _BUFFERS[device] = torch.empty(_FLUSHED_BYTES // 4, dtype=torch.int32, device=device)
+    return _BUFFERS[device]
