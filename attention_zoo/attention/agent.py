@@ -35,11 +35,13 @@ from attention_zoo.attention.base import (
 )
 from attention_zoo.attention.conversion import projection_settings, refuse_tensors, source_heads, source_settings, split_projections
 from attention_zoo.attention.functional import pure_function
+from attention_zoo.ops import agent_attention, resize_grid
 from attention_zoo.registry import register_attention
 
 __all__ = [
     "AgentAttention",
     "AgentTables",
+    "DepthwiseConv2d",
     "agent_attention",
     "noncausal_settings",
     "padding_mask",
@@ -55,44 +57,6 @@ Grid = tuple[int, int]
 AGENT_SOURCES = ("pool", "learned")
 
 
-def agent_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    agents: Tensor,
-    *,
-    key_bias: Tensor | None = None,
-    query_bias: Tensor | None = None,
-    key_mask: Tensor | None = None,
-    scale: float | None = None,
-    query_scale: float | None = None,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    """Two thin softmax attentions: the agents read the keys, the queries read the agents.
-
-        V_A = softmax(s A K^T + B_k) V          O = softmax(s_q Q A^T + B_q) V_A
-
-    Args:
-        q: (B, H, N, D).
-        k, v: (B, H_kv, M, D), H a multiple of H_kv.
-        agents: A, (B or 1, H, n, D).
-        key_bias, query_bias: B_k (1 or B, H, n, M) and B_q (1 or B, H, N, n).
-        key_mask: (B, M) boolean, true where a key may be read.
-        scale: s, and s_q where `query_scale` is not given; None: 1 / sqrt(D).
-        dropout_p: dropout rate on both maps.
-
-    Returns: (B, H, N, D).
-    """
-    agents = agents.expand(q.shape[0], -1, -1, -1)
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    read = ops.attention(agents, k, v, bias=key_bias, attn_mask=mask, scale=scale, dropout_p=dropout_p)
-    assert isinstance(read, Tensor)  # no log-normaliser was asked for
-    query_scale = scale if query_scale is None else query_scale
-    out = ops.attention(q, agents, read, bias=query_bias, scale=query_scale, dropout_p=dropout_p)
-    assert isinstance(out, Tensor)
-    return out
-
-
 def pool_agents(q: Tensor, grid_size: Grid | None, agent_grid: Grid, mask: Tensor | None = None) -> Tensor:
     """Average the queries over the bins of an agent grid; bins overlap or repeat where the grid is not a multiple of it.
 
@@ -105,16 +69,10 @@ def pool_agents(q: Tensor, grid_size: Grid | None, agent_grid: Grid, mask: Tenso
     Returns: (B, a1 * a2, C).
     """
     if mask is None:
-        return _pool(q, grid_size, agent_grid)
-    mean = _pool(q.masked_fill(~mask[..., None], 0.0), grid_size, agent_grid)
-    share = _pool(mask[..., None].to(q.dtype), grid_size, agent_grid)
+        return ops.pool_tokens(q, grid_size, agent_grid)
+    mean = ops.pool_tokens(q.masked_fill(~mask[..., None], 0.0), grid_size, agent_grid)
+    share = ops.pool_tokens(mask[..., None].to(q.dtype), grid_size, agent_grid)
     return mean / share.masked_fill(share == 0, 1.0)
-
-
-def _pool(x: Tensor, grid_size: Grid | None, agent_grid: Grid) -> Tensor:
-    if grid_size is None:
-        return F.adaptive_avg_pool1d(x.transpose(1, 2), math.prod(agent_grid)).transpose(1, 2)
-    return F.adaptive_avg_pool2d(to_image(x, grid_size), agent_grid).flatten(2).transpose(1, 2)
 
 
 def to_image(x: Tensor, grid_size: Grid) -> Tensor:
@@ -122,12 +80,17 @@ def to_image(x: Tensor, grid_size: Grid) -> Tensor:
     return x.unflatten(1, grid_size).permute(0, 3, 1, 2)
 
 
-def resize_grid(image: Tensor, size: Grid) -> Tensor:
-    """Bilinear resampling of (B, C, H, W), align_corners=False, at least in float32; nothing is done where the size is the same."""
-    if image.shape[-2:] == size:
-        return image
-    work = torch.promote_types(image.dtype, torch.float32)
-    return F.interpolate(image.to(work), size=size, mode="bilinear", align_corners=False)
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution, stride 1, that keeps the size of the map; our kernel where it serves (`ops.depthwise_conv2d`).
+
+    Shape: x (B, C, H, W), a view of channels-last tokens -> (B, C, H, W).
+    """
+
+    def __init__(self, dim: int, kernel_size: int = 3, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.depthwise_conv2d(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
 
 
 class AgentTables(AttentionModule):
@@ -199,37 +162,37 @@ class AgentTables(AttentionModule):
             if name.endswith("_bias"):
                 trunc_normal_(parameter, std=std) if std else nn.init.zeros_(parameter)
 
-    def key_bias(self, grid_size: Grid, agent_grid: Grid) -> Tensor | None:
-        """B_k (1, h, n, P + H_k * W_k) for keys on this grid; None without tables."""
+    def key_bias(self, grid_size: Grid, agent_grid: Grid, dtype: torch.dtype | None = None) -> Tensor | None:
+        """B_k (1, h, n, P + H_k * W_k) for keys on this grid; None without tables.
+
+        `dtype`: what it may be rounded to, that of the queries for instance; None: at least float32 where it is resampled.
+        """
         if not self.has_tables:
             return None
-        bias = self._over_grid(self.an_bias, self.ah_bias[0], self.aw_bias[0], grid_size)  # (h, n, N_k)
-        if (prefix := getattr(self, "ac_bias", None)) is not None:
-            bias = torch.cat([prefix[0].to(bias.dtype), bias], dim=-1)
-        return self._over_agents(bias.transpose(1, 2), agent_grid).transpose(1, 2)[None]
+        prefix = getattr(self, "ac_bias", None)
+        rows, columns = self.ah_bias[0, ..., 0], self.aw_bias[0, :, :, 0]
+        return self._bias((self.an_bias, rows, columns), None if prefix is None else prefix[0], grid_size, agent_grid, dtype)
 
-    def query_bias(self, grid_size: Grid, agent_grid: Grid) -> Tensor | None:
-        """B_q (1, h, P + H * W, n) for queries on this grid; None without tables."""
+    def query_bias(self, grid_size: Grid, agent_grid: Grid, dtype: torch.dtype | None = None) -> Tensor | None:
+        """B_q (1, h, P + H * W, n) for queries on this grid; None without tables. `dtype` as for `key_bias`."""
         if not self.has_tables:
             return None
-        rows, columns = (table[0].permute(0, 3, 1, 2) for table in (self.ha_bias, self.wa_bias))  # agents first, as the others
-        bias = self._over_grid(self.na_bias, rows, columns, grid_size).transpose(1, 2)  # (h, N, n)
-        if (prefix := getattr(self, "ca_bias", None)) is not None:
-            bias = torch.cat([prefix[0].to(bias.dtype), bias], dim=1)
-        return self._over_agents(bias, agent_grid)[None]
+        prefix = getattr(self, "ca_bias", None)
+        rows, columns = self.ha_bias[0, :, :, 0].transpose(1, 2), self.wa_bias[0, :, 0].transpose(1, 2)  # agents first
+        before = None if prefix is None else prefix[0].transpose(1, 2)
+        return self._bias((self.na_bias, rows, columns), before, grid_size, agent_grid, dtype).transpose(-2, -1)
 
-    @staticmethod
-    def _over_grid(square: Tensor, rows: Tensor, columns: Tensor, grid_size: Grid) -> Tensor:
-        """(h, n, b, b), (h, n, H', 1) and (h, n, 1, W') -> their sum on the grid, (h, n, H * W)."""
-        height, width = grid_size
-        separable = resize_grid(rows, (height, 1)) + resize_grid(columns, (1, width))
-        return (resize_grid(square, grid_size) + separable).flatten(2)
-
-    def _over_agents(self, bias: Tensor, agent_grid: Grid) -> Tensor:
-        """(h, M, a * a) -> (h, M, a1 * a2)."""
-        if agent_grid == (self.agent_side, self.agent_side):
-            return bias
-        return resize_grid(bias.unflatten(-1, (self.agent_side, self.agent_side)), agent_grid).flatten(2)
+    def _bias(
+        self,
+        tables: tuple[Tensor, Tensor, Tensor],
+        prefix: Tensor | None,
+        grid_size: Grid,
+        agent_grid: Grid,
+        dtype: torch.dtype | None,
+    ) -> Tensor:
+        """(1, h, n, P + H * W)."""
+        agents = ((self.agent_side, self.agent_side), agent_grid)
+        return ops.grid_bias(*tables, grid_size, prefix=prefix, agent_grids=agents, dtype=dtype)[None]
 
 
 @register_attention(
@@ -244,7 +207,7 @@ class AgentTables(AttentionModule):
     prefix_tokens=True,
     cross_equals_self=False,
     cost="O(N n C)",
-    engines=("torch", "flash", "xformers", "flex"),
+    engines=("triton", "torch", "flash", "xformers", "flex"),
     sequence_options={"window_size": None},
 )
 class AgentAttention(AgentTables):
@@ -374,8 +337,10 @@ class AgentAttention(AgentTables):
             self.agent_tokens = nn.Parameter(torch.empty(1, agent_num, inner, **factory))
         self.dwc: nn.Module | None = None
         if use_dwc:
-            convolution = nn.Conv1d if self.window_size is None else nn.Conv2d
-            self.dwc = convolution(inner, inner, kernel_size=3, padding=1, groups=inner, **factory)
+            if self.window_size is None:
+                self.dwc = nn.Conv1d(inner, inner, kernel_size=3, padding=1, groups=inner, **factory)
+            else:
+                self.dwc = DepthwiseConv2d(inner, **factory)
         self.proj = nn.Linear(inner, dim, **factory)
         self.attn_drop = attn_drop
         self.proj_drop = nn.Dropout(proj_drop)
@@ -440,8 +405,8 @@ class AgentAttention(AgentTables):
             split_heads(k, self.num_kv_heads),
             split_heads(v, self.num_kv_heads),
             split_heads(agents, self.num_heads),
-            key_bias=None if key_grid is None else self.key_bias(key_grid, self.agent_grid),
-            query_bias=None if grid is None else self.query_bias(grid, self.agent_grid),
+            key_bias=None if key_grid is None else self.key_bias(key_grid, self.agent_grid, q.dtype),
+            query_bias=None if grid is None else self.query_bias(grid, self.agent_grid, q.dtype),
             key_mask=key_mask,
             scale=self.scale,
             dropout_p=self.attn_drop if self.training else 0.0,

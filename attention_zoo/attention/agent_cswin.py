@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from attention_zoo import ops
 from attention_zoo.attention.agent import (
     AgentTables,
+    DepthwiseConv2d,
     agent_attention,
     noncausal_settings,
     padding_mask,
@@ -85,7 +86,7 @@ class _Stripes(AgentTables):
             raise ValueError(f"split_size must be positive, got {split_size}; the nearest is 1")
         self.scale = self.head_dim**-0.5 if scale is None else scale
         self.attn_drop = attn_drop
-        self.get_v = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, device=device, dtype=dtype)
+        self.get_v = DepthwiseConv2d(dim, device=device, dtype=dtype)
 
     def stripe(self, grid_size: Grid) -> Grid:
         """Height and width of the stripes of a grid."""
@@ -180,8 +181,8 @@ class AgentStripes(_Stripes):
         agents = pool_agents(q, stripe, self.agent_grid, real)
         out = agent_attention(
             *(split_heads(t, self.num_heads) for t in (q, k, v, agents)),
-            key_bias=self.key_bias(stripe, self.agent_grid),
-            query_bias=self.query_bias(stripe, self.agent_grid),
+            key_bias=self.key_bias(stripe, self.agent_grid, q.dtype),
+            query_bias=self.query_bias(stripe, self.agent_grid, q.dtype),
             key_mask=real,
             scale=self.scale,
             dropout_p=self.attn_drop if self.training else 0.0,
@@ -202,7 +203,7 @@ class AgentStripes(_Stripes):
     spatial=True,
     padding_masks_only=True,
     cost="O(N n C)",
-    engines=("torch", "flash", "xformers", "flex"),
+    engines=("triton", "torch", "flash", "xformers", "flex"),
 )
 class AgentCSwinAttention(AttentionModule):
     """Agent attention over the whole grid, or with half the heads in vertical and half in horizontal stripes of it.

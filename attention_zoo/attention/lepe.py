@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from attention_zoo import ops
 from attention_zoo.attention.base import (
     AttentionModule,
     attend,
@@ -61,7 +62,7 @@ class LocalPositionEncoding(nn.Conv2d):
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return ops.depthwise_conv2d(x, self.weight, self.bias)
 
 
 @register_attention(

@@ -2,7 +2,9 @@
 
 from attention_zoo.ops._autocast import no_autocast
 from attention_zoo.ops._tap import observe
+from attention_zoo.ops.agent import agent_attention, grid_bias, pool_tokens, resize_grid
 from attention_zoo.ops.attention import attention, attention_weights, merge_attention
+from attention_zoo.ops.depthwise import depthwise_conv2d
 from attention_zoo.ops.dispatch import BACKENDS, BackendError, backends, explain, use_backend
 from attention_zoo.ops.halo import halo_attention
 from attention_zoo.ops.routed import routed_attention
@@ -10,14 +12,19 @@ from attention_zoo.ops.routed import routed_attention
 __all__ = [
     "BACKENDS",
     "BackendError",
+    "agent_attention",
     "attention",
     "attention_weights",
     "backends",
+    "depthwise_conv2d",
     "explain",
+    "grid_bias",
     "halo_attention",
     "merge_attention",
     "no_autocast",
     "observe",
+    "pool_tokens",
+    "resize_grid",
     "routed_attention",
     "use_backend",
 ]

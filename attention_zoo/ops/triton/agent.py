@@ -1,0 +1,714 @@
+"""Agent attention as Triton kernels: a few agents read all tokens, and all tokens read the agents.
+
+All agents of a head stand in one tile beside a tile of tokens. Agents that read: a program walks along a share of the tokens with a
+running softmax, and a small kernel joins the shares. Tokens that read: the logits of a token are all in the tile. The gradients of
+both come from one kernel along the tokens, which keeps the sums of the agents; a share of tokens leaves its sums in a place of its
+own, to be added afterwards, so that there are no atomics and the result is the same every time. The gradients of biases are those
+of the logits, added up over samples that share them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attention_zoo.ops.triton._common import LOG2E, absorb, conclude, last_contiguous, per_logit, precision, read_lse, tile
+
+__all__ = ["MOST_AGENTS", "few_keys_triton", "few_queries_triton"]
+
+MOST_AGENTS = 128  # that a tile takes
+_PROGRAMS = 1024  # that a call is shared out to, where it has that much work: a few for each processor of any card
+
+
+@triton.jit
+def _load_bias(Bias, tokens, agents, wanted, sbt, sbn):
+    """A tile (tokens, agents) of the logits' bias, in base 2."""
+    at = Bias + agents[None, :].to(tl.int64) * sbn + tokens[:, None] * sbt
+    return tl.load(at, mask=wanted, other=0.0).to(tl.float32) * 1.4426950408889634
+
+
+@triton.jit
+def _agents_read_kernel(
+    A, K, V, Bias, Mask, Out, Lse, Sums, Peaks,
+    scale,  # of the logits, times log2 e
+    sab, sah, san, skb, skh, skt, svb, svh, svt, sbb, sbh, sbt, sbn, smb, sob, soh, son,
+    HEADS, GROUP, N, T, D, DV, SHARES, SHARE,
+    HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, ALONE: tl.constexpr, PRECISION: tl.constexpr,
+    BA: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    bh, share = pid // SHARES, pid % SHARES
+    b, h = (bh // HEADS).to(tl.int64), bh % HEADS
+    i, d, dv = tl.arange(0, BA), tl.arange(0, BD), tl.arange(0, BDV)
+    a = tl.load(A + b * sab + h * sah + i[:, None] * san + d[None, :], mask=(i < N)[:, None] & (d < D)[None, :], other=0.0)
+    K += b * skb + (h // GROUP) * skh
+    V += b * svb + (h // GROUP) * svh
+    Bias += b * sbb + h * sbh
+    highest = tl.full([BA], float("-inf"), tl.float32)
+    total = tl.zeros([BA], tl.float32)
+    acc = tl.zeros([BA, BDV], tl.float32)
+    for start in range(share * SHARE, tl.minimum(share * SHARE + SHARE, T), BT):
+        t = start + tl.arange(0, BT)
+        seen = t < T
+        k = tl.load(K + t[None, :].to(tl.int64) * skt + d[:, None], mask=seen[None, :] & (d < D)[:, None], other=0.0)
+        v = tl.load(V + t[:, None].to(tl.int64) * svt + dv[None, :], mask=seen[:, None] & (dv < DV)[None, :], other=0.0)
+        x = tl.dot(a, k, input_precision=PRECISION) * scale
+        if HAS_BIAS:
+            at = Bias + i[:, None].to(tl.int64) * sbn + t[None, :] * sbt
+            x += tl.load(at, mask=(i < N)[:, None] & seen[None, :], other=0.0).to(tl.float32) * 1.4426950408889634
+        if HAS_MASK:
+            seen = seen & (tl.load(Mask + b * smb + t, mask=seen, other=0) != 0)
+        x = tl.where(seen[None, :], x, float("-inf"))
+        p, fade, highest, total = absorb(x, highest, total)
+        acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    wanted = (i < N)[:, None] & (dv < DV)[None, :]
+    if ALONE:
+        out, lse = conclude(acc, highest, total)
+        tl.store(Out + b * sob + h * soh + i[:, None] * son + dv[None, :], out.to(Out.dtype.element_ty), mask=wanted)
+        tl.store(Lse + bh.to(tl.int64) * N + i, lse, mask=i < N)
+    else:
+        place = pid.to(tl.int64) * N + i
+        tl.store(Sums + place[:, None] * DV + dv[None, :], acc, mask=wanted)
+        tl.store(Peaks + place * 2, highest, mask=i < N)
+        tl.store(Peaks + place * 2 + 1, total, mask=i < N)
+
+
+@triton.jit
+def _join_kernel(
+    Sums, Peaks, Out, Lse, sob, soh, son, HEADS, N, DV, SHARES, TILES,
+    BS: tl.constexpr, BN: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """The softmax over all shares, for a few agents of one head."""
+    pid = tl.program_id(0)
+    bh, portion = pid // TILES, pid % TILES
+    i, s, dv = portion * BN + tl.arange(0, BN), tl.arange(0, BS), tl.arange(0, BDV)
+    Sums += bh.to(tl.int64) * SHARES * N * DV
+    Peaks += bh.to(tl.int64) * SHARES * N * 2
+    highest = tl.full([BN], float("-inf"), tl.float32)
+    for start in range(0, SHARES, BS):
+        place = (start + s)[:, None] * N + i[None, :]
+        there = (start + s < SHARES)[:, None] & (i < N)[None, :]
+        highest = tl.maximum(highest, tl.max(tl.load(Peaks + place * 2, mask=there, other=float("-inf")), 0))
+    anchor = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.zeros([BN], tl.float32)
+    acc = tl.zeros([BN, BDV], tl.float32)
+    for start in range(0, SHARES, BS):
+        place = (start + s)[:, None] * N + i[None, :]
+        there = (start + s < SHARES)[:, None] & (i < N)[None, :]
+        weight = tl.exp2(tl.load(Peaks + place * 2, mask=there, other=float("-inf")) - anchor[None, :])
+        total += tl.sum(weight * tl.load(Peaks + place * 2 + 1, mask=there, other=0.0), 0)
+        sums = tl.load(
+            Sums + place[:, :, None] * DV + dv[None, None, :], mask=there[:, :, None] & (dv < DV)[None, None, :], other=0.0
+        )
+        acc += tl.sum(weight[:, :, None] * sums, 0)
+    out, lse = conclude(acc, highest, total)
+    at = Out + (bh // HEADS).to(tl.int64) * sob + (bh % HEADS) * soh
+    tl.store(at + i[:, None] * son + dv[None, :], out.to(Out.dtype.element_ty), mask=(i < N)[:, None] & (dv < DV)[None, :])
+    tl.store(Lse + bh.to(tl.int64) * N + i, lse, mask=i < N)
+
+
+@triton.jit
+def _tokens_read_kernel(
+    Q, A, F, Bias, Out,
+    scale,
+    sqb, sqh, sqt, sab, sah, san, sfb, sfh, sfn, sbb, sbh, sbt, sbn, sob, soh, sot,
+    HEADS, N, T, D, DV, SHARES, SHARE,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BA: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    bh, share = pid // SHARES, pid % SHARES
+    b, h = (bh // HEADS).to(tl.int64), bh % HEADS
+    i, d, dv = tl.arange(0, BA), tl.arange(0, BD), tl.arange(0, BDV)
+    a = tl.load(A + b * sab + h * sah + i[None, :] * san + d[:, None], mask=(i < N)[None, :] & (d < D)[:, None], other=0.0)
+    f = tl.load(F + b * sfb + h * sfh + i[:, None] * sfn + dv[None, :], mask=(i < N)[:, None] & (dv < DV)[None, :], other=0.0)
+    Q += b * sqb + h * sqh
+    Out += b * sob + h * soh
+    Bias += b * sbb + h * sbh
+    for start in range(share * SHARE, tl.minimum(share * SHARE + SHARE, T), BT):
+        t = start + tl.arange(0, BT)
+        wide = t[:, None].to(tl.int64)
+        q = tl.load(Q + wide * sqt + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
+        x = tl.dot(q, a, input_precision=PRECISION) * scale
+        if HAS_BIAS:
+            x += _load_bias(Bias, t, i, (t < T)[:, None] & (i < N)[None, :], sbt, sbn)
+        x = tl.where((i < N)[None, :], x, float("-inf"))
+        p = tl.exp2(x - tl.max(x, 1)[:, None])
+        out = tl.dot(p.to(f.dtype), f, input_precision=PRECISION) / tl.sum(p, 1)[:, None]
+        tl.store(Out + wide * sot + dv[None, :], out.to(Out.dtype.element_ty), mask=(t < T)[:, None] & (dv < DV)[None, :])
+
+
+@triton.jit
+def _gradient_kernel(
+    X, Y, A, F, Out, Lse, Bias, Mask, DX, DY, DBias, Sums,
+    scale,
+    sxb, sxh, sxt, syb, syh, syt, sab, sah, san, sfb, sfh, sfn, sob, soh, son, sbb, sbh, sbt, sbn, smb,
+    sdxb, sdxh, sdxt, sdyb, sdyh, sdyt,
+    HEADS, GROUP, N, T, D, DV, SHARES, SHARE,
+    TOKENS_READ: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DBIAS: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+    BA: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one of the two steps, along the tokens; in both the map is P = softmax(scale x a^T + bias).
+
+    Tokens that read: x are queries, y the gradients of their outputs, f what the agents say; the softmax is over the agents, the
+    sums are the gradients of a and f. Agents that read: x are keys, y values, f the gradients of the agents' outputs; the softmax
+    is over the tokens, the sums are the gradients of a, and y has gradients too.
+    """
+    pid = tl.program_id(0)
+    bh, share = pid // SHARES, pid % SHARES
+    b, h = (bh // HEADS).to(tl.int64), bh % HEADS
+    i, d, dv = tl.arange(0, BA), tl.arange(0, BD), tl.arange(0, BDV)
+    agent, agent_v = (i < N)[:, None] & (d < D)[None, :], (i < N)[:, None] & (dv < DV)[None, :]
+    a = tl.load(A + b * sab + h * sah + i[:, None] * san + d[None, :], mask=agent, other=0.0)
+    f = tl.load(F + b * sfb + h * sfh + i[:, None] * sfn + dv[None, :], mask=agent_v, other=0.0)
+    if not TOKENS_READ:
+        out = tl.load(Out + b * sob + h * soh + i[:, None] * son + dv[None, :], mask=agent_v, other=0.0)
+        delta = tl.sum(out.to(tl.float32) * f.to(tl.float32), 1)
+        lse = read_lse(Lse, bh.to(tl.int64) * N + i, i < N)
+    X += b * sxb + (h // GROUP) * sxh
+    Y += b * syb + (h // GROUP) * syh
+    DX += b * sdxb + h * sdxh
+    DY += b * sdyb + h * sdyh
+    Bias += b * sbb + h * sbh
+    DBias += bh.to(tl.int64) * N * T
+    da = tl.zeros([BA, BD], tl.float32)
+    df = tl.zeros([BA, BDV], tl.float32)
+    for start in range(share * SHARE, tl.minimum(share * SHARE + SHARE, T), BT):
+        t = start + tl.arange(0, BT)
+        wide, there = t[:, None].to(tl.int64), (t < T)[:, None]
+        x = tl.load(X + wide * sxt + d[None, :], mask=there & (d < D)[None, :], other=0.0)
+        y = tl.load(Y + wide * syt + dv[None, :], mask=there & (dv < DV)[None, :], other=0.0)
+        z = tl.dot(x, tl.trans(a), input_precision=PRECISION) * scale
+        dp = tl.dot(y, tl.trans(f), input_precision=PRECISION)
+        if HAS_BIAS:
+            z += _load_bias(Bias, t, i, there & (i < N)[None, :], sbt, sbn)
+        if TOKENS_READ:
+            z = tl.where((i < N)[None, :], z, float("-inf"))
+            p = tl.exp2(z - tl.max(z, 1)[:, None])
+            p = p / tl.sum(p, 1)[:, None]
+            ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+            df += tl.dot(tl.trans(p.to(y.dtype)), y, input_precision=PRECISION)
+        else:
+            seen = t < T
+            if HAS_MASK:
+                seen = seen & (tl.load(Mask + b * smb + t, mask=seen, other=0) != 0)
+            p = tl.where(seen[:, None], tl.exp2(z - lse[None, :]), 0.0)
+            ds = p * (dp - delta[None, :])
+            dy = tl.dot(p.to(f.dtype), f, input_precision=PRECISION)
+            tl.store(DY + wide * sdyt + dv[None, :], dy.to(DY.dtype.element_ty), mask=there & (dv < DV)[None, :])
+        if HAS_DBIAS:
+            at = DBias + i[None, :].to(tl.int64) * T + t[:, None]
+            tl.store(at, ds.to(DBias.dtype.element_ty), mask=there & (i < N)[None, :])
+        ds = ds.to(x.dtype)
+        dx = tl.dot(ds, a, input_precision=PRECISION) * per_logit(scale)
+        tl.store(DX + wide * sdxt + d[None, :], dx.to(DX.dtype.element_ty), mask=there & (d < D)[None, :])
+        da += tl.dot(tl.trans(ds), x, input_precision=PRECISION)
+    sums = Sums + (pid.to(tl.int64) * N + i)[:, None] * (D + DV)
+    tl.store(sums + d[None, :], da * per_logit(scale), mask=agent)
+    if TOKENS_READ:
+        tl.store(sums + D + dv[None, :], df, mask=agent_v)
+
+
+def _empty(batch: int, heads: int, length: int, channels: int, like: Tensor) -> Tensor:
+    """(B, H, length, channels), laid out with heads next to channels as projections read them."""
+    return like.new_empty((batch, length, heads, channels)).transpose(1, 2)
+
+
+class _Tiles(NamedTuple):
+    """Sizes of the tiles of a call, and how it is run: the larger the tile of the agents, the fewer tokens beside it."""
+
+    agents: int
+    tokens: int
+    channels: int
+    channels_v: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, agents: Tensor, tokens: int, dim_v: int) -> _Tiles:
+        ba, bd, bdv = tile(agents.shape[2], MOST_AGENTS), tile(agents.shape[3], 256), tile(dim_v, 256)
+        size = ba * max(bd, bdv)
+        room = size * agents.element_size()
+        most = 64 if room <= 16384 else 32 if room <= 32768 else 16
+        return cls(ba, tile(tokens, most), bd, bdv, 4 if size <= 4096 else 8, 2 if room <= 16384 else 1)
+
+    def constants(self) -> dict[str, int]:
+        return {"BA": self.agents, "BT": self.tokens, "BD": self.channels, "BDV": self.channels_v, "num_warps": self.warps}
+
+
+def _shares(pairs: int, tokens: int, bt: int, least: int = 2) -> tuple[int, int]:
+    """How many programs share the tokens of a head, and how many tokens each has: whole tiles, some `least` tiles."""
+    tiles = triton.cdiv(tokens, bt)
+    share = max(least, triton.cdiv(tiles * pairs, _PROGRAMS))
+    return triton.cdiv(tiles, share), share * bt
+
+
+def _bias_strides(bias: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """Of a bias broadcast to (B, H, n, T): for samples, heads, tokens, agents."""
+    if bias is None:
+        return 0, 0, 0, 0
+    sample, head, agent, token = bias.expand(shape).stride()
+    return sample, head, token, agent
+
+
+@torch.library.custom_op("attention_zoo::agents_read_forward", mutates_args=())
+def _agents_read_forward(
+    agents: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    agents, k, v = last_contiguous(agents), last_contiguous(k), last_contiguous(v)
+    (batch, heads, number, dim), tokens, dim_v = agents.shape, k.shape[2], v.shape[-1]
+    out, lse = _empty(batch, heads, number, dim_v, v), agents.new_empty((batch, heads, number), dtype=torch.float32)
+    if not out.numel():
+        return out, lse
+    if not tokens:
+        return out.zero_(), lse.fill_(-torch.inf)
+    tiles = _Tiles.of(agents, tokens, dim_v)
+    shares, share = _shares(batch * heads, tokens, tiles.tokens)
+    parts = (batch * heads, shares, number) if shares > 1 else (1,)
+    sums = agents.new_empty((*parts, dim_v) if shares > 1 else parts, dtype=torch.float32)
+    peaks = agents.new_empty((*parts, 2) if shares > 1 else parts, dtype=torch.float32)
+    _agents_read_kernel[(batch * heads * shares,)](
+        agents, k, v, agents if bias is None else bias, agents if mask is None else mask, out, lse, sums, peaks, scale * LOG2E,
+        *agents.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_bias_strides(bias, (batch, heads, number, tokens)),
+        0 if mask is None else mask.stride(0), *out.stride()[:3],
+        heads, heads // k.shape[1], number, tokens, dim, dim_v, shares, share,
+        HAS_BIAS=bias is not None, HAS_MASK=mask is not None, ALONE=shares == 1, PRECISION=precision(agents),
+        num_stages=tiles.stages, **tiles.constants(),
+    )  # fmt: skip
+    if shares > 1:
+        few = 8
+        portions = triton.cdiv(number, few)
+        _join_kernel[(batch * heads * portions,)](
+            sums, peaks, out, lse, *out.stride()[:3], heads, number, dim_v, shares, portions,
+            BS=8, BN=few, BDV=tiles.channels_v, num_warps=4,
+        )  # fmt: skip
+    return out, lse
+
+
+@_agents_read_forward.register_fake
+def _(agents: Tensor, k: Tensor, v: Tensor, bias: Any, mask: Any, scale: float) -> tuple[Tensor, Tensor]:
+    batch, heads, number = agents.shape[:3]
+    out = _empty(batch, heads, number, v.shape[-1], v)
+    return out, agents.new_empty((batch, heads, number), dtype=torch.float32)
+
+
+@torch.library.custom_op("attention_zoo::agents_read_backward", mutates_args=())
+def _agents_read_backward(
+    agents: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, out: Tensor, lse: Tensor, grad: Tensor,
+    scale: float, wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of agents, keys, values and (else empty) the bias."""
+    dx, dy, dbias, sums = _gradients(k, v, agents, grad, bias, mask, out, lse, scale, wants_bias)
+    group = agents.shape[1] // k.shape[1]
+    if group > 1:
+        dx, dy = (t.unflatten(1, (k.shape[1], group)).sum(2) for t in (dx, dy))
+    return sums[..., : agents.shape[-1]].to(agents.dtype, copy=True), dx, dy, dbias
+
+
+@_agents_read_backward.register_fake
+def _(
+    agents: Tensor, k: Tensor, v: Tensor, bias: Any, mask: Any, out: Tensor, lse: Tensor, grad: Tensor, scale: float,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dx, dy, dbias, sums = _empty_gradients(k, v, agents, bias, wants_bias)
+    if agents.shape[1] > k.shape[1]:
+        dx, dy = (t.unflatten(1, (k.shape[1], -1)).sum(2) for t in (dx, dy))
+    return sums[..., : agents.shape[-1]].to(agents.dtype, copy=True), dx, dy, dbias
+
+
+@torch.library.custom_op("attention_zoo::tokens_read_forward", mutates_args=())
+def _tokens_read_forward(q: Tensor, agents: Tensor, read: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    q, agents, read = last_contiguous(q), last_contiguous(agents), last_contiguous(read)
+    (batch, heads, tokens, dim), number, dim_v = q.shape, agents.shape[2], read.shape[-1]
+    out = _empty(batch, heads, tokens, dim_v, q)
+    if not out.numel():
+        return out
+    tiles = _Tiles.of(agents, tokens, dim_v)
+    shares, share = _shares(batch * heads, tokens, tiles.tokens, 1)
+    _tokens_read_kernel[(batch * heads * shares,)](
+        q, agents, read, q if bias is None else bias, out, scale * LOG2E,
+        *q.stride()[:3], *agents.stride()[:3], *read.stride()[:3], *_bias_strides(bias, (batch, heads, number, tokens)),
+        *out.stride()[:3], heads, number, tokens, dim, dim_v, shares, share,
+        HAS_BIAS=bias is not None, PRECISION=precision(q), num_stages=tiles.stages, **tiles.constants(),
+    )  # fmt: skip
+    return out
+
+
+@_tokens_read_forward.register_fake
+def _(q: Tensor, agents: Tensor, read: Tensor, bias: Any, scale: float) -> Tensor:
+    batch, heads, tokens = q.shape[:3]
+    return _empty(batch, heads, tokens, read.shape[-1], q)
+
+
+@torch.library.custom_op("attention_zoo::tokens_read_backward", mutates_args=())
+def _tokens_read_backward(
+    q: Tensor, agents: Tensor, read: Tensor, bias: Tensor | None, grad: Tensor, scale: float, wants_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of queries, agents, what they say, and (else empty) the bias."""
+    dx, _, dbias, sums = _gradients(q, grad, agents, read, bias, None, None, None, scale, wants_bias)
+    da, df = (t.to(q.dtype, copy=True) for t in sums.split([q.shape[-1], read.shape[-1]], -1))
+    return dx, da, df, dbias
+
+
+@_tokens_read_backward.register_fake
+def _(
+    q: Tensor, agents: Tensor, read: Tensor, bias: Any, grad: Tensor, scale: float, wants_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, _, dbias, sums = _empty_gradients(q, grad, agents, bias, wants_bias)
+    da, df = (t.to(q.dtype, copy=True) for t in sums.split([q.shape[-1], read.shape[-1]], -1))
+    return dx, da, df, dbias
+
+
+def _empty_gradients(x: Tensor, y: Tensor, agents: Tensor, bias: Tensor | None, wants_bias: bool) -> tuple[Tensor, ...]:
+    """Room for what `_gradients` returns; DY and the bias' only where they are asked for."""
+    (batch, heads, number, dim), tokens, dim_v = agents.shape, x.shape[2], y.shape[-1]
+    dx, dy = _empty(batch, heads, tokens, dim, x), _empty(batch, heads, tokens, dim_v, y)
+    dbias = x.new_empty(bias.shape if bias is not None and wants_bias else (0,), dtype=x.dtype if bias is None else bias.dtype)
+    return dx, dy, dbias, x.new_empty((batch, heads, number, dim + dim_v), dtype=torch.float32)
+
+
+def _gradients(
+    x: Tensor, y: Tensor, agents: Tensor, f: Tensor, bias: Tensor | None, mask: Tensor | None, out: Tensor | None,
+    lse: Tensor | None, scale: float, wants_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What `_gradient_kernel` says, with the letters that it has: gradients of x, y and the bias, and the sums of the agents."""
+    x, y, agents, f = last_contiguous(x), last_contiguous(y), last_contiguous(agents), last_contiguous(f)
+    (batch, heads, number, dim), tokens, dim_v = agents.shape, x.shape[2], y.shape[-1]
+    tokens_read = out is None
+    shape = (batch, heads, number, tokens)
+    dx = _empty(batch, heads, tokens, dim, x)
+    dy = dx if tokens_read else _empty(batch, heads, tokens, dim_v, y)
+    dbias = x.new_empty(shape if wants_bias else (0,))
+    if not x.numel() or not agents.numel():
+        empty = torch.zeros((batch, heads, number, dim + dim_v), dtype=torch.float32, device=x.device)
+        return dx, dy, _of_bias(dbias, bias), empty
+    tiles = _Tiles.of(agents, tokens, dim_v)
+    shares, share = _shares(batch * heads, tokens, tiles.tokens)
+    sums = x.new_empty((batch, heads, shares, number, dim + dim_v), dtype=torch.float32)
+    _gradient_kernel[(batch * heads * shares,)](
+        x, y, agents, f, f if out is None else out, f if lse is None else lse, x if bias is None else bias,
+        x if mask is None else mask, dx, dy, dbias, sums, scale * LOG2E,
+        *x.stride()[:3], *y.stride()[:3], *agents.stride()[:3], *f.stride()[:3], *(f if out is None else out).stride()[:3],
+        *_bias_strides(bias, shape), 0 if mask is None else mask.stride(0), *dx.stride()[:3], *dy.stride()[:3],
+        heads, heads // x.shape[1], number, tokens, dim, dim_v, shares, share,
+        TOKENS_READ=tokens_read, HAS_BIAS=bias is not None, HAS_DBIAS=wants_bias, HAS_MASK=mask is not None, PRECISION=precision(x),
+        num_stages=tiles.stages, **tiles.constants(),
+    )  # fmt: skip
+    return dx, dy, _of_bias(dbias, bias), sums.sum(2) if shares > 1 else sums[:, :, 0]
+
+
+def _of_bias(dlogits: Tensor, bias: Tensor | None) -> Tensor:
+    """The gradient of the bias, added up over what shares it."""
+    if bias is None or not dlogits.numel():
+        return dlogits if bias is None or dlogits.ndim == 1 else dlogits.new_zeros(bias.shape, dtype=bias.dtype)
+    return dlogits.sum_to_size(bias.shape).to(bias.dtype)
+
+
+def _setup_agents_read(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.scale = inputs[5]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_agents_read(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    agents, k, v, bias, mask, out, lse = ctx.saved_tensors
+    wants_bias = bias is not None and ctx.needs_input_grad[3]
+    da, dk, dv, dbias = _agents_read_backward(agents, k, v, bias, mask, out, lse, grad, ctx.scale, wants_bias)
+    return da, dk, dv, dbias if wants_bias else None, None, None
+
+
+def _setup_tokens_read(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.scale = inputs[4]
+
+
+def _backward_tokens_read(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    q, agents, read, bias = ctx.saved_tensors
+    wants_bias = bias is not None and ctx.needs_input_grad[3]
+    dq, da, df, dbias = _tokens_read_backward(q, agents, read, bias, grad, ctx.scale, wants_bias)
+    return dq, da, df, dbias if wants_bias else None, None
+
+
+_agents_read_forward.register_autograd(_backward_agents_read, setup_context=_setup_agents_read)
+_tokens_read_forward.register_autograd(_backward_tokens_read, setup_context=_setup_tokens_read)
+
+
+def few_queries_triton(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, key_mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of at most `MOST_AGENTS` queries (B, H, n, D) to k (B, H_kv, T, D) and v; bias up to (B, H, n, T), mask (B, T)."""
+    mask = None if key_mask is None else key_mask.to(torch.uint8).contiguous()
+    out: Tensor = _agents_read_forward(q, k, v, bias, mask, scale)[0]
+    return out
+
+
+def few_keys_triton(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, scale: float) -> Tensor:
+    """Attention of q (B, H, T, D) to at most `MOST_AGENTS` keys (B, H, n, D) and their values; bias up to (B, H, T, n)."""
+    out: Tensor = _tokens_read_forward(q, k, v, None if bias is None else bias.transpose(-2, -1), scale)
+    return out
+
+
+# --- biases from tables -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _source(place, size, table):
+    """Where a place of an axis of `size` stands in a table along it: bilinear resampling, align_corners=False."""
+    at = (place.to(tl.float32) + 0.5) * (table.to(tl.float32) / size.to(tl.float32)) - 0.5
+    return tl.minimum(tl.maximum(at, 0.0), table.to(tl.float32) - 1.0)
+
+
+@triton.jit
+def _weight(place, cell, size, table):
+    """How much a table's cell counts at a place: a tent around it."""
+    return tl.maximum(1.0 - tl.abs(_source(place, size, table) - cell.to(tl.float32)), 0.0)
+
+
+@triton.jit
+def _grid_bias_kernel(
+    Square, Rows, Columns, Prefix, Out, ssh, ssn, ssy, ssx, srh, srn, sry, sch, scn, scx, sph, spn, spp,
+    N, P, H, W, SH, SW, TILES, BT: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    hn, portion = pid // TILES, pid % TILES
+    h, n = hn // N, hn % N
+    t = portion * BT + tl.arange(0, BT)
+    there = (t >= P) & (t < P + H * W)
+    place = tl.where(there, t - P, 0)
+    y, x = place // W, place % W
+    sy, sx = _source(y, H, SH), _source(x, W, SW)
+    y0, x0 = sy.to(tl.int32), sx.to(tl.int32)
+    y1, x1 = tl.minimum(y0 + 1, SH - 1), tl.minimum(x0 + 1, SW - 1)
+    fy, fx = sy - y0.to(tl.float32), sx - x0.to(tl.float32)
+    at = Square + h * ssh + n * ssn
+    upper = tl.load(at + y0 * ssy + x0 * ssx).to(tl.float32) * (1.0 - fx) + tl.load(at + y0 * ssy + x1 * ssx).to(tl.float32) * fx
+    lower = tl.load(at + y1 * ssy + x0 * ssx).to(tl.float32) * (1.0 - fx) + tl.load(at + y1 * ssy + x1 * ssx).to(tl.float32) * fx
+    value = upper * (1.0 - fy) + lower * fy
+    value += tl.load(Rows + h * srh + n * srn + y * sry).to(tl.float32)
+    value += tl.load(Columns + h * sch + n * scn + x * scx).to(tl.float32)
+    before = tl.load(Prefix + h * sph + n * spn + t * spp, mask=t < P, other=0.0).to(tl.float32)
+    value = tl.where(t < P, before, value)
+    tl.store(Out + hn.to(tl.int64) * (P + H * W) + t, value.to(Out.dtype.element_ty), mask=t < P + H * W)
+
+
+@triton.jit
+def _grid_bias_gradient_kernel(
+    Grad, DSquare, DRows, DColumns, sgh, sgn, N, P, H, W, SH, SW,
+    BY: tl.constexpr, BX: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """All tables of one agent of one head: the square one by two products with weights, the others are sums along the axes."""
+    hn = tl.program_id(0)
+    h, n = (hn // N).to(tl.int64), hn % N
+    x, cell = tl.arange(0, BX), tl.arange(0, BS)
+    across = tl.where((x < W)[:, None] & (cell < SW)[None, :], _weight(x[:, None], cell[None, :], W, SW), 0.0)
+    columns = tl.zeros([BX], tl.float32)
+    square = tl.zeros([BS, BS], tl.float32)
+    Grad += h * sgh + n * sgn + P
+    for start in range(0, H, BY):
+        y = start + tl.arange(0, BY)
+        grad = tl.load(Grad + y[:, None] * W + x[None, :], mask=(y < H)[:, None] & (x < W)[None, :], other=0.0).to(tl.float32)
+        columns += tl.sum(grad, 0)
+        tl.store(DRows + hn.to(tl.int64) * H + y, tl.sum(grad, 1), mask=y < H)
+        down = tl.where((y < H)[None, :] & (cell < SH)[:, None], _weight(y[None, :], cell[:, None], H, SH), 0.0)
+        square += tl.dot(down, tl.dot(grad, across, input_precision="ieee"), input_precision="ieee")
+    tl.store(DColumns + hn.to(tl.int64) * W + x, columns, mask=x < W)
+    at = DSquare + hn.to(tl.int64) * SH * SW + cell[:, None] * SW + cell[None, :]
+    tl.store(at, square, mask=(cell < SH)[:, None] & (cell < SW)[None, :])
+
+
+@torch.library.custom_op("attention_zoo::grid_bias_forward", mutates_args=())
+def _grid_bias_forward(
+    square: Tensor, rows: Tensor, columns: Tensor, prefix: Tensor | None, height: int, width: int, dtype: torch.dtype
+) -> Tensor:
+    heads, number = square.shape[:2]
+    before = 0 if prefix is None else prefix.shape[2]
+    out = square.new_empty((heads, number, before + height * width), dtype=dtype)
+    if not out.numel():
+        return out
+    bt = min(1024, max(128, triton.next_power_of_2(out.shape[2])))
+    tiles = triton.cdiv(out.shape[2], bt)
+    _grid_bias_kernel[(heads * number * tiles,)](
+        square, rows, columns, square if prefix is None else prefix, out, *square.stride(), *rows.stride(), *columns.stride(),
+        *((0, 0, 0) if prefix is None else prefix.stride()), number, before, height, width, *square.shape[2:], tiles,
+        BT=bt, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@_grid_bias_forward.register_fake
+def _(square: Tensor, rows: Tensor, columns: Tensor, prefix: Tensor | None, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    before = 0 if prefix is None else prefix.shape[2]
+    return square.new_empty((*square.shape[:2], before + height * width), dtype=dtype)
+
+
+@torch.library.custom_op("attention_zoo::grid_bias_backward", mutates_args=())
+def _grid_bias_backward(
+    grad: Tensor, before: int, height: int, width: int, side_y: int, side_x: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the square, row and column tables, float32."""
+    grad = last_contiguous(grad)
+    heads, number = grad.shape[:2]
+    square, rows, columns = _empty_tables(grad, height, width, side_y, side_x)
+    if grad.numel():
+        bx = max(16, triton.next_power_of_2(width))
+        _grid_bias_gradient_kernel[(heads * number,)](
+            grad, square, rows, columns, grad.stride(0), grad.stride(1), number, before, height, width, side_y, side_x,
+            BY=16, BX=bx, BS=tile(max(side_y, side_x), 64), num_warps=4 if bx <= 128 else 8,
+        )  # fmt: skip
+    return square, rows, columns
+
+
+@_grid_bias_backward.register_fake
+def _(grad: Tensor, before: int, height: int, width: int, side_y: int, side_x: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_tables(grad, height, width, side_y, side_x)
+
+
+def _empty_tables(grad: Tensor, height: int, width: int, side_y: int, side_x: int) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = ((side_y, side_x), (height,), (width,))
+    square, rows, columns = (grad.new_empty((*grad.shape[:2], *size), dtype=torch.float32) for size in sizes)
+    return square, rows, columns
+
+
+def _setup_grid_bias(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    square, rows, columns, prefix, height, width, _ = inputs
+    ctx.dtypes = [None if t is None else t.dtype for t in (square, rows, columns, prefix)]
+    ctx.sizes = (0 if prefix is None else prefix.shape[2], height, width, *square.shape[2:])
+
+
+def _backward_grid_bias(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    tables = [t.to(dtype) for t, dtype in zip(_grid_bias_backward(grad, *ctx.sizes), ctx.dtypes, strict=False)]
+    prefix = None if ctx.dtypes[3] is None else grad[..., : ctx.sizes[0]].to(ctx.dtypes[3])
+    return *tables, prefix, None, None, None
+
+
+_grid_bias_forward.register_autograd(_backward_grid_bias, setup_context=_setup_grid_bias)
+
+
+def grid_bias_triton(
+    square: Tensor, rows: Tensor, columns: Tensor, *, prefix: Tensor | None, size: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """(h, n, P + H W) of (h, n, b, b'), (h, n, H), (h, n, W) and (h, n, P): up(square) + rows + columns after the prefix."""
+    out: Tensor = _grid_bias_forward(square, rows, columns, prefix, *size, dtype)
+    return out
+
+
+# --- pooling ----------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _pool_kernel(
+    X, Out, sxb, sxt, H, W, BINS_Y, BINS_X, C, TILES, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    which, portion = pid // TILES, pid % TILES
+    b, place = (which // (BINS_Y * BINS_X)).to(tl.int64), which % (BINS_Y * BINS_X)
+    i, j = place // BINS_X, place % BINS_X
+    top, left = i * H // BINS_Y, j * W // BINS_X
+    height, width = ((i + 1) * H + BINS_Y - 1) // BINS_Y - top, ((j + 1) * W + BINS_X - 1) // BINS_X - left
+    c = portion * BC + tl.arange(0, BC)
+    acc = tl.zeros([BT, BC], tl.float32)
+    for start in range(0, height * width, BT):
+        p = start + tl.arange(0, BT)
+        t = (top + p // width) * W + left + p % width
+        wanted = (p < height * width)[:, None] & (c < C)[None, :]
+        acc += tl.load(X + b * sxb + t[:, None].to(tl.int64) * sxt + c[None, :], mask=wanted, other=0.0).to(tl.float32)
+    mean = tl.sum(acc, 0) / (height * width)
+    tl.store(Out + which.to(tl.int64) * C + c, mean.to(Out.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def _pool_gradient_kernel(
+    Grad, DX, H, W, BINS_Y, BINS_X, C, TILES, TILES_C,
+    MOST_Y: tl.constexpr, MOST_X: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Every token gathers from the bins that it lies in, at most `MOST_Y` x `MOST_X`."""
+    pid = tl.program_id(0)
+    rest, portion_c = pid // TILES_C, pid % TILES_C
+    b, portion = (rest // TILES).to(tl.int64), rest % TILES
+    t, c = portion * BT + tl.arange(0, BT), portion_c * BC + tl.arange(0, BC)
+    y, x = t // W, t % W
+    wanted = (t < H * W)[:, None] & (c < C)[None, :]
+    acc = tl.zeros([BT, BC], tl.float32)
+    for e in range(MOST_Y * MOST_X):
+        i, j = y * BINS_Y // H + e // MOST_X, x * BINS_X // W + e % MOST_X
+        inside = (i * H < (y + 1) * BINS_Y) & (j * W < (x + 1) * BINS_X) & (i < BINS_Y) & (j < BINS_X)
+        height = ((i + 1) * H + BINS_Y - 1) // BINS_Y - i * H // BINS_Y
+        width = ((j + 1) * W + BINS_X - 1) // BINS_X - j * W // BINS_X
+        share = tl.where(inside, 1.0 / (height * width).to(tl.float32), 0.0)
+        at = Grad + (b * BINS_Y * BINS_X + i * BINS_X + j)[:, None] * C + c[None, :]
+        acc += tl.load(at, mask=wanted & inside[:, None], other=0.0).to(tl.float32) * share[:, None]
+    tl.store(DX + (b * H * W + t)[:, None] * C + c[None, :], acc.to(DX.dtype.element_ty), mask=wanted)
+
+
+@torch.library.custom_op("attention_zoo::pool_forward", mutates_args=())
+def _pool_forward(x: Tensor, height: int, width: int, bins_y: int, bins_x: int) -> Tensor:
+    x = last_contiguous(x)
+    batch, _, channels = x.shape
+    out = x.new_empty((batch, bins_y * bins_x, channels))
+    bc = tile(channels)
+    tiles = triton.cdiv(channels, bc)
+    if out.numel():
+        _pool_kernel[(batch * bins_y * bins_x * tiles,)](
+            x, out, x.stride(0), x.stride(1), height, width, bins_y, bins_x, channels, tiles, BT=64, BC=bc, num_warps=4
+        )
+    return out
+
+
+@_pool_forward.register_fake
+def _(x: Tensor, height: int, width: int, bins_y: int, bins_x: int) -> Tensor:
+    return x.new_empty((x.shape[0], bins_y * bins_x, x.shape[2]))
+
+
+@torch.library.custom_op("attention_zoo::pool_backward", mutates_args=())
+def _pool_backward(grad: Tensor, height: int, width: int, bins_y: int, bins_x: int) -> Tensor:
+    grad = grad.contiguous()
+    batch, _, channels = grad.shape
+    dx = grad.new_empty((batch, height * width, channels))
+    bc = tile(channels)
+    tiles, tiles_c = triton.cdiv(height * width, 64), triton.cdiv(channels, bc)
+    if dx.numel():
+        most = [
+            1 if not size % bins else 2 if size >= bins else -(-bins // size) + 1
+            for size, bins in ((height, bins_y), (width, bins_x))
+        ]
+        _pool_gradient_kernel[(batch * tiles * tiles_c,)](
+            grad,
+            dx,
+            height,
+            width,
+            bins_y,
+            bins_x,
+            channels,
+            tiles,
+            tiles_c,
+            MOST_Y=most[0],
+            MOST_X=most[1],
+            BT=64,
+            BC=bc,
+            num_warps=4,
+        )
+    return dx
+
+
+@_pool_backward.register_fake
+def _(grad: Tensor, height: int, width: int, bins_y: int, bins_x: int) -> Tensor:
+    return grad.new_empty((grad.shape[0], height * width, grad.shape[2]))
+
+
+def _setup_pool(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.sizes = inputs[1:]
+
+
+def _backward_pool(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _pool_backward(grad, *ctx.sizes), None, None, None, None
+
+
+_pool_forward.register_autograd(_backward_pool, setup_context=_setup_pool)
+
+
+def pool_tokens_triton(x: Tensor, size: tuple[int, int], bins: tuple[int, int]) -> Tensor:
+    """(B, H W, C) -> (B, a b, C): means over the bins of adaptive average pooling."""
+    out: Tensor = _pool_forward(x, *size, *bins)
+    return out

@@ -1,0 +1,167 @@
+"""Depthwise convolution of channels-last maps as Triton kernels: stride 1, an odd kernel, zeros outside.
+
+A program has a patch of pixels and some channels and reads the patch once for each tap; neighbours come from the cache. The
+gradient of the input is the same with the kernel turned around. That of the weights is added up in two steps, without atomics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attention_zoo.ops.triton._common import last_contiguous, tile
+
+__all__ = ["depthwise_conv2d_triton"]
+
+
+@triton.jit
+def _pixels(portion, H, W, TILES_X, BY: tl.constexpr, BX: tl.constexpr):
+    """Rows and columns of a patch of BY x BX pixels, row by row; and which of them are on the map."""
+    p = tl.arange(0, BY * BX)
+    y, x = portion // TILES_X * BY + p // BX, portion % TILES_X * BX + p % BX
+    return y, x, (y < H) & (x < W)
+
+
+@triton.jit
+def _convolution_kernel(
+    X, Weight, Bias, Out, sxb, sxy, sxx, sob, soy, sox, H, W, C, TILES, TILES_X, TILES_C,
+    K: tl.constexpr, TURNED: tl.constexpr, HAS_BIAS: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    rest, portion_c = pid // TILES_C, pid % TILES_C
+    b = (rest // TILES).to(tl.int64)
+    y, x, there = _pixels(rest % TILES, H, W, TILES_X, BY, BX)
+    c = portion_c * BC + tl.arange(0, BC)
+    X += b * sxb
+    acc = tl.zeros([BY * BX, BC], tl.float32)
+    if HAS_BIAS:
+        acc += tl.load(Bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    for tap in tl.static_range(K * K):
+        ty, tx = y + (tap // K - K // 2), x + (tap % K - K // 2)
+        inside = (ty >= 0) & (ty < H) & (tx >= 0) & (tx < W)
+        at = X + ty[:, None].to(tl.int64) * sxy + tx[:, None] * sxx + c[None, :]
+        near = tl.load(at, mask=inside[:, None] & (c < C)[None, :], other=0.0)
+        w = tl.load(Weight + c * (K * K) + (K * K - 1 - tap if TURNED else tap), mask=c < C, other=0.0)
+        acc += near.to(tl.float32) * w.to(tl.float32)[None, :]
+    at = Out + b * sob + y[:, None].to(tl.int64) * soy + x[:, None] * sox + c[None, :]
+    tl.store(at, acc.to(Out.dtype.element_ty), mask=there[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    X, Grad, Sums, sxb, sxy, sxx, sgb, sgy, sgx, H, W, C, TILES, TILES_X, TILES_C, PATCHES, SHARE,
+    K: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """What `SHARE` patches add to the gradients of weights and bias: (K K + 1, C) of this share. The taps after each other find the
+    patches in the cache."""
+    pid = tl.program_id(0)
+    share, portion_c = pid // TILES_C, pid % TILES_C
+    c = portion_c * BC + tl.arange(0, BC)
+    Sums += share.to(tl.int64) * (K * K + 1) * C
+    for tap in range(K * K + 1):
+        off_y, off_x = tap // K - K // 2, tap % K - K // 2
+        acc = tl.zeros([BY * BX, BC], tl.float32)
+        for patch in range(share * SHARE, tl.minimum(share * SHARE + SHARE, PATCHES)):
+            b = (patch // TILES).to(tl.int64)
+            y, x, there = _pixels(patch % TILES, H, W, TILES_X, BY, BX)
+            at = Grad + b * sgb + y[:, None].to(tl.int64) * sgy + x[:, None] * sgx + c[None, :]
+            grad = tl.load(at, mask=there[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+            if tap == K * K:
+                acc += grad
+            else:
+                ty, tx = y + off_y, x + off_x
+                inside = there & (ty >= 0) & (ty < H) & (tx >= 0) & (tx < W)
+                at = X + b * sxb + ty[:, None].to(tl.int64) * sxy + tx[:, None] * sxx + c[None, :]
+                acc += grad * tl.load(at, mask=inside[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+        tl.store(Sums + tap * C + c, tl.sum(acc, 0), mask=c < C)
+
+
+def _patch(height: int, width: int) -> tuple[int, int]:
+    """Sides of the patches: 64 pixels, less tall for maps of few rows."""
+    by = min(8, int(triton.next_power_of_2(height)))
+    return by, max(4, 64 // by)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> Tensor:
+    x, weight = last_contiguous(x), weight.contiguous()
+    batch, height, width, channels = x.shape
+    out = x.new_empty(x.shape)
+    if not out.numel():
+        return out
+    (by, bx), bc = _patch(height, width), tile(channels)
+    tiles_x = triton.cdiv(width, bx)
+    tiles, tiles_c = triton.cdiv(height, by) * tiles_x, triton.cdiv(channels, bc)
+    _convolution_kernel[(batch * tiles * tiles_c,)](
+        x, weight, x if bias is None else bias, out, *x.stride()[:3], *out.stride()[:3],
+        height, width, channels, tiles, tiles_x, tiles_c,
+        K=weight.shape[-1], TURNED=turned, HAS_BIAS=bias is not None, BY=by, BX=bx, BC=bc, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("attention_zoo::depthwise_forward", mutates_args=())
+def _depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _convolve(x, weight, bias, turned=False)
+
+
+@_depthwise_forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("attention_zoo::depthwise_backward", mutates_args=())
+def _depthwise_backward(x: Tensor, weight: Tensor, grad: Tensor, wants_x: bool, wants_weight: bool) -> tuple[Tensor, Tensor]:
+    """The gradient of x, and of weights and bias (k k + 1, C) float32; empty where it is not wanted."""
+    dx = _convolve(grad, weight, None, turned=True) if wants_x else x.new_empty(0)
+    batch, height, width, channels = x.shape
+    taps = weight.shape[-1] ** 2 + 1
+    if not wants_weight:
+        return dx, x.new_empty(0, dtype=torch.float32)
+    if not x.numel():
+        return dx, x.new_zeros((taps, channels), dtype=torch.float32)
+    x, grad = last_contiguous(x), last_contiguous(grad)
+    (by, bx), bc = _patch(height, width), tile(channels)
+    tiles_x = triton.cdiv(width, bx)
+    tiles, tiles_c = triton.cdiv(height, by) * tiles_x, triton.cdiv(channels, bc)
+    patches = batch * tiles
+    share = max(2, triton.cdiv(patches * tiles_c, 2048))
+    shares = triton.cdiv(patches, share)
+    sums = x.new_empty((shares, taps, channels), dtype=torch.float32)
+    _weight_gradient_kernel[(shares * tiles_c,)](
+        x, grad, sums, *x.stride()[:3], *grad.stride()[:3], height, width, channels, tiles, tiles_x, tiles_c, patches, share,
+        K=weight.shape[-1], BY=by, BX=bx, BC=bc, num_warps=4,
+    )  # fmt: skip
+    return dx, sums.sum(0)
+
+
+@_depthwise_backward.register_fake
+def _(x: Tensor, weight: Tensor, grad: Tensor, wants_x: bool, wants_weight: bool) -> tuple[Tensor, Tensor]:
+    of_weight = (weight.shape[-1] ** 2 + 1, x.shape[-1]) if wants_weight else (0,)
+    return x.new_empty(x.shape if wants_x else (0,)), x.new_empty(of_weight, dtype=torch.float32)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+    dx, sums = _depthwise_backward(x, weight, grad, wants_x, wants_weight or wants_bias)
+    of_weight = sums[:-1].t().reshape(weight.shape).to(weight.dtype) if wants_weight else None
+    return dx if wants_x else None, of_weight, sums[-1].to(ctx.bias_dtype) if wants_bias else None
+
+
+_depthwise_forward.register_autograd(_backward, setup_context=_setup)
+
+
+def depthwise_conv2d_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, H, W, C), (C, 1, k, k) and (C,) -> (B, H, W, C)."""
+    out: Tensor = _depthwise_forward(x, weight, bias)
+    return out

@@ -1,0 +1,109 @@
+"""What every operation with a kernel is put through: against its plain code, in half precision, in graphs, again and again.
+
+Without a GPU kernels run under TRITON_INTERPRET=1, which conftest.py sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALVES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)  # numbers of numpy's interpret it
+
+
+@dataclass
+class Case:
+    """A call of an operation that returns one tensor: those of `tensors` with floating point get gradients."""
+
+    operation: Callable[..., Tensor]
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, backend: str, dtype: torch.dtype = torch.float32, function: Any = None) -> dict[str, Tensor]:
+        """The output, and the gradients of a fixed functional of it, by name."""
+        given = {
+            name: t.to(DEVICE, dtype).requires_grad_() if t.is_floating_point() else t.to(DEVICE)
+            for name, t in self.tensors.items()
+        }
+        leaves = {name: t for name, t in given.items() if t.is_floating_point()}
+        out = (function or self.operation)(**given, **self.settings, backend=backend)
+        objective = (out.float() * torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)).sum()
+        return {"out": out.detach(), **dict(zip(leaves, torch.autograd.grad(objective, list(leaves.values())), strict=True))}
+
+    def of(self, **changed: Tensor) -> Case:
+        return Case(self.operation, {**self.tensors, **changed}, self.settings)
+
+
+def check_against_plain_code(case: Case) -> None:
+    got = case.run("triton")
+    for name, right in case.run("reference").items():
+        torch.testing.assert_close(got[name], right, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def check_half_precision(case: Case) -> None:
+    """Within what a plain computation in the same dtype may err."""
+    exact = case.run("reference")
+    for dtype in HALVES:
+        got, spacing = case.run("triton", dtype), torch.finfo(dtype).eps
+        for name, right in exact.items():
+            assert got[name].dtype == dtype
+            error = (got[name].float() - right).norm() / right.norm().clamp_min(1e-6)
+            assert error < 6 * spacing, f"{name} {dtype}: {error}"
+
+
+def check_in_one_graph(case: Case) -> None:
+    torch._dynamo.reset()
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    compiled = case.run("triton", function=torch.compile(case.operation, fullgraph=True, backend=backend))
+    for name, right in case.run("triton").items():
+        torch.testing.assert_close(compiled[name], right, atol=1e-5, rtol=1e-5)
+
+
+def check_registration(case: Case) -> None:
+    """What the operators tell the compiler (shapes, strides, aliases) is what they do."""
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "attention_zoo":
+                calls.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        case.run("triton")
+    assert calls
+    for func, args in calls:
+        copies = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
+        torch.library.opcheck(func, copies, test_utils=("test_schema", "test_faketensor"))
+
+
+def check_every_time_the_same(case: Case) -> None:
+    first, second = case.run("triton"), case.run("triton")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def check_cuda_graph(case: Case) -> None:
+    tensors = {name: t.to(DEVICE) for name, t in case.tensors.items()}
+    given = {name: t.bfloat16().requires_grad_() if t.is_floating_point() else t for name, t in tensors.items()}
+    leaves = [t for t in given.values() if t.is_floating_point()]
+
+    def run() -> tuple[Tensor, ...]:
+        out = case.operation(**given, **case.settings, backend="triton")
+        return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            want = run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

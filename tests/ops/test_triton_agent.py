@@ -1,0 +1,240 @@
+"""Agent attention's kernels, its biases made from tables and its pooling, against their plain code."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import kernel_case as kernels
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_case import DEVICE, Case
+from torch import Tensor
+
+import attention_zoo as az
+from attention_zoo import ops
+from attention_zoo.ops._tap import Call, add_tap, remove_tap
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+LARGER = 8 if DEVICE == "cuda" else 1  # the interpreter is slow
+
+
+def agent(
+    batch: int = 2, kv_heads: int = 1, group: int = 2, queries: int = 20, keys: int = 150, number: int = 5, dim: int = 8,
+    value_dim: int = 16, bias: int = 1, masked: bool = False, shared_agents: bool = False,
+) -> Case:  # fmt: skip
+    """`bias`: 0, none; 1, shared by the samples; 2, one for each. A mask leaves the last sample nothing."""
+    heads = kv_heads * group
+    tensors = {
+        "q": torch.randn(batch, queries, heads, dim).transpose(1, 2),
+        "k": torch.randn(batch, keys, kv_heads, dim).transpose(1, 2),
+        "v": torch.randn(batch, kv_heads, keys, value_dim),
+        "agents": torch.randn(1 if shared_agents else batch, heads, number, dim),
+    }
+    if bias:
+        samples = batch if bias == 2 else 1
+        tensors["key_bias"] = torch.randn(samples, heads, number, keys)
+        tensors["query_bias"] = torch.randn(samples, 1 if bias == 2 else heads, number, queries).mT
+    if masked:
+        tensors["key_mask"] = torch.rand(batch, keys) > 0.5
+        tensors["key_mask"][-1] = False
+    return Case(ops.agent_attention, tensors, {"scale": 0.3, "query_scale": 0.4})
+
+
+def bias(
+    heads: int = 2, agents: tuple[int, int] = (2, 2), square: tuple[int, int] = (3, 3), grid: tuple[int, int] = (5, 9),
+    known: tuple[int, int] | None = None, prefix: int = 1, wanted: tuple[int, int] | None = None,
+) -> Case:  # fmt: skip
+    number = agents[0] * agents[1]
+    rows, columns = known or grid
+    tensors = {
+        "square": torch.randn(heads, number, *square),
+        "rows": torch.randn(heads, number, rows),
+        "columns": torch.randn(heads, columns, number).mT,
+    }
+    if prefix:
+        tensors["prefix"] = torch.randn(heads, number, prefix)
+    return Case(ops.grid_bias, tensors, {"size": grid, "agent_grids": (agents, wanted or agents)})
+
+
+def pool(batch: int = 2, grid: tuple[int, int] | None = (7, 5), bins: tuple[int, int] = (3, 2), dim: int = 20) -> Case:
+    tokens = 35 if grid is None else grid[0] * grid[1]
+    return Case(_pool_part, {"x": torch.randn(batch, tokens, 3 * dim)}, {"grid_size": grid, "bins": bins})
+
+
+def _pool_part(x: Tensor, **settings: Any) -> Tensor:
+    """Of tokens that lie among others, as the queries of a fused projection do."""
+    return ops.pool_tokens(x.chunk(3, -1)[1], **settings)
+
+
+MAKERS: dict[str, Callable[[], Case]] = {"agent": lambda: agent(masked=True), "bias": bias, "pool": pool}
+FEW = settings(max_examples=4)
+SIDES = st.integers(1, 9 * LARGER)
+every = pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
+
+
+@FEW
+@given(
+    batch=st.integers(1, 3), kv_heads=st.integers(1, 2), group=st.integers(1, 2), queries=st.integers(1, 80 * LARGER),
+    keys=st.sampled_from([1, 7, 64, 150, 270 * LARGER]), number=st.sampled_from([1, 4, 17, 49]),
+    dims=st.sampled_from([(8, 16), (16, 16), (24, 40), (40, 24)]), bias=st.integers(0, 2), masked=st.booleans(),
+    shared_agents=st.booleans(),
+)  # fmt: skip
+def test_agent_attention(dims: tuple[int, int], **sizes: Any) -> None:
+    kernels.check_against_plain_code(agent(dim=dims[0], value_dim=dims[1], **sizes))
+
+
+@FEW
+@given(
+    agents=st.tuples(st.integers(1, 3), st.integers(1, 3)), square=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    grid=st.tuples(SIDES, SIDES), known=st.none() | st.tuples(SIDES, SIDES), prefix=st.integers(0, 2),
+    wanted=st.none() | st.tuples(st.integers(1, 3), st.integers(1, 3)),
+)  # fmt: skip
+def test_grid_bias(**sizes: Any) -> None:
+    kernels.check_against_plain_code(bias(**sizes))
+
+
+@FEW
+@given(
+    grid=st.none() | st.tuples(SIDES, SIDES), bins=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    dim=st.sampled_from([1, 20, 70]),
+)  # fmt: skip
+def test_pool_tokens(**sizes: Any) -> None:
+    kernels.check_against_plain_code(pool(**sizes))
+
+
+LARGE: dict[str, Callable[[], Case]] = {
+    "many agents": lambda: agent(1, number=81, queries=70, keys=70, dim=40),
+    "long": lambda: agent(1, 1, 1, queries=130, keys=700),
+    "bias": lambda: bias(1, grid=(33, 40)),
+    "pool": lambda: pool(1, (20, 19), (3, 3), 70),
+}
+
+
+@pytest.mark.parametrize("make", LARGE.values(), ids=list(LARGE))
+def test_several_tiles(make: Callable[[], Case]) -> None:
+    kernels.check_against_plain_code(make())
+
+
+@every
+def test_half_precision(make: Callable[[], Case]) -> None:
+    kernels.check_half_precision(make())
+
+
+@every
+def test_in_one_graph(make: Callable[[], Case]) -> None:
+    kernels.check_in_one_graph(make())
+
+
+@every
+def test_registration(make: Callable[[], Case]) -> None:
+    kernels.check_registration(make())
+
+
+@every
+def test_every_time_the_same(make: Callable[[], Case]) -> None:
+    kernels.check_every_time_the_same(make())
+
+
+@pytest.mark.gpu
+@every
+def test_cuda_graphs(make: Callable[[], Case]) -> None:
+    kernels.check_cuda_graph(make())
+
+
+def test_empty() -> None:
+    """No samples, no keys."""
+    case = agent(bias=1)
+    empty = case.of(**{name: case.tensors[name][:0] for name in ("q", "k", "v", "agents")})
+    for name, found in empty.run("triton").items():
+        assert found.shape == empty.run("reference")[name].shape
+        assert not found.any()
+    keyless = case.of(**{name: case.tensors[name][:, :, :0] for name in ("k", "v")}, key_bias=case.tensors["key_bias"][..., :0])
+    for name, found in keyless.run("triton").items():
+        assert not found.any(), name
+    kernels.check_against_plain_code(pool(batch=0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "match"),
+    [
+        ({}, {"dropout_p": 0.5}, "dropout"),
+        ({"agents": torch.randn(2, 2, 144, 8), "key_bias": None, "query_bias": None}, {}, "144 agents"),
+        ({name: torch.randn(2, 2, 20, 8).double() for name in ("q", "k", "v", "agents")}, {}, "float64"),
+        ({"v": torch.randn(2, 1, 150, 320)}, {}, "256"),
+    ],
+    ids=["dropout", "agents", "double", "wide"],
+)
+def test_what_the_kernel_refuses(changes: dict[str, Any], options: dict[str, Any], match: str) -> None:
+    tensors: dict[str, Any] = {**agent(bias=0).tensors, **changes}
+    tensors = {name: t if t is None else t.to(DEVICE) for name, t in tensors.items()}
+    with pytest.raises(ops.BackendError, match=match):
+        ops.agent_attention(**tensors, **options, backend="triton")
+    ops.agent_attention(**tensors, **options)  # "auto" goes another way
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"k": torch.randn(2, 1, 149, 8)}, "must be"),
+        ({"key_bias": torch.randn(1, 2, 5, 149)}, "key_bias"),
+        ({"query_bias": torch.randn(3, 2, 20, 5)}, "query_bias"),
+        ({"key_mask": torch.ones(2, 20, dtype=torch.bool)}, "key_mask"),
+    ],
+)
+def test_what_does_not_fit_together(changes: dict[str, Tensor], match: str) -> None:
+    tensors = {name: t.to(DEVICE) for name, t in {**agent().tensors, **changes}.items()}
+    with pytest.raises(ValueError, match=match):
+        ops.agent_attention(**tensors, backend="triton")
+
+
+def test_who_looks_on_sees_two_calls_of_attention() -> None:
+    case, seen = agent(bias=1, masked=True), {}
+
+    def look(call: Call) -> Any:
+        calls.append((call.name, call.weights(None), call.queries.shape[-2]))
+        return call.proceed()
+
+    for backend in ("reference", "triton"):
+        calls: list[tuple[str, Any, int]] = []
+        add_tap(look)
+        try:
+            case.run(backend)
+        finally:
+            remove_tap(look)
+        seen[backend] = calls
+    assert [(name, queries) for name, _, queries in seen["triton"]] == [("attention", 5), ("attention", 20)]
+    for (_, want, _), (_, got, _) in zip(seen["reference"], seen["triton"], strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+MODULES: dict[str, tuple[dict[str, Any], tuple[int, int] | None]] = {
+    "own grid": ({"agent_num": 4, "window_size": (4, 5)}, (4, 5)),
+    "other grids": (
+        {"agent_num": 4, "window_size": (4, 5), "agent_grid": (2, 3), "num_prefix_tokens": 1, "num_kv_heads": 1},
+        (5, 3),
+    ),
+    "sequence": ({"agent_num": 4, "window_size": None}, None),
+}
+
+
+@pytest.mark.parametrize(("options", "grid"), MODULES.values(), ids=list(MODULES))
+def test_module(options: dict[str, Any], grid: tuple[int, int] | None) -> None:
+    """The whole layer, its parameters' gradients too."""
+    module = az.create_attention("agent", 32, 2, **options).to(DEVICE)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    length = options.get("num_prefix_tokens", 0) + (13 if grid is None else grid[0] * grid[1])
+    mask = torch.rand(2, length, device=DEVICE) > 0.2
+
+    def layer(x: Tensor, backend: str, **parameters: Tensor) -> Tensor:
+        with ops.use_backend(backend):
+            arguments = {"grid_size": grid, "attention_mask": mask}
+            return torch.func.functional_call(module, {n.replace("/", "."): p for n, p in parameters.items()}, (x,), arguments)
+
+    parameters = {name.replace(".", "/"): p.detach() for name, p in module.named_parameters()}
+    kernels.check_against_plain_code(Case(layer, {"x": torch.randn(2, length, 32), **parameters}))
