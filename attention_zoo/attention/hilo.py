@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attention_zoo import ops
 from attention_zoo.attention.base import (
     AttentionModule,
     attend,
@@ -28,12 +29,14 @@ from attention_zoo.attention.base import (
     split_heads,
 )
 from attention_zoo.attention.conversion import load_converted, projection_settings, source_heads, source_settings, split_projections
+from attention_zoo.ops.hilo import hilo_attention, takes_kernel, window_means
 from attention_zoo.registry import register_attention
 
 __all__ = ["HiLoAttention"]
 
 PAD_MODES = ("zero", "mask")
 OUTPUT_PROJECTIONS = ("split", "full")
+_FUSED = ("h_qkv", "l_q", "h_proj", "l_proj", "proj")  # layers whose weights the kernels' path joins
 
 
 @register_attention(
@@ -227,6 +230,8 @@ class HiLoAttention(AttentionModule):
     def forward(self, x: Tensor, *, grid_size: tuple[int, int]) -> Tensor:
         check_tokens(x, self.dim)
         height, width = check_grid(x, grid_size)
+        if self._is_fused(x):
+            return self.proj_drop(self._attend_fused(x, (height, width)))
         image, real = self._pad(x.unflatten(1, (height, width)))
         branches = []
         if self.h_heads:
@@ -239,6 +244,38 @@ class HiLoAttention(AttentionModule):
             projections = [*([self.h_proj] if self.h_heads else []), *([self.l_proj] if self.l_heads else [])]
             out = torch.cat([proj(branch) for proj, branch in zip(projections, branches, strict=True)], dim=-1)
         return self.proj_drop(out)
+
+    def _is_fused(self, x: Tensor) -> bool:
+        """Whether our kernels take both branches at once: where they serve, nothing is to be dropped, and nobody looks on."""
+        if not (self.h_heads and self.l_heads and isinstance(self.q_norm, nn.Identity)) or ops.is_observed():
+            return False
+        layers = [getattr(self, name) for name in _FUSED if hasattr(self, name)]
+        if any(type(layer) is not nn.Linear or _has_hooks(layer) for layer in layers):
+            return False  # adapted or quantised: its own forward is the only right one
+        return takes_kernel(x, self.window_size, self.head_dim, self.attn_drop if self.training else 0.0)
+
+    def _attend_fused(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        """The same with one matrix product for all that is projected from the tokens, and one for the outputs of both branches."""
+        (height, width), s = grid_size, self.window_size
+        (rows, columns), masked = grid_size, self.pad_mode == "mask"
+        if not masked and self.h_qkv.bias is not None and (height % s or width % s):  # the keys of padding are the bias
+            image, _ = self._pad(x.unflatten(1, grid_size))
+            rows, columns = image.shape[1:3]
+            x = image.flatten(1, 2)
+        qkv = F.linear(x, torch.cat([self.h_qkv.weight, self.l_q.weight]), _join(self.h_qkv.bias, self.l_q.bias))
+        kv = self.l_kv(window_means(x.unflatten(1, (rows, columns)), s, mask_padding=masked))
+        heads = self.h_heads, self.l_heads
+        out = hilo_attention(qkv, kv, grid_size=(rows, columns), window_size=s, heads=heads, scale=self.scale, mask_padding=masked)
+        if (rows, columns) != grid_size:
+            out = out.unflatten(1, (rows, columns))[:, :height, :width].flatten(1, 2)
+        return self._project(out)
+
+    def _project(self, out: Tensor) -> Tensor:
+        """Output projections of both branches as one matrix product: its zeros cost less than a second one and a copy."""
+        if self.output_proj == "full":
+            return F.linear(out, self.proj.weight, self.proj.bias)
+        weight = torch.block_diag(self.h_proj.weight, self.l_proj.weight)
+        return F.linear(out, weight, torch.cat([self.h_proj.bias, self.l_proj.bias]))
 
     def _pad(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, H, W, C) -> (B, H', W', C), multiples of s; and which cells are real, (H', W'), None where all may be attended to."""
@@ -279,6 +316,15 @@ class HiLoAttention(AttentionModule):
         text = f"num_heads={self.num_heads} (Hi-Fi {self.h_heads}, Lo-Fi {self.l_heads}), head_dim={self.head_dim}"
         text += f", window_size={self.window_size}, alpha={self.alpha}"
         return text + (f", pad_mode={self.pad_mode!r}" if self.pad_mode != "zero" else "")
+
+
+def _join(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    return None if first is None or second is None else torch.cat([first, second])
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    """Whether somebody waits for the layer's own forward."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def _to_windows(image: Tensor, size: int) -> Tensor:

@@ -1,13 +1,14 @@
 """Attention as functions of tensors: the reference, the engines, and which of them serves a call."""
 
 from attention_zoo.ops._autocast import no_autocast
-from attention_zoo.ops._tap import observe
+from attention_zoo.ops._tap import is_observed, observe
 from attention_zoo.ops.agent import agent_attention, grid_bias, pool_tokens, resize_grid
 from attention_zoo.ops.attention import attention, attention_weights, merge_attention
 from attention_zoo.ops.depthwise import depthwise_conv2d
 from attention_zoo.ops.dispatch import BACKENDS, BackendError, backends, explain, use_backend
 from attention_zoo.ops.halo import halo_attention
 from attention_zoo.ops.routed import routed_attention
+from attention_zoo.ops.windows import window_attention
 
 __all__ = [
     "BACKENDS",
@@ -20,6 +21,7 @@ __all__ = [
     "explain",
     "grid_bias",
     "halo_attention",
+    "is_observed",
     "merge_attention",
     "no_autocast",
     "observe",
@@ -27,4 +29,5 @@ __all__ = [
     "resize_grid",
     "routed_attention",
     "use_backend",
+    "window_attention",
 ]

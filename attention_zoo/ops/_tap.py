@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from torch import Tensor
 
-__all__ = ["Call", "Tap", "add_tap", "observe", "remove_tap", "tapped"]
+__all__ = ["Call", "Tap", "add_tap", "is_observed", "observe", "remove_tap", "tapped"]
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -49,6 +49,11 @@ def add_tap(tap: Tap) -> None:
 def remove_tap(tap: Tap) -> None:
     """End what `add_tap` began."""
     _taps.remove(tap)
+
+
+def is_observed() -> bool:
+    """Whether anybody looks on."""
+    return bool(_taps)
 
 
 def tapped(

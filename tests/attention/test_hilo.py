@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from typing import Any
 
@@ -336,3 +337,44 @@ def test_conversion_refusals() -> None:
         convert(Attention(12, num_heads=4, qk_norm=True, norm_layer=nn.LayerNorm))
     with pytest.raises(ValueError, match=r"missing: .*q_norm\.weight"):
         convert(layer, qk_norm=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"qkv_bias": True},  # whose padding has keys
+        {"pad_mode": "mask", "output_proj": "full", "qkv_bias": True},
+    ],
+    ids=["plain", "bias", "masked, one projection"],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_kernels_compute_the_same(options: dict[str, Any], compiled: bool) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = az.create_attention("hilo", dim=16, num_heads=2, device=device, **options)
+    x = torch.randn(2, 15, 16, device=device, requires_grad=True)
+    results = []
+    for backend, function in (("torch", module), ("triton", torch.compile(module, backend="aot_eager") if compiled else module)):
+        with ops.use_backend(backend):
+            out = function(x, grid_size=(3, 5))
+        results.append((out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+def test_what_the_kernels_are_not_asked_for() -> None:
+    """Layers that somebody has exchanged or waits for, normalisations, branches that are alone, float64, onlookers."""
+    x = torch.randn(1, 4, 16)
+    module = az.create_attention("hilo", dim=16, num_heads=2)
+    with ops.use_backend("triton"):
+        if importlib.util.find_spec("triton") is not None:
+            assert module._is_fused(x)
+        handle = module.l_q.register_forward_hook(lambda *_: None)
+        assert not module._is_fused(x)
+        handle.remove()
+        module.h_proj = nn.Sequential(module.h_proj)
+        assert not module._is_fused(x)
+        assert not az.create_attention("hilo", dim=16, num_heads=2, qk_norm=True)._is_fused(x)
+        assert not az.create_attention("hilo", dim=16, num_heads=2, alpha=1.0)._is_fused(x)
+    assert module._is_fused(x.double()) is False

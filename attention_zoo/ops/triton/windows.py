@@ -1,0 +1,242 @@
+"""Attention inside the windows of a map as Triton kernels: windows are read where they stand, nothing is copied or formed.
+
+A program has a tile of whole windows, as many as fit into it, and computes all their logits in one product of which it keeps the
+diagonal blocks. A query's keys all stand in its tile, so that the backward needs nothing but q, k and v: the softmax is computed
+again, and no two programs write to one place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from attention_zoo.ops.triton._common import LOG2E, last_contiguous, per_logit, precision, tile
+
+__all__ = ["launch_backward", "launch_forward", "window_attention_triton"]
+
+_FEW = 256  # programs that are enough for sums over the windows
+
+
+@triton.jit
+def _place(tile_number, group, WINDOWS, GROUPS, HEIGHT, WIDTH, SIDE: tl.constexpr, BM: tl.constexpr):
+    """Of the rows of a tile: window in the tile, cell in the window, whether there is such a window, sample, y, x."""
+    row = tl.arange(0, BM)
+    local, cell = row // (SIDE * SIDE), row % (SIDE * SIDE)
+    number = (tile_number * (BM // (SIDE * SIDE)) + local) * GROUPS + group
+    exists = (local < BM // (SIDE * SIDE)) & (number < WINDOWS)
+    across = tl.cdiv(WIDTH, SIDE)
+    of_map = across * tl.cdiv(HEIGHT, SIDE)
+    b, place = number // of_map, number % of_map
+    y, x = place // across * SIDE + cell // SIDE, place % across * SIDE + cell % SIDE
+    return local, cell, exists, b.to(tl.int64), y, x
+
+
+@triton.jit
+def _softmax(
+    q, k, bias, scale, local, cell, exists, inside,
+    SIDE: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Weights relative to each row's maximum, and their sums. Rows without a window see one another: they have no use."""
+    z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    together = local[:, None] == local[None, :]
+    if HAS_BIAS:
+        CELLS: tl.constexpr = SIDE * SIDE
+        z += 1.4426950408889634 * tl.load(
+            bias + cell[:, None] * CELLS + cell[None, :], mask=together & exists[:, None], other=0.0
+        ).to(tl.float32)  # fmt: skip
+    if MASKED:
+        together = together & (inside | ~exists)[None, :]
+    z = tl.where(together, z, float("-inf"))
+    p = tl.exp2(z - tl.max(z, 1)[:, None])
+    return p, tl.sum(p, 1)
+
+
+@triton.jit
+def _forward_kernel(
+    Q, K, V, Bias, Out,
+    scale,  # times log2 e
+    sqb, sqh, sqy, sqx, skb, skh, sky, skx, svb, svh, svy, svx, sob, soh, soy, sox,
+    HEADS, WINDOWS, GROUPS, HEIGHT, WIDTH, D, DV,
+    SIDE: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    number, h = tl.program_id(0), tl.program_id(1)
+    group = number % GROUPS
+    local, cell, exists, b, y, x = _place(number // GROUPS, group, WINDOWS, GROUPS, HEIGHT, WIDTH, SIDE, BM)
+    d, dv = tl.arange(0, BD), tl.arange(0, BDV)
+    inside = exists & (y < HEIGHT) & (x < WIDTH)
+    wanted, wanted_v = inside[:, None] & (d < D)[None, :], inside[:, None] & (dv < DV)[None, :]
+    q = tl.load(Q + h * sqh + (b * sqb + y * sqy + x * sqx)[:, None] + d[None, :], mask=wanted, other=0.0)
+    k = tl.load(K + h * skh + (b * skb + y * sky + x * skx)[:, None] + d[None, :], mask=wanted, other=0.0)
+    v = tl.load(V + h * svh + (b * svb + y * svy + x * svx)[:, None] + dv[None, :], mask=wanted_v, other=0.0)
+    bias = Bias + (group * HEADS + h) * (SIDE * SIDE * SIDE * SIDE)
+    p, total = _softmax(q, k, bias, scale, local, cell, exists, inside, SIDE, HAS_BIAS, MASKED, PRECISION)
+    out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
+    at = Out + h * soh + (b * sob + y * soy + x * sox)[:, None] + dv[None, :]
+    tl.store(at, out.to(Out.dtype.element_ty), mask=wanted_v)
+
+
+@triton.jit
+def _backward_kernel(
+    Q, K, V, Bias, DOut, DQ, DK, DV_, DBias,
+    scale,
+    sqb, sqh, sqy, sqx, skb, skh, sky, skx, svb, svh, svy, svx, sgb, sgh, sgy, sgx,
+    sdqb, sdqh, sdqy, sdqx, sdkb, sdkh, sdky, sdkx, sdvb, sdvh, sdvy, sdvx,
+    HEADS, WINDOWS, GROUPS, HEIGHT, WIDTH, D, DV, SHARE,
+    SIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DBIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """Of `SHARE` tiles one after another, whose gradients of the bias are added up."""
+    number, h = tl.program_id(0), tl.program_id(1)
+    group, share = number % GROUPS, number // GROUPS
+    d, dv = tl.arange(0, BD), tl.arange(0, BDV)
+    bias = Bias + (group * HEADS + h) * (SIDE * SIDE * SIDE * SIDE)
+    if HAS_DBIAS:
+        of_bias = tl.zeros([BM, BM], tl.float32)
+    for step in range(SHARE):
+        local, cell, exists, b, y, x = _place(share * SHARE + step, group, WINDOWS, GROUPS, HEIGHT, WIDTH, SIDE, BM)
+        inside = exists & (y < HEIGHT) & (x < WIDTH)
+        wanted, wanted_v = inside[:, None] & (d < D)[None, :], inside[:, None] & (dv < DV)[None, :]
+        q = tl.load(Q + h * sqh + (b * sqb + y * sqy + x * sqx)[:, None] + d[None, :], mask=wanted, other=0.0)
+        k = tl.load(K + h * skh + (b * skb + y * sky + x * skx)[:, None] + d[None, :], mask=wanted, other=0.0)
+        v = tl.load(V + h * svh + (b * svb + y * svy + x * svx)[:, None] + dv[None, :], mask=wanted_v, other=0.0)
+        grad = tl.load(DOut + h * sgh + (b * sgb + y * sgy + x * sgx)[:, None] + dv[None, :], mask=wanted_v, other=0.0)
+        p, total = _softmax(q, k, bias, scale, local, cell, exists, inside, SIDE, HAS_BIAS, MASKED, PRECISION)
+        p /= total[:, None]
+        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+        if HAS_DBIAS:
+            of_bias += ds
+        rounded = ds.to(q.dtype)
+        dq = tl.dot(rounded, k, input_precision=PRECISION) * per_logit(scale)
+        dk = tl.dot(tl.trans(rounded), q, input_precision=PRECISION) * per_logit(scale)
+        dv_sum = tl.dot(tl.trans(p.to(grad.dtype)), grad, input_precision=PRECISION)
+        at = DQ + h * sdqh + (b * sdqb + y * sdqy + x * sdqx)[:, None] + d[None, :]
+        tl.store(at, dq.to(DQ.dtype.element_ty), mask=wanted)
+        at = DK + h * sdkh + (b * sdkb + y * sdky + x * sdkx)[:, None] + d[None, :]
+        tl.store(at, dk.to(DK.dtype.element_ty), mask=wanted)
+        at = DV_ + h * sdvh + (b * sdvb + y * sdvy + x * sdvx)[:, None] + dv[None, :]
+        tl.store(at, dv_sum.to(DV_.dtype.element_ty), mask=wanted_v)
+    if HAS_DBIAS:  # the diagonal blocks: (share, group, head, window of the tile, cells, cells)
+        CELLS: tl.constexpr = SIDE * SIDE
+        row = tl.arange(0, BM)
+        local, cell = row // CELLS, row % CELLS
+        at = DBias + (number * HEADS + h).to(tl.int64) * (BM // CELLS * CELLS * CELLS)
+        listed = (local[:, None] == local[None, :]) & (local < BM // CELLS)[:, None]
+        tl.store(at + row[:, None] * CELLS + cell[None, :], of_bias, mask=listed)
+
+
+def _tiling(side: int, row_bytes: int) -> dict[str, int]:
+    """Rows of a tile, which holds several small windows where their rows are short enough, and warps."""
+    rows = tile(side * side, 128)
+    while rows < 64 and 2 * rows * row_bytes <= 8192:
+        rows *= 2
+    return {"BM": rows, "num_warps": 4 if rows * row_bytes <= 8192 else 8}
+
+
+def _arguments(q: Tensor, v: Tensor, bias: Tensor | None, side: int) -> tuple[tuple[int, ...], dict[str, Any], int]:
+    """What both kernels take: sizes, settings; and the number of tiles of each group of windows."""
+    height, width = q.shape[2:4]
+    windows = q.shape[0] * triton.cdiv(height, side) * triton.cdiv(width, side)
+    groups = 1 if bias is None else bias.shape[0]
+    channels = {"BD": tile(q.shape[-1], 256), "BDV": tile(v.shape[-1], 256)}
+    constants = _tiling(side, max(channels.values()) * q.element_size()) | channels
+    tiles = triton.cdiv(windows // groups, constants["BM"] // (side * side))
+    return (q.shape[1], windows, groups, height, width, q.shape[-1], v.shape[-1]), constants, tiles
+
+
+def launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, side: int, scale: float, masked: bool
+) -> None:
+    """Attention into `out`, of tensors (B, heads, H, W, D) with any strides but the last dimension's."""
+    sizes, constants, tiles = _arguments(q, v, bias, side)
+    _forward_kernel[(tiles * sizes[2], sizes[0])](
+        q, k, v, q if bias is None else bias, out, scale * LOG2E,
+        *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *out.stride()[:4], *sizes,
+        SIDE=side, HAS_BIAS=bias is not None, MASKED=masked, PRECISION=precision(q), **constants,
+    )  # fmt: skip
+
+
+def launch_backward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    side: int, scale: float, masked: bool, bias_gradient: bool = False,
+) -> Tensor | None:  # fmt: skip
+    """Gradients into `dq`, `dk` and `dv`, laid out as in `launch_forward`; returns the bias's, float32, if asked for."""
+    sizes, constants, tiles = _arguments(q, v, bias, side)
+    heads, groups, cells = sizes[0], sizes[2], side * side
+    shares = min(tiles, max(1, _FEW // (heads * groups))) if bias_gradient else tiles
+    sums = q.new_empty((shares, groups, heads, constants["BM"] // cells, cells, cells), dtype=torch.float32) if bias_gradient else q
+    _backward_kernel[(shares * groups, heads)](
+        q, k, v, q if bias is None else bias, grad, dq, dk, dv, sums, scale * LOG2E,
+        *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *grad.stride()[:4],
+        *dq.stride()[:4], *dk.stride()[:4], *dv.stride()[:4], *sizes, triton.cdiv(tiles, shares),
+        SIDE=side, HAS_BIAS=bias is not None, HAS_DBIAS=bias_gradient, MASKED=masked, PRECISION=precision(q), **constants,
+    )  # fmt: skip
+    return sums.sum((0, 3)) if bias_gradient else None
+
+
+def _empty(like: Tensor, channels: int) -> Tensor:
+    """(B, heads, H, W, channels), laid out with heads next to channels as projections read them."""
+    batch, heads, height, width = like.shape[:4]
+    return like.new_empty((batch, height, width, heads, channels)).permute(0, 3, 1, 2, 4)
+
+
+@torch.library.custom_op("attention_zoo::window_forward", mutates_args=())
+def _window_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, side: int, scale: float, masked: bool) -> Tensor:
+    out = _empty(q, v.shape[-1])
+    if out.numel():
+        q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
+        launch_forward(q, k, v, bias, out, side, scale, masked)
+    return out
+
+
+@_window_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Any, side: int, scale: float, masked: bool) -> Tensor:
+    return _empty(q, v.shape[-1])
+
+
+@torch.library.custom_op("attention_zoo::window_backward", mutates_args=())
+def _window_backward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, grad: Tensor, side: int, scale: float, masked: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = _empty(q, q.shape[-1]), _empty(k, k.shape[-1]), _empty(v, v.shape[-1])
+    dbias = q.new_zeros(() if bias is None else bias.shape, dtype=torch.float32)
+    if grad.numel():
+        q, k, v, grad = last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(grad)
+        found = launch_backward(q, k, v, bias, grad, dq, dk, dv, side, scale, masked, bias is not None)
+        dbias = dbias if found is None else found
+    return dq, dk, dv, dbias
+
+
+@_window_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, bias: Any, grad: Tensor, side: int, scale: float, masked: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dbias = q.new_empty(() if bias is None else bias.shape, dtype=torch.float32)
+    return _empty(q, q.shape[-1]), _empty(k, k.shape[-1]), _empty(v, v.shape[-1]), dbias
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.settings = inputs[4:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    q, k, v, bias = ctx.saved_tensors
+    dq, dk, dv, dbias = _window_backward(q, k, v, bias, grad, *ctx.settings)
+    return dq, dk, dv, None if bias is None else dbias.to(bias.dtype), None, None, None
+
+
+_window_forward.register_autograd(_backward, setup_context=_setup)
+
+
+def window_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, window_size: int, scale: float, mask_padding: bool
+) -> Tensor:
+    """Outputs (B, heads, H, W, D_v) of tensors as `ops.window_attention` has checked them; bias (n, heads, s^2, s^2) or None."""
+    result: Tensor = _window_forward(q, k, v, None if bias is None else bias.contiguous(), window_size, scale, mask_padding)
+    return result

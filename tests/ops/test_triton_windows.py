@@ -1,0 +1,241 @@
+"""The kernels of windows that tile a map, and HiLo's on one fused projection, against their plain code."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import kernel_case as kernels
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_case import DEVICE, Case
+from torch import Tensor
+
+from attention_zoo import ops
+from attention_zoo.ops._tap import Call, add_tap, remove_tap
+from attention_zoo.ops.hilo import hilo_attention, takes_kernel, window_means
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+LARGER = 6 if DEVICE == "cuda" else 1  # the interpreter is slow
+FEW = settings(max_examples=4)
+SIDES = st.integers(1, 7 * LARGER)
+
+
+def windows(
+    batch: int = 2, heads: int = 2, height: int = 5, width: int = 4, side: int = 2, dim: int = 8, value_dim: int = 16,
+    bias: int = 1, masked: bool = True,
+) -> Case:  # fmt: skip
+    """`bias`: for how many different windows; the windows of one map where that is 2."""
+    cells = side * side
+    tensors = {
+        "q": torch.randn(batch, height, width, heads, dim).permute(0, 3, 1, 2, 4),
+        "k": torch.randn(batch, height, width, heads, dim).permute(0, 3, 1, 2, 4),
+        "v": torch.randn(batch, heads, height, width, value_dim),
+    }
+    if bias:
+        number = -(-height // side) * -(-width // side)
+        tensors["bias"] = torch.randn(*((number,) if bias == 2 else ()), heads, cells, cells)
+    return Case(ops.window_attention, tensors, {"window_size": side, "scale": 0.3, "mask_padding": masked})
+
+
+def hilo(
+    batch: int = 2, heads: tuple[int, int] = (1, 2), height: int = 5, width: int = 4, side: int = 2, keys: int = 7, dim: int = 8,
+    masked: bool = False,
+) -> Case:  # fmt: skip
+    tensors = {
+        "qkv": torch.randn(batch, height * width, (3 * heads[0] + heads[1]) * dim),
+        "kv": torch.randn(batch, keys, 2 * heads[1] * dim),
+    }
+    places = {"grid_size": (height, width), "window_size": side, "heads": heads}
+    return Case(hilo_attention, tensors, {**places, "scale": 0.3, "mask_padding": masked})
+
+
+def means(batch: int = 2, height: int = 5, width: int = 7, side: int = 2, channels: int = 20, masked: bool = True) -> Case:
+    return Case(_means_of, {"x": torch.randn(batch, height, width, channels)}, {"window_size": side, "mask_padding": masked})
+
+
+def _means_of(x: Tensor, *, window_size: int, **options: Any) -> Tensor:
+    return window_means(x, window_size, **options)
+
+
+MAKERS: dict[str, Callable[[], Case]] = {"windows": windows, "hilo": hilo, "means": means}
+every = pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
+
+
+@FEW
+@given(
+    batch=st.integers(1, 2), heads=st.integers(1, 2), height=SIDES, width=SIDES, side=st.sampled_from([1, 2, 3, 4, 7]),
+    dims=st.sampled_from([(8, 16), (16, 16), (24, 40), (40, 24)]), bias=st.integers(0, 2), masked=st.booleans(),
+)  # fmt: skip
+def test_window_attention(dims: tuple[int, int], **sizes: Any) -> None:
+    kernels.check_against_plain_code(windows(dim=dims[0], value_dim=dims[1], **sizes))
+
+
+@FEW
+@given(
+    batch=st.integers(1, 2), heads=st.tuples(st.integers(1, 2), st.integers(1, 2)), height=SIDES, width=SIDES,
+    side=st.integers(1, 3), keys=st.sampled_from([1, 16, 60, 70, 150]), dim=st.sampled_from([8, 16, 24, 40]), masked=st.booleans(),
+)  # fmt: skip
+def test_hilo_attention(**sizes: Any) -> None:
+    kernels.check_against_plain_code(hilo(**sizes))
+
+
+@FEW
+@given(
+    batch=st.integers(1, 2), height=SIDES, width=SIDES, side=st.integers(1, 4), channels=st.sampled_from([1, 20, 150]),
+    masked=st.booleans(),
+)  # fmt: skip
+def test_window_means(**sizes: Any) -> None:
+    kernels.check_against_plain_code(means(**sizes))
+
+
+LARGE: dict[str, Callable[[], Case]] = {
+    "several windows in a tile": lambda: windows(1, 1, 18, 10, side=3, bias=1),
+    "biases summed over tiles": lambda: windows(3, 1, 16, 8, side=4, bias=2, masked=False),
+    "a share of the queries": lambda: hilo(1, (1, 1), 14, 10, keys=20),
+    "many keys": lambda: hilo(1, (1, 1), 12, 12, keys=150, dim=40),
+}
+
+
+@pytest.mark.parametrize("make", LARGE.values(), ids=list(LARGE))
+def test_several_tiles(make: Callable[[], Case]) -> None:
+    kernels.check_against_plain_code(make())
+
+
+@every
+def test_half_precision(make: Callable[[], Case]) -> None:
+    kernels.check_half_precision(make())
+
+
+@every
+def test_in_one_graph(make: Callable[[], Case]) -> None:
+    kernels.check_in_one_graph(make())
+
+
+@every
+def test_registration(make: Callable[[], Case]) -> None:
+    kernels.check_registration(make())
+
+
+@every
+def test_every_time_the_same(make: Callable[[], Case]) -> None:
+    kernels.check_every_time_the_same(make())
+
+
+@pytest.mark.gpu
+@every
+def test_cuda_graphs(make: Callable[[], Case]) -> None:
+    kernels.check_cuda_graph(make())
+
+
+@every
+def test_empty_batches(make: Callable[[], Case]) -> None:
+    case = make()
+    empty = case.of(**{name: t[:0] for name, t in case.tensors.items() if name != "bias"})
+    for name, found in empty.run("triton").items():
+        assert found.shape == empty.run("reference")[name].shape
+        assert not found.any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "match"),
+    [
+        ({}, {"dropout_p": 0.5}, "dropout"),
+        ({"height": 9, "side": 9}, {}, "81"),
+        ({"height": 8, "side": 8, "value_dim": 160}, {}, "bytes"),
+        ({"value_dim": 320}, {}, "256"),
+        ({"double": True}, {}, "float64"),
+    ],
+    ids=["dropout", "large", "long", "wide", "double"],
+)
+def test_what_the_kernel_of_windows_refuses(changes: dict[str, Any], options: dict[str, Any], match: str) -> None:
+    dtype = torch.float64 if changes.pop("double", False) else torch.float32
+    case = windows(1, 1, **changes)
+    tensors = {name: t.to(DEVICE, dtype) for name, t in case.tensors.items()}
+    with pytest.raises(ops.BackendError, match=match):
+        ops.window_attention(**tensors, **case.settings, **options, backend="triton")
+    ops.window_attention(**tensors, **case.settings, **options)  # "auto" goes another way
+
+
+def test_what_the_kernels_of_hilo_refuse() -> None:
+    case = hilo(dim=160)
+    with pytest.raises(ops.BackendError, match="160"):
+        case.run("triton")
+    case.run("auto")
+    x = torch.randn(1, 4, 8, device=DEVICE)
+    with ops.use_backend("triton"):
+        assert takes_kernel(x, 2, 32)
+        with pytest.raises(ops.BackendError, match="dropout"):
+            takes_kernel(x, 2, 32, 0.1)
+    assert takes_kernel(x, 2, 32) == (DEVICE == "cuda")
+    assert not takes_kernel(x, 2, 320)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"k": torch.randn(2, 2, 5, 3, 8)}, "laid out"),
+        ({"bias": torch.randn(2, 4, 3)}, "bias"),
+        ({"bias": torch.randn(5, 2, 4, 4)}, "divisor of the 12 windows"),
+    ],
+)
+def test_windows_that_do_not_fit_together(changes: dict[str, Tensor], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        windows().of(**changes).run("reference")
+    case = windows()
+    case.settings["window_size"] = 0
+    with pytest.raises(ValueError, match="window_size"):
+        case.run("reference")
+
+
+@pytest.mark.parametrize("changes", [{"grid_size": (4, 4)}, {"heads": (0, 3)}, {"heads": (1, 3)}])
+def test_projections_that_do_not_fit_together(changes: dict[str, Any]) -> None:
+    case = hilo()
+    case.settings |= changes
+    with pytest.raises(ValueError, match="qkv is"):
+        case.run("reference")
+
+
+def test_windows_of_one_token_give_its_value() -> None:
+    case = windows(side=1, bias=0)
+    out = ops.window_attention(**case.tensors, **case.settings)
+    torch.testing.assert_close(out, case.tensors["v"])
+
+
+def test_padding_of_zeros_takes_weight() -> None:
+    q = torch.zeros(1, 1, 1, 1, 2)
+    v = torch.ones(1, 1, 1, 1, 2)
+    for masked, share in ((False, 0.25), (True, 1.0)):
+        torch.testing.assert_close(ops.window_attention(q, q, v, window_size=2, mask_padding=masked), share * v)
+
+
+def test_dropout_thins_the_weights() -> None:
+    case = windows(1, 1, 8, 8, side=4, bias=0)
+    case.tensors["v"] = torch.ones_like(case.tensors["v"])
+    out = ops.window_attention(**case.tensors, **case.settings, dropout_p=0.5)
+    assert out.std() > 0.05
+    assert abs(out.mean() - 1) < 0.2
+
+
+def test_who_looks_on_sees_the_probabilities() -> None:
+    case, seen = windows(bias=2), []
+
+    def look(call: Call) -> Any:
+        seen.append((call.name, call.weights(None)))
+        return call.proceed()
+
+    add_tap(look)
+    try:
+        out = ops.window_attention(**case.tensors, **case.settings)
+    finally:
+        remove_tap(look)
+    ((name, weights),) = seen
+    assert name == "window_attention"
+    assert weights.shape == (2, 2, 6, 4, 4)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 6, 4))
+    first = (weights[:, :, 0] @ case.tensors["v"][:, :, :2, :2].flatten(2, 3)).unflatten(2, (2, 2))
+    torch.testing.assert_close(out[:, :, :2, :2], first)
