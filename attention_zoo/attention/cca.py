@@ -284,21 +284,20 @@ class CoreContextAttention(AttentionModule):
         group = start // p  # the one that is completed next; then how many are, at most where samples differ
         num_groups = (start + new) // p - group if isinstance(group, int) else -(-new // p)
         settings = self._settings
-        pooled = _pool(q, k, v, (group + 1) * p - 1 - start, group * p - key_start, int(num_groups), **settings)
-        core_k, core_v = layer.join_core(pooled, group, seen // p)
+        if isinstance(num_groups, int) and num_groups == 0 and layer.core_keys is not None and layer.core_values is not None:
+            core_k, core_v = layer.core_keys.to(k), layer.core_values.to(v)
+        else:
+            pooled = _pool(q, k, v, (group + 1) * p - 1 - start, group * p - key_start, int(num_groups), **settings)
+            core_k, core_v = layer.join_core(pooled, group, seen // p)
         out = _attend(q, k, v, core_k, core_v, start, key_start, **settings)
 
         stop = start + count
         if isinstance(stop, int):
-            oldest: int | Tensor = max(0, (stop - self.window_size) // p) * p
-            length = stop - int(oldest)
+            released = max(0, (stop - self.window_size) // p) * p - int(key_start)
         else:  # as many tokens as any sample may still need
-            length = min(seen, self.window_size + p - 1)
-            oldest = stop - length
-        k, v = (
-            t if length == t.shape[2] and isinstance(stop, int) else _take(t, oldest - key_start, length).clone() for t in (k, v)
-        )
-        layer.keep(k, v, core_k, core_v, stop, seen)
+            length, released = min(seen, self.window_size + p - 1), 0
+            k, v = (_take(t, stop - length - key_start, length) for t in (k, v))
+        layer.keep(k, v, core_k, core_v, stop, seen, released)
         return out
 
     def _rotary_tables(self, start: int | Tensor, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,6 +321,8 @@ class CoreContextCacheLayer(StateCacheLayer):
     Without padding both parts are as long as needed. With padding samples differ: each sample's core tokens stand at the front of
     `core_keys` and its raw tokens at the end of `keys`; what else is there is seen by no query.
 
+    While decoding the tensors are parts of buffers with room for 64 tokens more, to which new ones are appended in place.
+
     Attributes:
         core_keys, core_values: (B, H or G, floor(N / p), d).
         keys, values: (B, G, at most w + p - 1, d).
@@ -331,6 +332,10 @@ class CoreContextCacheLayer(StateCacheLayer):
     core_keys: Tensor | None = None
     core_values: Tensor | None = None
     real_tokens: Tensor | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rooms: dict[str, _Room] = {}  # by the attribute that stands in it
 
     def check_history(self, real: Tensor | None) -> int | Tensor:
         """Real tokens seen of each sample, an int while there was no padding; `real` must say the same of them.
@@ -356,28 +361,107 @@ class CoreContextCacheLayer(StateCacheLayer):
 
     def join_raw(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The raw tokens that are kept, followed by the new ones."""
-        if self.keys is None or self.values is None:
-            return k, v
-        return torch.cat([self.keys.to(k), k], 2), torch.cat([self.values.to(v), v], 2)
+        return self._append("keys", k), self._append("values", v)
 
     def join_core(self, new: tuple[Tensor, Tensor], first: int | Tensor, total: int) -> tuple[Tensor, Tensor]:
         """The core tokens that are kept, and the new ones: those of the groups `first`, `first` + 1, ...; `total` at most."""
-        if self.core_keys is None or self.core_values is None:
-            return new
-        old = (self.core_keys.to(new[0]), self.core_values.to(new[1]))
-        joined = tuple(torch.cat(parts, 2) if parts[1].shape[2] else parts[0] for parts in zip(old, new, strict=True))
-        if isinstance(first, Tensor):  # close the gap between a sample's old and new ones
-            group = torch.arange(total, device=first.device)
-            gap = (old[0].shape[2] - first).unsqueeze(-1)
-            index = torch.where(group < first.unsqueeze(-1), group, group + gap).clamp_max(joined[0].shape[2] - 1)
-            joined = tuple(t.take_along_dim(index[:, None, :, None], 2) for t in joined)
-        return joined[0], joined[1]
+        core_k, core_v = (
+            self._append(name, part, first, total) for name, part in zip(("core_keys", "core_values"), new, strict=True)
+        )
+        return core_k, core_v
 
-    def keep(self, k: Tensor, v: Tensor, core_k: Tensor, core_v: Tensor, real_tokens: int | Tensor, tokens_seen: int) -> None:
-        """Replace everything that is kept."""
-        self.keys, self.values, self.core_keys, self.core_values = k, v, core_k, core_v
+    def keep(
+        self, k: Tensor, v: Tensor, core_k: Tensor, core_v: Tensor, real_tokens: int | Tensor, tokens_seen: int, released: int
+    ) -> None:
+        """Replace everything that is kept; of k and v without the `released` tokens in front."""
+        for name, tensor in (("keys", k), ("values", v), ("core_keys", core_k), ("core_values", core_v)):
+            room = self._rooms.get(name)
+            inside = room is not None and room.tokens is tensor
+            if released and name in ("keys", "values"):
+                tensor = tensor[:, :, released:]
+                tensor = tensor if inside else tensor.clone()  # a slice would keep all of it in memory
+            if room is not None and inside:
+                room.tokens = tensor
+            else:
+                self._rooms.pop(name, None)
+            setattr(self, name, tensor)
         self.real_tokens = real_tokens if isinstance(real_tokens, Tensor) else None
         self.tokens_seen = tokens_seen
+
+    def _append(self, name: str, new: Tensor, first: int | Tensor | None = None, total: int | None = None) -> Tensor:
+        """What is kept under `name`, and the new tokens: behind it, or where samples differ from each one's place `first` on.
+
+        Then `total` tokens are returned, and what is behind a sample's new ones is of no matter. While decoding without gradients
+        the new tokens are written behind the kept ones in the buffer that these are in, if it has room.
+        """
+        kept: Tensor | None = getattr(self, name)
+        count = new.shape[2]
+        if kept is None or not count:
+            return new if kept is None else kept.to(new)
+        if count > _ROOM or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return _join(kept.to(new), new, first, total)
+        room = self._rooms.get(name)
+        if room is None or not room.takes(kept, new):
+            room = self._rooms[name] = _Room(kept, new)
+        return room.append(new, first, total)
+
+
+class _Room:
+    """A buffer that tokens (B, H, n, d) stand in, with some room behind them, so that a step of decoding does not copy all of them.
+
+    Attributes:
+        tokens: the part of the buffer that is in use. Who holds another tensor, an earlier one for instance, may not append.
+    """
+
+    def __init__(self, tokens: Tensor, new: Tensor) -> None:
+        """Move tokens into a buffer of their own, of the dtype of the new ones that will follow."""
+        length = tokens.shape[2]
+        self._buffer = new.new_empty((*tokens.shape[:2], length + _ROOM, tokens.shape[3]))
+        self._buffer[:, :, :length] = tokens
+        self._buffer[:, :, length:] = 0  # what has no weight must be a number too
+        self.tokens = self._buffer[:, :, :length]
+
+    def takes(self, tokens: Tensor, new: Tensor) -> bool:
+        """Whether the tokens are those of this buffer, and it has room for the new ones."""
+        buffer = self._buffer
+        fits = tokens is self.tokens and buffer.dtype == new.dtype and buffer.device == new.device
+        fits = fits and buffer.is_inference() == torch.is_inference_mode_enabled()  # else it cannot be written to
+        return fits and self._end + new.shape[2] <= buffer.shape[2]
+
+    def append(self, new: Tensor, first: int | Tensor | None, total: int | None) -> Tensor:
+        """As the layer's `_append`."""
+        begin, end = self._begin, self._end
+        if isinstance(first, Tensor):
+            index = (begin + first.unsqueeze(-1) + torch.arange(new.shape[2], device=first.device))[:, None, :, None]
+            self._buffer.scatter_(2, index.expand_as(new), new)
+            length = end - begin if total is None else max(end - begin, total)
+        else:
+            self._buffer[:, :, end : end + new.shape[2]] = new
+            length = end - begin + new.shape[2]
+        self.tokens = self._buffer[:, :, begin : begin + length]
+        return self.tokens
+
+    @property
+    def _begin(self) -> int:
+        return int(self.tokens.storage_offset()) // self._buffer.stride(2)
+
+    @property
+    def _end(self) -> int:
+        return self._begin + self.tokens.shape[2]
+
+
+_ROOM = 64  # tokens
+
+
+def _join(kept: Tensor, new: Tensor, first: int | Tensor | None, total: int | None) -> Tensor:
+    """As `CoreContextCacheLayer._append`, in a new tensor."""
+    joined = torch.cat([kept, new], 2)
+    if not isinstance(first, Tensor):
+        return joined
+    group = torch.arange(kept.shape[2] if total is None else total, device=first.device)
+    gap = (kept.shape[2] - first).unsqueeze(-1)  # between a sample's old and new ones
+    index = torch.where(group < first.unsqueeze(-1), group, group + gap).clamp_max(joined.shape[2] - 1)
+    return joined.take_along_dim(index[:, None, :, None], 2)
 
 
 @pure_function("cca")

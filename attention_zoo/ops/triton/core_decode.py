@@ -96,7 +96,7 @@ def is_decode(q: Tensor, k: Tensor) -> bool:
 
 
 _PROGRAMS, _LEAST, _MOST = 4, 128, 1024  # for each multiprocessor; keys of a program
-_TILES = {"BN": 64, "num_warps": 4}
+_TILES = {"BN": 64, "num_warps": 4, "num_stages": 2}
 
 
 def decode(
