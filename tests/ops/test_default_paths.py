@@ -1,0 +1,103 @@
+"""Which layers and models reach our kernels without being asked: on CUDA those that have one, elsewhere none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import attention_zoo as az
+from attention_zoo.registry import attention_info
+
+# The operators that a mechanism calls at least, and what it needs to be built.
+KERNELS: dict[str, tuple[set[str], dict[str, Any]]] = {
+    "agent": ({"agents_read_forward", "tokens_read_forward"}, {}),
+    "bra": ({"routed_forward"}, {}),
+    "cca": ({"core_context_forward", "core_pooling_forward"}, {"window_size": 32, "group_size": 4}),
+    "diff": ({"subtract_noise_forward"}, {}),
+    "gda": ({"subtract_noise_forward"}, {}),
+    "halo": ({"halo_forward"}, {"block_size": 8, "halo_size": 3}),
+    "hilo": ({"hilo_forward"}, {}),
+    "moh": ({"mixture_forward"}, {"shared_heads": 1, "routed_topk": 1}),
+}
+SPATIAL_MODELS = {
+    "agent_deit_t": "agents_read_forward",
+    "biformer_tiny": "routed_forward",
+    "halonet_paper_h0": "halo_forward",
+    "litv2_s": "hilo_forward",
+}
+SWAPPED_IN_VIT = ("bra", "halo", "hilo", "agent", "diff")
+SWAPPED_IN_LLAMA = ("cca", "moh")
+
+
+class Called(TorchDispatchMode):
+    """Names of our own operators that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "attention_zoo":
+            self.names.add(func._schema.name.partition("::")[2])
+        return func(*args, **(kwargs or {}))
+
+
+def called(module: nn.Module, x: Tensor, **inputs: Any) -> set[str]:
+    with torch.no_grad(), Called() as calls:
+        module(x, **inputs)
+    return calls.names
+
+
+def layer_calls(name: str, device: str, side: int, dim: int) -> set[str]:
+    options = KERNELS[name][1] | ({"window_size": (side, side)} if name == "agent" else {})
+    half: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+    layer = az.create_attention(name, dim, 4, **options, **half)
+    grid = {"grid_size": (side, side)} if attention_info(name).spatial else {}
+    return called(layer, torch.randn(1, side * side, dim, **half), **grid)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", KERNELS)
+def test_layers_take_kernels_on_cuda(name: str) -> None:
+    assert KERNELS[name][0] <= layer_calls(name, "cuda", 64, 256)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_layers_take_none_on_a_cpu(name: str) -> None:
+    assert not layer_calls(name, "cpu", 8, 32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SPATIAL_MODELS)
+def test_models_take_kernels_on_cuda(name: str) -> None:
+    model = az.create_model(name, num_classes=10).to("cuda", torch.bfloat16).eval()
+    size = model.pretrained_cfg["input_size"]
+    assert SPATIAL_MODELS[name] in called(model, torch.randn(1, *size, device="cuda", dtype=torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SWAPPED_IN_VIT)
+def test_swapped_vision_models_take_kernels_on_cuda(name: str) -> None:
+    class_token = name != "diff" and not attention_info(name).prefix_tokens
+    bare = {"class_token": False, "global_pool": "avg"} if class_token else {}
+    model = timm.create_model("vit_tiny_patch16_224", img_size=256, num_classes=10, depth=2, **bare)
+    options = {"block_size": 8, "halo_size": 3} if name == "halo" else {}
+    az.swap_attention(model, name, **options)
+    model = model.to("cuda", torch.bfloat16).eval()
+    assert KERNELS[name][0] <= called(model, torch.randn(1, 3, 256, 256, device="cuda", dtype=torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SWAPPED_IN_LLAMA)
+def test_swapped_decoders_take_kernels_on_cuda(name: str) -> None:
+    config = LlamaConfig(hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    model = LlamaForCausalLM(config)
+    az.swap_attention(model, name, **KERNELS[name][1])
+    model = model.to("cuda", torch.bfloat16).eval()
+    assert KERNELS[name][0] <= called(model, torch.randint(64, (1, 2048), device="cuda"), use_cache=False)
