@@ -491,6 +491,7 @@ def _identity(x: Tensor) -> Tensor:
 def _near_root(length: int) -> int:
     """The divisor of N nearest to sqrt(N); ceil(sqrt(N)) where that is further off than a factor of 2."""
     root = math.sqrt(length)
-    divisors = [d for d in range(1, length + 1) if length % d == 0] or [1]
+    small = [d for d in range(1, math.isqrt(length) + 1) if length % d == 0]
+    divisors = [*small, *(length // d for d in reversed(small))] or [1]
     nearest = min(divisors, key=lambda d: abs(d - root))
     return nearest if root / 2 <= nearest <= 2 * root else math.ceil(root)

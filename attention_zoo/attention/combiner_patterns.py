@@ -25,6 +25,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attention_zoo import ops
+from attention_zoo.ops._kernels import use_kernel
+from attention_zoo.ops.core_context import core_context_attention
+from attention_zoo.ops.dispatch import wanted_backend
+from attention_zoo.ops.engines import GRID_LIMIT
 
 __all__ = ["PATTERNS", "Plan", "State", "axial", "fixed", "logsparse", "mixture", "pieces"]
 
@@ -377,6 +381,9 @@ def logsparse(plan: Plan, new: State, real: Tensor | None, past: State, seen: in
     Not causal: besides, the same from the other end.
     """
     q, k, v = new["q"], new["k"], new["v"]
+    missing = _missing_in_kernel(plan, real)
+    if not plan.keep and not ops.is_observed() and use_kernel("auto", (q, k, v), dropout_p=plan.dropout, missing=missing):
+        return _attend_to_spans(plan, q, k, v), {}
     work = torch.promote_types(q.dtype, torch.float32)
     real_new = None if real is None else real[:, seen:]
     own = (q.to(work) * k.to(work)).sum(-1, keepdim=True)
@@ -400,6 +407,21 @@ def logsparse(plan: Plan, new: State, real: Tensor | None, past: State, seen: in
     if mirrored is not None:
         out = out + mirrored.mix(weights[-1].flip(2)).flip(2)
     return out.to(v.dtype), _keep_spans(plan, spans, new, real, past, seen) if plan.keep else {}
+
+
+def _missing_in_kernel(plan: Plan, real: Tensor | None) -> str | None:
+    """What `ops.span_attention`, which has kernels, does not have; None: nothing."""
+    if real is not None:
+        return "the kernels of spans know no padding"
+    return None if plan.pool == "max" else "the kernels of spans pool by maximum"
+
+
+def _attend_to_spans(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """All tokens at once: (B, H, N, d)."""
+    pools = [None if (pool := act(t)) is t else pool.to(t.dtype) for t, act in ((q, plan.act_query), (k, plan.act_key))]
+    out = ops.span_attention(q, k, v, pool_q=pools[0], pool_k=pools[1], is_causal=plan.is_causal, scale=1.0)
+    assert isinstance(out, Tensor)  # no log-normaliser was asked for
+    return out
 
 
 class _Spans:
@@ -524,9 +546,28 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: boo
     """Unscaled attention, in the wider dtype of q and k: pools of low precision may have been summed up in float32."""
     kind = torch.promote_types(q.dtype, k.dtype)
     settings: dict[str, Any] = {"attn_mask": mask, "is_causal": is_causal, "scale": 1.0, "dropout_p": dropout, "return_lse": lse}
+    q, k, v = (t.to(kind) for t in (q, k, v))
     with ops.no_autocast(q):
-        result = ops.attention(q.to(kind), k.to(kind), v.to(kind), **settings)
+        if lse and _kernel_of_parts(q, k, v, mask, dropout):
+            return _attend_with_lse(q, k, v, is_causal)
+        result = ops.attention(q, k, v, **settings)
     return result if isinstance(result, tuple) else (result,)
+
+
+def _kernel_of_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> bool:
+    """Whether our kernel computes a part: torch's fused engines return no log-normaliser, and flex compiles for each size."""
+    if not q.is_cuda or mask is not None or dropout or ops.is_observed() or q.shape[0] * q.shape[1] > GRID_LIMIT:
+        return False
+    return wanted_backend("auto") == "auto" and use_kernel("auto", (q, k, v))
+
+
+def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """Unscaled attention by the kernel of core-context attention: without core tokens, and a window that is never left."""
+    ahead = k.shape[2] - q.shape[2] if is_causal else k.shape[2]  # of the first query, before the first key
+    none = (t[:, :, :0] for t in (k, v))
+    settings: dict[str, Any] = {"window_size": 2**30, "group_size": 1, "scale": 1.0, "return_lse": True}
+    out, lse = core_context_attention(q, k, v, *none, query_start=max(ahead, 0), key_start=max(-ahead, 0), **settings)
+    return out, lse
 
 
 def _along_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, dropout: float = 0.0) -> Part:

@@ -8,6 +8,7 @@ from attention_zoo.ops.depthwise import depthwise_conv2d
 from attention_zoo.ops.dispatch import BACKENDS, BackendError, backends, explain, use_backend
 from attention_zoo.ops.halo import halo_attention
 from attention_zoo.ops.routed import routed_attention
+from attention_zoo.ops.spans import span_attention
 from attention_zoo.ops.windows import window_attention
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "pool_tokens",
     "resize_grid",
     "routed_attention",
+    "span_attention",
     "use_backend",
     "window_attention",
 ]
