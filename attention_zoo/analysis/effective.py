@@ -237,8 +237,7 @@ def _leave_out_the_rest(module: Any) -> None:
             part.forward = torch.zeros_like
     kind = type(module)
     if issubclass(kind, DifferentialAttention) and module.sub_norm:
-        factor = 1.0 - module.lambda_init
-        module.subln.forward = lambda heads: heads / factor
+        module.sub_norm = False  # nor scales by 1 - lambda_init
     if issubclass(kind, MultiHeadAttention):
         module.norm.forward = lambda heads: heads
     if hasattr(module, "noise_mode"):

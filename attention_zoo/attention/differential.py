@@ -182,7 +182,7 @@ class DifferentialAttention(AttentionModule):
             q, groups = self._one_noise_map_each(q), self.num_heads  # a mask for each signal head, which both its maps see
         maps = self._attend_to_pairs if self.style == "v1" else self._attend_to_shared
         signal, noise = maps(q, k, v, groups, attention_mask, position_embeddings, past_key_values)
-        return self.proj_drop(self.o_proj(merge_heads(self._subtract(signal, noise, x))))
+        return self.proj_drop(self.o_proj(merge_heads(self._subtract(signal, noise, x, groups))))
 
     def _attend_to_pairs(
         self,
@@ -198,10 +198,10 @@ class DifferentialAttention(AttentionModule):
 
         The noise maps are computed once for each group. The cache holds H_kv heads of width 2d: [k_1, k_2], and v.
         """
-        queries = self._split_groups(q, groups)
-        keys = self._split_pairs(self.k_norm(split_heads(k, 2 * self.num_kv_heads)))
+        k = self.k_norm(split_heads(k, 2 * self.num_kv_heads))
         if position_embeddings is not None:
-            queries, keys = (self._rotate(pair, position_embeddings) for pair in (queries, keys))
+            q, k = (apply_rotary(t, position_embeddings, self.rope_layout) for t in (q, k))
+        queries, keys = self._split_groups(q, groups), self._split_pairs(k)
         v = split_heads(v, self.num_kv_heads) if self.pairing == "interleaved" else self._join_halves(v)
         static = None
         if past_key_values is not None:
@@ -226,8 +226,8 @@ class DifferentialAttention(AttentionModule):
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor] | None,
         past_key_values: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """Style "v2": q (B, heads, N, d), k and v (B, M, H_kv * d) -> signal (B, S, N, d) and noise (B, groups, N, d)."""
+    ) -> tuple[Tensor, None]:
+        """Style "v2": q (B, heads, N, d), k and v (B, M, H_kv * d) -> signal and noise heads as they stand in q, and None."""
         if attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[1] > 1:
             attention_mask = attention_mask.repeat_interleave(2, dim=1)
         out = attend(
@@ -239,18 +239,19 @@ class DifferentialAttention(AttentionModule):
             position_embeddings=position_embeddings,
             past_key_values=past_key_values,
         )
-        return self._split_groups(out, groups)
+        return out, None
 
-    def _subtract(self, signal: Tensor, noise: Tensor, x: Tensor) -> Tensor:
-        """signal (B, S, N, D_v) - lambda noise (B, groups, N, D_v), normalised; in float32, since the difference cancels."""
-        work, groups = torch.promote_types(signal.dtype, torch.float32), noise.shape[1]
-        factor = self._lambda(x).to(work)
-        if factor.ndim:  # (B, N, S) -> (B, groups, G, N, 1)
-            factor = factor.transpose(1, 2).unflatten(1, (groups, -1)).unsqueeze(-1)
-        out = signal.to(work).unflatten(1, (groups, -1)) - factor * noise.to(work).unsqueeze(2)
-        if self.sub_norm:
-            out = self.subln(out) * (1.0 - self.lambda_init)
-        return out.flatten(1, 2).to(signal.dtype)
+    def _subtract(self, signal: Tensor, noise: Tensor | None, x: Tensor, groups: int) -> Tensor:
+        """signal (B, S, N, D_v) - lambda noise (B, groups, N, D_v), normalised; without `noise` it stands in `signal`."""
+        factor = self._lambda(x)
+        if not self.sub_norm:
+            return ops.subtract_noise(signal, noise, factor, groups=groups)
+        gain = 1.0 - self.lambda_init
+        if isinstance(self.subln, RMSNorm):
+            return ops.subtract_noise(signal, noise, factor, groups=groups, weight=self.subln.weight, eps=self.subln.eps, gain=gain)
+        work = torch.promote_types(signal.dtype, torch.float32)  # something stands around the norm, an adapter's wrapper
+        out = ops.subtract_noise(signal.to(work), None if noise is None else noise.to(work), factor, groups=groups)
+        return (self.subln(out) * gain).to(signal.dtype)
 
     def _lambda(self, x: Tensor) -> Tensor:
         """lambda in float32: a scalar, or one number for each token of x and signal head (B, N, S)."""
@@ -261,24 +262,22 @@ class DifferentialAttention(AttentionModule):
         q1, k1, q2, k2 = (getattr(self, name).to(work) for name in LAMBDA_VECTORS)
         return torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + self.lambda_init
 
-    def _rotate(self, pair: tuple[Tensor, Tensor], position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        first, second = (apply_rotary(t, position_embeddings, self.rope_layout) for t in pair)
-        return first, second
-
     def _split_groups(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         """Heads (B, S + groups, N, D) -> signal (B, S, N, D) and noise (B, groups, N, D)."""
         if self.pairing == "halves":
             signal, noise = x.split([self.num_heads, groups], dim=1)
             return signal, noise
         grouped = x.unflatten(1, (groups, -1))
-        return grouped[:, :, :-1].flatten(1, 2), grouped[:, :, -1]
+        signal, noise = grouped.split([grouped.shape[2] - 1, 1], dim=2)  # whose gradients are joined, not added up
+        return signal.flatten(1, 2), noise.flatten(1, 2)
 
     def _split_pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Key heads (B, 2 H_kv, N, d) -> those of the signal and of the noise maps."""
         if self.pairing == "halves":
             signal, noise = x.chunk(2, dim=1)
             return signal, noise
-        return x[:, 0::2], x[:, 1::2]
+        signal, noise = x.unflatten(1, (-1, 2)).unbind(2)
+        return signal, noise
 
     def _join_halves(self, v: Tensor) -> Tensor:
         """Pairing "halves": (B, M, 2 H_kv * d) -> (B, H_kv, M, 2d), value j from the heads j and j + H_kv."""
