@@ -223,10 +223,12 @@ def attend(
     past_key_values: Any = None,
     scale: float | None = None,
     head_map: Tensor | None = None,
+    operation: Callable[..., Any] | None = None,
 ) -> Tensor:
     """Softmax attention with the module's settings: rotate q and k, extend the cache, mask, attend.
 
-    Reads from the module: `is_causal`, `rope_layout`, `attn_drop` (a rate) and `layer_idx`.
+    Reads from the module: `is_causal`, `rope_layout`, `attn_drop` (a rate) and `layer_idx`. `operation` takes q, k, v and
+    attn_mask, is_causal, scale, dropout_p by name; None: `ops.attention`.
 
     Shape: q (B, H, N, D), k, v (B, H_kv, M, D) -> (B, H, N, D). `head_map`, int64 (H,) or (B, H), names the key/value head
     that each query head reads; None: an even split. The cache keeps the H_kv heads either way.
@@ -243,7 +245,7 @@ def attend(
     if head_map is not None:
         k, v = (select_heads(t, head_map) for t in (k, v))
     mask, is_causal = resolve_visibility(module, attention_mask, static, q.shape[2], k.shape[2])
-    out = ops.attention(
+    out = (operation or ops.attention)(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, dropout_p=module.attn_drop if module.training else 0.0
     )
     assert isinstance(out, Tensor)  # no log-normaliser was asked for

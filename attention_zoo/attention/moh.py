@@ -6,11 +6,13 @@ routers give gates of 1.
 Deviations: gates, top-k and the load-balance loss are float32 under mixed precision; ties go to the lowest head; one shared head
 has a constant gate; the query-norm router ranks the norms themselves (the code divides by their deviation first, which is NaN for
 one head) and, with qk_norm, those before it; padding does not count in the load-balance loss, which lives on the module, not on
-its class. All heads are computed and the unused ones multiplied by 0, as in the official code.
+its class. Heads that a token has not chosen are not computed on long sequences on a GPU (`ops.mixture_attention`); the official code
+multiplies them by 0, as this one does everywhere else.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Self
@@ -18,6 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from attention_zoo import ops
 from attention_zoo.attention.auxiliary import AuxiliaryLossModule
 from attention_zoo.attention.base import (
     ROPE_LAYOUTS,
@@ -131,7 +134,7 @@ class MixtureOfHeads(AuxiliaryLossModule):
     repository="SkyworkAI/MoH",
     patterns=PATTERNS,
     kv_cache=True,
-    cost="O(N^2 d h), of which (h_s + K) / h is used",
+    cost="O(N^2 d (h_s + K)); with masks, dropout or few tokens O(N^2 d h)",
     engines=("flash", "torch", "xformers", "flex"),
     decoder_options={"router": "query_norm"},  # as the paper continues to train LLaMA3-8B; no new parameters
 )
@@ -273,8 +276,8 @@ class MoHAttention(MixtureOfHeads):
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
             past_key_values=past_key_values,
+            operation=functools.partial(ops.mixture_attention, gates=gates.transpose(1, 2), chosen=chosen, topk=self.routed_topk),
         )
-        heads = heads * gates.transpose(1, 2).unsqueeze(-1).to(heads.dtype)  # with `attend` above: what a skipping kernel replaces
         real = None  # read after `attend`, which has checked the mask
         if self._wants_statistics and attention_mask is not None and context is None:
             start = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx) - x.shape[1]

@@ -8,6 +8,7 @@ from attention_zoo.ops.depthwise import depthwise_conv2d
 from attention_zoo.ops.differential import subtract_noise
 from attention_zoo.ops.dispatch import BACKENDS, BackendError, backends, explain, use_backend
 from attention_zoo.ops.halo import halo_attention
+from attention_zoo.ops.mixture import mixture_attention
 from attention_zoo.ops.routed import routed_attention
 from attention_zoo.ops.spans import span_attention
 from attention_zoo.ops.windows import window_attention
@@ -25,6 +26,7 @@ __all__ = [
     "halo_attention",
     "is_observed",
     "merge_attention",
+    "mixture_attention",
     "no_autocast",
     "observe",
     "pool_tokens",

@@ -348,6 +348,8 @@ def _check_call(call: _tap.Call, args: Any, kwargs: Any, out: Any) -> None:
         close(call.weights(some), weights[..., some, :], 1e-12)  # type: ignore[arg-type]
     if call.name == "attention":
         close(weights @ _expand(args[2], weights), out, 1e-10)
+    elif call.name == "mixture_attention":
+        close(kwargs["gates"].unsqueeze(-1) * (weights @ _expand(args[2], weights)), out, 1e-10)
     elif call.name == "core_context_attention":
         values = torch.cat([_expand(args[4], weights), _expand(args[2], weights)], 2)
         close(weights @ values, out, 1e-10)

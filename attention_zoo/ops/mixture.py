@@ -1,0 +1,142 @@
+"""Attention whose heads are gated for each token as a function of tensors: heads that a token has not chosen are not computed.
+
+In plain PyTorch all heads are computed and multiplied by their gates, 0 for those not chosen. It is the specification of the
+kernels of `triton/mixture.py`, which compute the chosen (token, head) pairs only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attention_zoo.ops._autocast import no_autocast
+from attention_zoo.ops._kernels import use_kernel
+from attention_zoo.ops._tap import tapped
+from attention_zoo.ops.attention import attention, attention_weights
+from attention_zoo.ops.dispatch import follow_autocast, wanted_backend
+from attention_zoo.ops.engines.base import HALF, compute_capability
+
+__all__ = ["mixture_attention"]
+
+_MOST_ACTIVE = 0.85  # share of the heads up to which skipping the others pays for packing
+_FEWEST_TOKENS = 2048
+
+
+def _weights(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, chosen: Tensor | None, topk: int, *, rows: Tensor | None = None, **call: Any
+) -> Tensor:
+    """Probabilities (B, H, N, M) of a call of `mixture_attention`, of all heads, chosen or not."""
+    return attention_weights(q, k, v, rows=rows, **call)
+
+
+@tapped(_weights, takes_rows=True)
+def mixture_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    chosen: Tensor | None,
+    topk: int,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention outputs times gates, where every token uses the first heads and `topk` of the others.
+
+        out(h, n) = gates(h, n) softmax_m(scale * q(h, n) . k(h, m)) v(h, m)        0 for heads that token n has not chosen
+
+    Args:
+        q: (B, H, N, D).
+        k: (B, H_kv, M, D), H a multiple of H_kv.
+        v: (B, H_kv, M, D_v).
+        gates: (B, H, N), 0 for heads that are not chosen (not checked). The gradient of those is 0, or that of heads that are
+            computed, according to the backend: the router has to mask it.
+        chosen: (B, N, H_r), 0 or 1 or boolean: which of the last H_r heads a token uses; it uses all that come before them.
+            None: no head is chosen, every token uses all.
+        topk: how many are chosen, the same for every token (not checked), 0 to H_r.
+        attn_mask, is_causal, scale, dropout_p: as for `attention`.
+        backend: "triton" for our kernels; "auto" takes them on CUDA, where they serve the call and enough is skipped; any other as
+            for `attention`.
+
+    Returns: (B, H, N, D_v) in the dtype of q.
+
+    Raises:
+        ValueError: tensors that do not fit together.
+        BackendError: the named backend cannot serve the call.
+    """
+    q, k, v = follow_autocast(q, k, v)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    missing = None if attn_mask is None else "the kernels take no mask"
+    if factor <= 0:
+        missing = "the kernels need a positive scale"
+    if _skips_enough(q, k, chosen, topk, backend) and use_kernel(backend, (q, k, v), dropout_p=dropout_p, missing=missing):
+        return _run_kernel(q, k, v, gates, chosen, topk, is_causal, factor)
+    out = attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p, backend=backend)
+    assert isinstance(out, Tensor)  # no log-normaliser was asked for
+    _check(q, gates, chosen, topk)
+    return out * gates.unsqueeze(-1).to(out.dtype)
+
+
+def _skips_enough(q: Tensor, k: Tensor, chosen: Tensor | None, topk: int, backend: str) -> bool:
+    """Whether the kernels are faster than the dense engines, as measured on an H200; yes if they are asked for."""
+    if wanted_backend(backend) != "auto":
+        return True
+    if chosen is None:
+        return False
+    heads = q.shape[1]
+    active = heads - chosen.shape[-1] + topk
+    long_enough = q.shape[2] >= _FEWEST_TOKENS and k.shape[2] >= _FEWEST_TOKENS
+    return q.is_cuda and q.dtype in HALF and long_enough and active <= _MOST_ACTIVE * heads
+
+
+def _run_kernel(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, chosen: Tensor | None, topk: int, is_causal: bool, scale: float
+) -> Tensor:
+    """Whole groups of heads that every token uses go to cuDNN where it serves them, all others to our kernels."""
+    from attention_zoo.ops.triton.mixture import mixture_attention_triton
+
+    _check(q, gates, chosen, topk)
+    if not q.ndim == k.ndim == v.ndim == 4 or k.shape[:3] != v.shape[:3] or q.shape[1] % max(1, k.shape[1]):
+        raise ValueError(
+            "q must be (B, H, N, D), k (B, H_kv, M, D) and v (B, H_kv, M, D_v), H a multiple of H_kv; "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if chosen is None:
+        chosen = gates.new_empty((q.shape[0], q.shape[2], 0))
+    group = q.shape[1] // max(1, k.shape[1])
+    whole = min((q.shape[1] - chosen.shape[-1]) // max(1, group), k.shape[1] - 1)
+    apart = group * max(0, whole) if _library_serves(q, k, v, is_causal) else 0
+    with no_autocast(q):
+        return mixture_attention_triton(q, k, v, gates, chosen, topk=topk, apart=apart, scale=scale, is_causal=is_causal)
+
+
+def _library_serves(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> bool:
+    """Whether cuDNN's dense kernel is there for heads that every token uses; its causal queries start at the first key."""
+    return (
+        q.is_cuda
+        and q.dtype in HALF
+        and compute_capability(q.device) in (90, 100)
+        and q.shape[-1] == v.shape[-1]
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 128
+        and q.shape[0] * q.shape[2] * k.shape[2] > 0
+        and (not is_causal or q.shape[2] == k.shape[2])
+        and not torch.are_deterministic_algorithms_enabled()
+    )
+
+
+def _check(q: Tensor, gates: Tensor, chosen: Tensor | None, topk: int) -> None:
+    """Raise ValueError for gates and choices that do not fit the queries."""
+    batch, heads, tokens, _ = q.shape
+    if gates.shape != (batch, heads, tokens):
+        raise ValueError(f"gates must be (B, H, N) = {(batch, heads, tokens)}, got {tuple(gates.shape)}")
+    if chosen is not None and (chosen.ndim != 3 or chosen.shape[:2] != (batch, tokens) or chosen.shape[2] > heads):
+        raise ValueError(f"chosen must be (B, N, H_r) = {(batch, tokens, f'at most {heads}')}, got {tuple(chosen.shape)}")
+    most = 0 if chosen is None else chosen.shape[2]
+    if not 0 <= topk <= most:
+        raise ValueError(f"topk must be from 0 to the {most} heads that can be chosen, got {topk}")

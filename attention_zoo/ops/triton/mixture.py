@@ -1,0 +1,647 @@
+# NOTE FROM LEAD (delete this line): read /tmp/helpers/gpu/out/1/mixture_NOTE_FROM_LEAD.log
+"""Attention of the chosen (token, head) pairs as Triton kernels: queries that a head's router did not choose cost nothing.
+
+The chosen queries are lined up, key/value head after key/value head, in the order of their tokens: B * N * K rows, whatever was
+chosen, so that nothing waits for a count. A sequence of rows and the keys of its head are then an ordinary problem of flash
+attention. Last, each row goes back to its place, times its gate, and all other places get 0. Heads that every token uses need
+none of it: cuDNN computes them, where it serves them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from attention_zoo.ops.triton._common import LOG2E, last_contiguous, per_logit, precision, read_lse, tile
+
+__all__ = ["mixture_attention_triton"]
+
+
+@triton.jit
+def _load_choice(Chosen, at, b, hk, scb, scn, sch, N, GROUP, ALWAYS):
+    """Of the pairs `at` = n GROUP + query head of a sequence: n, the head, 1 if the token has chosen it, else 0."""
+    n, h = at // GROUP, hk * GROUP + at % GROUP
+    inside = at < N * GROUP
+    chosen = tl.load(Chosen + b * scb + n.to(tl.int64) * scn + (h - ALWAYS) * sch, mask=inside & (h >= ALWAYS), other=1) != 0
+    return n, h, (chosen & inside).to(tl.int32)
+
+
+@triton.jit
+def _count_kernel(Chosen, Counts, scb, scn, sch, N, HEADS, GROUP, ALWAYS, BLOCK: tl.constexpr):
+    """How many rows each sequence has: (b, key/value head) -> Counts."""
+    s = tl.program_id(0)
+    b, hk = (s // HEADS).to(tl.int64), s % HEADS
+    total = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, N * GROUP, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        _, _, chosen = _load_choice(Chosen, at, b, hk, scb, scn, sch, N, GROUP, ALWAYS)
+        total += chosen
+    tl.store(Counts + s, tl.sum(total, 0))
+
+
+@triton.jit
+def _list_kernel(
+    Chosen, Counts, Starts, Slots, Origins,
+    scb, scn, sch, N, HEADS, GROUP, ALWAYS, SEQUENCES, ROWS, BLOCK: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """Where the rows of a sequence come from and go to.
+
+    Starts: its first row. Origins: of a row, (b N + n) h + head. Slots, of each (b, key/value head, n, query head): its row, or,
+    for pairs that are not chosen, -1 - the next row of the sequence.
+    """
+    s = tl.program_id(0)
+    b, hk = (s // HEADS).to(tl.int64), s % HEADS
+    each = tl.arange(0, BS)
+    before = tl.sum(tl.load(Counts + each, mask=each < s, other=0), 0)
+    before = tl.minimum(before, ROWS)
+    tl.store(Starts + s, before)
+    for start in range(0, N * GROUP, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        n, h, chosen = _load_choice(Chosen, at, b, hk, scb, scn, sch, N, GROUP, ALWAYS)
+        row = before + tl.cumsum(chosen, 0) - chosen
+        is_row = (chosen != 0) & (row < ROWS)  # more than K to a token: the caller's fault, but nobody else's memory
+        tl.store(Slots + s.to(tl.int64) * N * GROUP + at, tl.where(is_row, row, -1 - tl.minimum(row, ROWS)), mask=at < N * GROUP)
+        tl.store(Origins + row, (b * N + n) * (HEADS * GROUP) + h, mask=is_row)
+        before += tl.sum(chosen, 0)
+    if s == SEQUENCES - 1:
+        end = tl.minimum(before, ROWS)
+        tl.store(Starts + SEQUENCES, end)
+        for start in range(end, ROWS, BLOCK):  # fewer than K to a token: rows that are not there read something of ours
+            row = start + tl.arange(0, BLOCK)
+            tl.store(Origins + row, tl.zeros([BLOCK], tl.int32), mask=row < ROWS)
+
+
+@triton.jit
+def _pack_kernel(Q, Packed, Origins, sqb, sqh, sqn, N, HEADS, ROWS, D, PITCH, BR: tl.constexpr, BD: tl.constexpr):
+    row, d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BD)
+    real = row < ROWS
+    origin = tl.load(Origins + row, mask=real, other=0)
+    h, n, b = origin % HEADS, origin // HEADS % N, (origin // HEADS // N).to(tl.int64)
+    wanted = real[:, None] & (d < D)[None, :]
+    q = tl.load(Q + (b * sqb + h * sqh + n * sqn)[:, None] + d[None, :], mask=wanted, other=0.0)
+    tl.store(Packed + row.to(tl.int64)[:, None] * PITCH + d[None, :], q, mask=wanted)
+
+
+@triton.jit
+def _slots(Slots, b, h, n, real, N, APART, HEADS, GROUP):
+    """Rows of the tokens n in head h, and whether they were chosen."""
+    r = tl.maximum(h - APART, 0)
+    at = ((b * HEADS + r // GROUP) * N + n) * GROUP + r % GROUP
+    slot = tl.load(Slots + at, mask=real & (h >= APART), other=-1)
+    return tl.maximum(slot, 0).to(tl.int64), slot >= 0
+
+
+@triton.jit
+def _gather(Shared, Packed, Slots, b, h, n, d, ssb, ssh, ssn, N, APART, HEADS, GROUP, D, PITCH):
+    """What was computed for the tokens n in head h, which is shared or packed; 0 where it was not chosen."""
+    row, chosen = _slots(Slots, b, h, n, n < N, N, APART, HEADS, GROUP)
+    inside = (d < D)[None, :]
+    x = tl.load(Packed + row[:, None] * PITCH + d[None, :], mask=chosen[:, None] & inside, other=0.0)
+    if h < APART:
+        at = Shared + b * ssb + h * ssh + n.to(tl.int64)[:, None] * ssn + d[None, :]
+        x = tl.load(at, mask=(n < N)[:, None] & inside, other=0.0)
+    return x
+
+
+@triton.jit
+def _mix_kernel(
+    Out, Shared, Packed, Gates, Slots,
+    ssb, ssh, ssn, sgb, sgh, sgn, N, H, APART, HEADS, GROUP, DV, PITCH, TILES, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Out (B, N, H, D_v): gate times what was computed for a pair, 0 for the others."""
+    pid = tl.program_id(0)
+    h, t = pid % H, pid // H  # heads of a token are neighbours in memory
+    b, n, d = (t // TILES).to(tl.int64), t % TILES * BT + tl.arange(0, BT), tl.arange(0, BD)
+    real = n < N
+    gate = tl.load(Gates + b * sgb + h * sgh + n * sgn, mask=real, other=0.0).to(tl.float32)
+    x = _gather(Shared, Packed, Slots, b, h, n, d, ssb, ssh, ssn, N, APART, HEADS, GROUP, DV, PITCH)
+    at = Out + ((b * N + n) * H + h)[:, None] * DV + d[None, :]
+    tl.store(at, (x.to(tl.float32) * gate[:, None]).to(Out.dtype.element_ty), mask=real[:, None] & (d < DV)[None, :])
+
+
+@triton.jit
+def _unmix_kernel(
+    Grad, Shared, Packed, Gates, Slots, DShared, DPacked, DGates, Delta,
+    srb, srh, srn, ssb, ssh, ssn, sgb, sgh, sgn, N, H, APART, HEADS, GROUP, DV, PITCH, TILES, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Gradients of what `_mix_kernel` was given: DShared (B, N, H_s, D_v), DPacked, DGates (B, N, H).
+
+    Delta: DPacked . Packed, for the flash kernels.
+    """
+    pid = tl.program_id(0)
+    h, t = pid % H, pid // H
+    b, n, d = (t // TILES).to(tl.int64), t % TILES * BT + tl.arange(0, BT), tl.arange(0, BD)
+    real = n < N
+    inside = (d < DV)[None, :]
+    row, chosen = _slots(Slots, b, h, n, real, N, APART, HEADS, GROUP)
+    is_shared = real & (h < APART)
+    gate = tl.load(Gates + b * sgb + h * sgh + n * sgn, mask=real, other=0.0).to(tl.float32)
+    token = n.to(tl.int64)[:, None]
+    active = (chosen | is_shared)[:, None] & inside
+    grad = tl.load(Grad + b * srb + h * srh + token * srn + d[None, :], mask=active, other=0.0).to(tl.float32)
+    x = tl.load(Packed + row[:, None] * PITCH + d[None, :], mask=chosen[:, None] & inside, other=0.0)
+    if h < APART:
+        x = tl.load(Shared + b * ssb + h * ssh + token * ssn + d[None, :], mask=active, other=0.0)
+    slope = tl.sum(grad * x.to(tl.float32), 1)
+    tl.store(DGates + (b * N + n) * H + h, slope, mask=real)
+    grad *= gate[:, None]
+    if h < APART:
+        at = DShared + ((b * N + n) * APART + h)[:, None] * DV + d[None, :]
+        tl.store(at, grad.to(DShared.dtype.element_ty), mask=active)
+    else:
+        tl.store(DPacked + row[:, None] * PITCH + d[None, :], grad.to(DPacked.dtype.element_ty), mask=active)
+        tl.store(Delta + row, slope * gate, mask=chosen)
+
+
+@triton.jit
+def _spread_kernel(
+    Out, Shared, Packed, Slots, ssb, ssh, ssn, N, H, APART, HEADS, GROUP, D, PITCH, TILES, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Out (B, N, H, D): what was computed for a pair, 0 for the others."""
+    pid = tl.program_id(0)
+    h, t = pid % H, pid // H
+    b, n, d = (t // TILES).to(tl.int64), t % TILES * BT + tl.arange(0, BT), tl.arange(0, BD)
+    x = _gather(Shared, Packed, Slots, b, h, n, d, ssb, ssh, ssn, N, APART, HEADS, GROUP, D, PITCH)
+    tl.store(Out + ((b * N + n) * H + h)[:, None] * D + d[None, :], x, mask=(n < N)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _places(Origins, row, real, N, HEADS):
+    """Tokens of packed rows."""
+    return tl.load(Origins + row, mask=real, other=0) // HEADS % N
+
+
+@triton.jit
+def _bounds(Origins, row, row0, end, real, offset, N, M, HEADS, BM: tl.constexpr):
+    """Before which key each row of a causal tile must stop; before which all may see, and before which some."""
+    bound = tl.minimum(_places(Origins, row, real, N, HEADS) + offset + 1, M)
+    first = tl.load(Origins + row0) // HEADS % N
+    last = tl.load(Origins + tl.minimum(row0 + BM, end) - 1) // HEADS % N
+    return bound, tl.maximum(tl.minimum(first + offset + 1, M), 0), tl.minimum(last + offset + 1, M)
+
+
+@triton.jit
+def _absorb_tiles(
+    q, K, V, b, hk, p, fade, acc, highest, total, bound, scale, first, last,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """Keys from `first` to before `last` enter the running softmax; if MASKED, a query sees those before its `bound`.
+
+    The weights p of a tile, and by how much what was summed up before them fades, wait for the next one: their product with the
+    values runs while the next softmax is computed.
+    """
+    for start in tl.range(first, last, BN, num_stages=STAGES):
+        x = tl.dot(q, K.load([b, hk, start, 0]).reshape(BN, BD).T, input_precision=PRECISION)
+        v = V.load([b, hk, start - BN, 0]).reshape(BN, BDV)
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        if MASKED:
+            x = tl.where((start + tl.arange(0, BN))[None, :] < bound[:, None], x, float("-inf"))
+        higher = tl.maximum(highest, tl.max(x, 1) * scale)
+        anchor = higher
+        if MASKED:
+            anchor = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
+        p = tl.exp2(x * scale - anchor[:, None])
+        fade = tl.exp2(highest - anchor)
+        total = total * fade + tl.sum(p, 1)
+        highest = higher
+    return p, fade, acc, highest, total
+
+
+@triton.jit
+def _hold(x, one, HELD: tl.constexpr):
+    """An operand of products that stays in registers: one that came from memory as it is would be read there every time."""
+    if HELD:
+        x = (x.to(tl.float32) * one).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _forward_kernel(
+    Q, K, V, Out, Lse, Starts, Origins, sqb, sqh, sqn,
+    scale,  # of the logits, times log2 e; positive
+    offset,  # causal: the query of token n sees the keys up to n + offset
+    one,  # 1.0, which the compiler does not know, for `_hold`
+    N, M, HEADS, GROUP, D, DV, PITCH, TILES,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    s, t = pid // TILES, pid % TILES
+    b, hk = s // HEADS, s % HEADS
+    begin, end = tl.load(Starts + s), tl.load(Starts + s + 1)
+    if CAUSAL:
+        t = tl.cdiv(end - begin, BM) - 1 - t  # the longest first
+    row0 = begin + t * BM
+    if (t >= 0) & (row0 < end):
+        row, dv = row0 + tl.arange(0, BM), tl.arange(0, BDV)
+        real = row < end
+        d = tl.arange(0, BD)
+        origin = tl.load(Origins + row, mask=real, other=0)
+        n, h = origin // (HEADS * GROUP) % N, origin % (HEADS * GROUP)
+        at = Q + b.to(tl.int64) * sqb + h.to(tl.int64) * sqh + n.to(tl.int64) * sqn
+        q = _hold(tl.load(at[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0), one, HELD)
+        highest = tl.full([BM], float("-inf"), tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, BDV], tl.float32)
+        p, fade = tl.zeros([BM, BN], tl.float32), tl.full([BM], 1.0, tl.float32)
+        bound = tl.full([BM], M, tl.int32)
+        free, last = M, M
+        if CAUSAL:
+            bound, free, last = _bounds(Origins, row, row0, end, real, offset, N, M, HEADS * GROUP, BM)
+        free = free // BN * BN
+        p, fade, acc, highest, total = _absorb_tiles(
+            q, K, V, b, hk, p, fade, acc, highest, total, bound, scale, 0, free, False, PRECISION, STAGES, BN, BD, BDV
+        )
+        p, fade, acc, highest, total = _absorb_tiles(
+            q, K, V, b, hk, p, fade, acc, highest, total, bound, scale, free, last, True, PRECISION, STAGES, BN, BD, BDV
+        )
+        v = V.load([b, hk, (tl.maximum(last, 1) - 1) // BN * BN, 0]).reshape(BN, BDV)
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        whole = tl.where(total == 0.0, 1.0, total)
+        lse = tl.where(total == 0.0, float("-inf"), highest + tl.log2(whole))
+        at = Out + row.to(tl.int64)[:, None] * PITCH + dv[None, :]
+        tl.store(at, (acc / whole[:, None]).to(Out.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])
+        tl.store(Lse + row, lse, mask=real)
+
+
+@triton.jit
+def _query_tiles(
+    q, grad, lse, delta, K, V, b, hk, acc, bound, scale, first, last,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    for start in tl.range(first, last, BN, num_stages=STAGES):
+        k = K.load([b, hk, start, 0]).reshape(BN, BD)
+        v = V.load([b, hk, start, 0]).reshape(BN, BDV)
+        p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale - lse[:, None])
+        if MASKED:
+            seen = start + tl.arange(0, BN)
+            p = tl.where(seen[None, :] < bound[:, None], p, 0.0)
+        slope = p * (tl.dot(grad, v.T, input_precision=PRECISION) - delta[:, None])
+        acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _query_gradient_kernel(
+    Q, K, V, Grad, Lse, Delta, DQ, Starts, Origins,
+    scale, offset, N, M, HEADS, GROUP, D, PITCH, TILES,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    s, t = pid // TILES, pid % TILES
+    b, hk = s // HEADS, s % HEADS
+    begin, end = tl.load(Starts + s), tl.load(Starts + s + 1)
+    if CAUSAL:
+        t = tl.cdiv(end - begin, BM) - 1 - t
+    row0 = begin + t * BM
+    if (t >= 0) & (row0 < end):
+        row, d = row0 + tl.arange(0, BM), tl.arange(0, BD)
+        real = row < end
+        q, grad = Q.load([row0, 0]), Grad.load([row0, 0])
+        lse, delta = read_lse(Lse, row, real), tl.load(Delta + row, mask=real, other=0.0)
+        bound = tl.full([BM], M, tl.int32)
+        free, last = M, M
+        if CAUSAL:
+            bound, free, last = _bounds(Origins, row, row0, end, real, offset, N, M, HEADS * GROUP, BM)
+        free = free // BN * BN
+        acc = tl.zeros([BM, BD], tl.float32)
+        acc = _query_tiles(q, grad, lse, delta, K, V, b, hk, acc, bound, scale, 0, free, False, PRECISION, STAGES, BN, BD, BDV)
+        acc = _query_tiles(q, grad, lse, delta, K, V, b, hk, acc, bound, scale, free, last, True, PRECISION, STAGES, BN, BD, BDV)
+        at = DQ + row.to(tl.int64)[:, None] * PITCH + d[None, :]
+        tl.store(at, (acc * per_logit(scale)).to(DQ.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _key_tiles(
+    k, v, Q, Grad, Lse, Delta, Origins, dk, dv, keys, offset, scale, first, last, end, N, HEADS,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BM: tl.constexpr, ORDER: tl.constexpr,
+):  # fmt: skip
+    """Rows from `first` to before `last`, in whole tiles, add to the gradients of the keys and values; `end` ends the sequence."""
+    for start in tl.range(first, last, BM, num_stages=STAGES):
+        row = start + tl.arange(0, BM)
+        real = row < end
+        q, grad = Q.load([start, 0]), Grad.load([start, 0])
+        lse = read_lse(Lse, row, real)
+        delta = tl.load(Delta + row, mask=real, other=0.0)
+        if ORDER:
+            slope = tl.dot(v, grad.T, input_precision=PRECISION) - delta[None, :]  # (keys, queries)
+        p = tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * scale - lse[None, :])
+        if MASKED:
+            bound = _places(Origins, row, real, N, HEADS) + offset
+            p = tl.where(keys[:, None] <= bound[None, :], p, 0.0)
+        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
+        if ORDER:
+            slope *= p
+        else:
+            slope = p * (tl.dot(v, grad.T, input_precision=PRECISION) - delta[None, :])
+        dk = tl.dot(slope.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _key_gradient_kernel(
+    Q, K, V, Grad, Lse, Delta, DK, DV_, Starts, Slots, Origins,
+    scale, offset, one, sdb, sdh, sdn, svb, svh, svn, N, M, HEADS, GROUP, D, DV, TILES,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, ORDER: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    s, t = pid // TILES, pid % TILES
+    b, hk = s // HEADS, s % HEADS
+    key0 = t * BN
+    keys, d, d_v = key0 + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
+    begin, end = tl.load(Starts + s), tl.load(Starts + s + 1)
+    k = _hold(K.load([b, hk, key0, 0]).reshape(BN, BD), one, HELD)
+    v = _hold(V.load([b, hk, key0, 0]).reshape(BN, BDV), one, HELD)
+    dk, dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BDV], tl.float32)
+    first, free = begin, begin
+    if CAUSAL:  # the first row that sees any of the keys, and the first that sees them all
+        Slots += s.to(tl.int64) * N * GROUP
+        token = tl.maximum(key0 - offset, 0)
+        slot = tl.load(Slots + token * GROUP, mask=token < N, other=end)
+        first = tl.where(slot < 0, -1 - slot, slot)
+        token = tl.maximum(key0 + BN - 1 - offset, 0)
+        slot = tl.load(Slots + token * GROUP, mask=token < N, other=end)
+        free = first + tl.cdiv(tl.where(slot < 0, -1 - slot, slot) - first, BM) * BM
+        dk, dv = _key_tiles(
+            k, v, Q, Grad, Lse, Delta, Origins, dk, dv, keys, offset, scale, first, free, end, N, HEADS * GROUP,
+            True, PRECISION, STAGES, BM, ORDER,
+        )  # fmt: skip
+    dk, dv = _key_tiles(
+        k, v, Q, Grad, Lse, Delta, Origins, dk, dv, keys, offset, scale, free, end, end, N, HEADS * GROUP,
+        False, PRECISION, STAGES, BM, ORDER,
+    )  # fmt: skip
+    real, wide, key = (keys < M)[:, None], b.to(tl.int64), keys.to(tl.int64)[:, None]
+    dk *= per_logit(scale)
+    tl.store(DK + wide * sdb + hk * sdh + key * sdn + d[None, :], dk.to(DK.dtype.element_ty), mask=real & (d < D)[None, :])
+    tl.store(DV_ + wide * svb + hk * svh + key * svn + d_v[None, :], dv.to(DV_.dtype.element_ty), mask=real & (d_v < DV)[None, :])
+
+
+class Settings(NamedTuple):
+    """Tile sizes (queries, keys), warps, stages of the pipeline, see `_hold`."""
+
+    bm: int
+    bn: int
+    warps: int
+    stages: int
+    held: bool = False
+    registers: int | None = None
+    order: int = 1
+
+
+def settings(kernel: str, dim: int, dtype: torch.dtype) -> Settings:
+    """For "forward", "query" or "key" gradients of heads of `dim` channels, as measured on an H200."""
+    if dtype == torch.float32:
+        return Settings(32, 32, 4, 1) if dim > 128 else Settings(64, 32, 4, 2)
+    if dim > 128:
+        return Settings(64, 64, 8, 1) if kernel != "forward" else Settings(128, 64, 8, 2)
+    if kernel == "forward":
+        return Settings(64, 64, 4, 3)
+    if kernel == "query":
+        return Settings(128, 64, 8, 3)
+    return Settings(64, 64, 4, 2)
+
+
+class _Plan(NamedTuple):
+    """Which row is which pair, see `_list_kernel`."""
+
+    slots: Tensor
+    origins: Tensor
+    starts: Tensor
+
+
+def _plan(chosen: Tensor, kv_heads: int, heads: int, always: int, rows: int) -> _Plan:
+    batch, tokens = chosen.shape[:2]
+    sequences = batch * kv_heads
+    if chosen.dtype == torch.bool:
+        chosen = chosen.to(torch.uint8)
+    group = heads // kv_heads
+    table = functools.partial(torch.empty, dtype=torch.int32, device=chosen.device)
+    slots, origins = table((batch, kv_heads, tokens, group)), table((rows,))
+    starts, counts = table((sequences + 1,)), table((sequences,))
+    sizes = (*chosen.stride(), tokens, kv_heads, group, always)
+    block = tile(tokens * group, 2048)
+    _count_kernel[(sequences,)](chosen, counts, *sizes, BLOCK=block, num_warps=4)
+    _list_kernel[(sequences,)](
+        chosen, counts, starts, slots, origins, *sizes, sequences, rows, BLOCK=block, BS=tile(sequences, 1 << 30), num_warps=4
+    )
+    return _Plan(slots, origins, starts)
+
+
+def _pitch(x: Tensor) -> int:
+    """Channels of a packed row in memory: the copy engine takes multiples of 16 bytes."""
+    unit = 16 // x.element_size()
+    return -(-x.shape[-1] // unit) * unit
+
+
+def _rows_of(x: Tensor, dim: int, length: int) -> TensorDescriptor:
+    """Packed rows (rows, pitch), read as tiles of `length` rows."""
+    return TensorDescriptor(x, [x.shape[0], dim], [x.shape[1], 1], [length, tile(dim, 256)])
+
+
+def _keys_of(x: Tensor, length: int) -> TensorDescriptor:
+    """(B, H, M, D), read as tiles of `length` keys of one head."""
+    dim = x.shape[-1]
+    steps = [step * x.element_size() % 16 for step, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
+    if x.stride(-1) != 1 or any(steps) or 0 in x.stride() or x.data_ptr() % 16 or any(s % 8 for s in x.stride()[:3]):
+        own = x.new_empty((*x.shape[:3], _pitch(x)))
+        own[..., :dim] = x
+        x = own
+    return TensorDescriptor(x, [*x.shape[:3], dim], list(x.stride()), [1, 1, length, tile(dim, 256)])
+
+
+@torch.library.custom_op("attention_zoo::mixture_forward", mutates_args=())
+def _mixture_forward(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, chosen: Tensor, topk: int, apart: int, scale: float, is_causal: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Out (B, H, N, D_v); for the gradient: packed outputs and normalisers, the plan, the same of the shared heads that are apart.
+
+    apart: how many of the heads that every token uses are computed by cuDNN's dense kernel, whole groups of them.
+    """
+    q = last_contiguous(q)
+    batch, heads, tokens, dim = q.shape
+    kv_heads, keys, dim_v = v.shape[1:]
+    group, every = heads // kv_heads, heads - chosen.shape[-1]
+    out = _heads_last(q, dim_v)
+    own_q, own_k, own_v = q[:, apart:], k[:, apart // group :], v[:, apart // group :]
+    rows = batch * tokens * (every - apart + topk)
+    plan = _plan(chosen, kv_heads - apart // group, heads - apart, every - apart, rows)
+    packed, lse = v.new_empty((rows, _pitch(v))), q.new_empty((rows,), dtype=torch.float32)
+    if rows == 0 or keys == 0:
+        packed.zero_()
+        lse.fill_(float("-inf"))
+    else:
+        own = settings("forward", max(dim, dim_v), q.dtype)
+        tiles = triton.cdiv(tokens * group, own.bm)
+        _forward_kernel[(batch * own_k.shape[1] * tiles,)](
+            own_q, _keys_of(own_k, own.bn), _keys_of(own_v, own.bn), packed, lse, plan.starts, plan.origins, *own_q.stride()[:3],
+            scale * LOG2E, keys - tokens, 1.0, tokens, keys, own_k.shape[1], group, dim, dim_v, packed.shape[1], tiles,
+            CAUSAL=is_causal, PRECISION=precision(q), STAGES=own.stages, HELD=own.held,
+            BM=own.bm, BN=own.bn, BD=tile(dim, 256), BDV=tile(dim_v, 256),
+            num_warps=own.warps, num_stages=own.stages, maxnreg=own.registers,
+        )  # fmt: skip
+    shared, shared_lse = _dense_forward(q, k, v, apart, scale, is_causal)
+    if out.numel():
+        bt, tiles = _tokens_to_a_tile(tokens, dim_v)
+        _mix_kernel[(batch * tiles * heads,)](
+            out, shared, packed, gates, plan.slots, *shared.stride()[:3], *gates.stride(),
+            tokens, heads, apart, own_k.shape[1], group, dim_v, packed.shape[1], tiles, BT=bt, BD=tile(dim_v, 256), num_warps=4,
+        )  # fmt: skip
+    return out, packed, lse, *plan, shared, shared_lse
+
+
+def _dense_forward(q: Tensor, k: Tensor, v: Tensor, apart: int, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """Outputs and normalisers of the heads that are apart; their strides are torch's choice, also of tensors without data."""
+    if apart == 0:
+        return v.new_empty((q.shape[0], 0, q.shape[2], v.shape[3])), q.new_empty((0,), dtype=torch.float32)
+    some = apart // (q.shape[1] // k.shape[1])
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q[:, :apart], k[:, :some], v[:, :some], None, True, 0.0, is_causal, False, scale=scale
+    )
+    return out, lse
+
+
+def _dense_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, is_causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    apart, some = out.shape[1], out.shape[1] // (q.shape[1] // k.shape[1])
+    unused = torch.empty((), dtype=torch.int64, device=q.device)  # dropout's random numbers
+    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-any-return]
+        grad, q[:, :apart], k[:, :some], v[:, :some], out, lse, unused, unused, None, None, None, q.shape[2], k.shape[2],
+        0.0, is_causal, scale=scale,
+    )  # fmt: skip
+
+
+def _heads_last(x: Tensor, channels: int | None = None) -> Tensor:
+    """Of the shape of x (B, H, N, D), or with so many channels, and heads next to channels in memory."""
+    batch, heads, tokens, dim = x.shape
+    return x.new_empty((batch, tokens, heads, dim if channels is None else channels)).permute(0, 2, 1, 3)
+
+
+def _tokens_to_a_tile(tokens: int, dim: int) -> tuple[int, int]:
+    """For what only moves rows: how many tokens a program has, and how many programs a head."""
+    size = 2048 // tile(dim, 256)
+    return size, triton.cdiv(tokens, size)
+
+
+@_mixture_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, chosen: Tensor, topk: int, apart: int, scale: float, is_causal: bool
+) -> tuple[Tensor, ...]:
+    batch, heads, tokens, _ = q.shape
+    group, dim_v = heads // k.shape[1], v.shape[-1]
+    rows, kv_heads = batch * tokens * (heads - chosen.shape[-1] - apart + topk), k.shape[1] - apart // group
+    slots = q.new_empty((batch, kv_heads, tokens, group), dtype=torch.int32)
+    origins, starts = (q.new_empty((size,), dtype=torch.int32) for size in (rows, batch * kv_heads + 1))
+    packed, lse = v.new_empty((rows, _pitch(v))), q.new_empty((rows,), dtype=torch.float32)
+    return _heads_last(q, dim_v), packed, lse, slots, origins, starts, *_dense_forward(q, k, v, apart, scale, is_causal)
+
+
+@torch.library.custom_op("attention_zoo::mixture_backward", mutates_args=())
+def _mixture_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, packed: Tensor, lse: Tensor,
+    slots: Tensor, origins: Tensor, starts: Tensor, shared: Tensor, shared_lse: Tensor, scale: float, is_causal: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v and gates."""
+    grad, q = last_contiguous(grad), last_contiguous(q)
+    batch, heads, tokens, dim = q.shape
+    kv_heads, keys, dim_v = v.shape[1:]
+    rows, group, apart = packed.shape[0], heads // kv_heads, shared.shape[1]
+    packed_heads, some = kv_heads - apart // group, apart // group
+    dgates = gates.new_empty((batch, tokens, heads), dtype=torch.float32)
+    dshared = v.new_empty((batch, tokens, apart, dim_v)).permute(0, 2, 1, 3)
+    dpacked, delta = torch.empty_like(packed), torch.empty((rows,), dtype=torch.float32, device=q.device)
+    if grad.numel():
+        bt, tiles = _tokens_to_a_tile(tokens, dim_v)
+        _unmix_kernel[(batch * tiles * heads,)](
+            grad, shared, packed, gates, slots, dshared, dpacked, dgates, delta,
+            *grad.stride()[:3], *shared.stride()[:3], *gates.stride(),
+            tokens, heads, apart, packed_heads, group, dim_v, packed.shape[1], tiles, BT=bt, BD=tile(dim_v, 256), num_warps=4,
+        )  # fmt: skip
+    dq, dk, dv = _heads_last(q), _heads_last(k), _heads_last(v)
+    dpacked_q = q.new_empty((rows, _pitch(q)))
+    if rows and keys:
+        own = (k[:, some:], v[:, some:], dk[:, some:], dv[:, some:])
+        _flash_backward(q[:, apart:], *own, dpacked, lse, delta, dpacked_q, slots, origins, starts, scale, is_causal)
+    else:
+        for t in (dpacked_q, dk, dv):
+            t.zero_()
+    dshared_q = q[:, :0]
+    if apart:
+        dshared_q, dshared_k, dshared_v = _dense_backward(dshared, q, k, v, shared, shared_lse, scale, is_causal)
+        dk[:, :some].copy_(dshared_k)
+        dv[:, :some].copy_(dshared_v)
+    if dq.numel():
+        bt, tiles = _tokens_to_a_tile(tokens, dim)
+        _spread_kernel[(batch * tiles * heads,)](
+            dq, dshared_q, dpacked_q, slots, *dshared_q.stride()[:3],
+            tokens, heads, apart, packed_heads, group, dim, dpacked_q.shape[1], tiles, BT=bt, BD=tile(dim, 256), num_warps=4,
+        )  # fmt: skip
+    return dq, dk, dv, dgates.permute(0, 2, 1)
+
+
+def _flash_backward(
+    q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, dq: Tensor,
+    slots: Tensor, origins: Tensor, starts: Tensor, scale: float, is_causal: bool,
+) -> None:  # fmt: skip
+    """Fill dq, packed as `grad` is, dk and dv."""
+    batch, kv_heads, keys, dim = k.shape
+    heads, tokens, dim_v, rows = q.shape[1], q.shape[2], v.shape[-1], grad.shape[0]
+    group, offset = heads // kv_heads, keys - tokens
+    packed_q = torch.empty_like(dq)
+    _pack_kernel[(triton.cdiv(rows, 32),)](
+        q, packed_q, origins, *q.stride()[:3], tokens, heads, rows, dim, packed_q.shape[1], BR=32, BD=tile(dim, 256), num_warps=4
+    )
+    common = {"CAUSAL": is_causal, "PRECISION": precision(q), "BD": tile(dim, 256), "BDV": tile(dim_v, 256)}
+    own = settings("query", max(dim, dim_v), q.dtype)
+    tiles = triton.cdiv(tokens * group, own.bm)
+    _query_gradient_kernel[(batch * kv_heads * tiles,)](
+        _rows_of(packed_q, dim, own.bm), _keys_of(k, own.bn), _keys_of(v, own.bn), _rows_of(grad, dim_v, own.bm),
+        lse, delta, dq, starts, origins, scale * LOG2E, offset, tokens, keys, kv_heads, group, dim, dq.shape[1], tiles,
+        BM=own.bm, BN=own.bn, STAGES=own.stages, num_warps=own.warps, num_stages=own.stages, maxnreg=own.registers, **common,
+    )  # fmt: skip
+    own = settings("key", max(dim, dim_v), q.dtype)
+    tiles = triton.cdiv(keys, own.bn)
+    _key_gradient_kernel[(batch * kv_heads * tiles,)](
+        _rows_of(packed_q, dim, own.bm), _keys_of(k, own.bn), _keys_of(v, own.bn), _rows_of(grad, dim_v, own.bm),
+        lse, delta, dk, dv, starts, slots, origins,
+        scale * LOG2E, offset, 1.0, *dk.stride()[:3], *dv.stride()[:3], tokens, keys, kv_heads, group, dim, dim_v, tiles,
+        BM=own.bm, BN=own.bn, STAGES=own.stages, HELD=own.held, ORDER=own.order,
+        num_warps=own.warps, num_stages=own.stages, maxnreg=own.registers, **common,
+    )  # fmt: skip
+
+
+@_mixture_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    batch, heads, tokens = gates.shape
+    dgates = gates.new_empty((batch, tokens, heads), dtype=torch.float32).permute(0, 2, 1)
+    return _heads_last(q), _heads_last(k), _heads_last(v), dgates
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, gates, _, _, _, ctx.scale, ctx.is_causal = inputs
+    ctx.save_for_backward(q, k, v, gates, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    q, k, v, gates, *rest = ctx.saved_tensors
+    dq, dk, dv, dgates = _mixture_backward(grad, q, k, v, gates, *rest, ctx.scale, ctx.is_causal)
+    return dq, dk, dv, dgates.to(gates.dtype), None, None, None, None, None
+
+
+_mixture_forward.register_autograd(_backward, setup_context=_setup)
+
+
+def mixture_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, chosen: Tensor, *, topk: int, apart: int, scale: float, is_causal: bool
+) -> Tensor:
+    """(B, H, N, D_v), see `_mixture_forward`; tensors as `ops.mixture_attention` has checked them."""
+    return _mixture_forward(q, k, v, gates, chosen, topk, apart, scale, is_causal)[0]
