@@ -51,7 +51,9 @@ Out = Annotated[Path | None, typer.Option(help="Write the results to this JSON f
 Scale = Annotated[str, typer.Option(help="Sizes: full, small, quick (to try the program); auto: full on a GPU, else small.")]
 Only = Annotated[str, typer.Option(help="Settings whose names (group: setting) match this wildcard.")]
 Seconds = Annotated[float, typer.Option(help="Time of each measurement, about.")]
-Budget = Annotated[float, typer.Option(help="Seconds after which what is optional, torch.compile, is left out; 0: always.")]
+Budget = Annotated[
+    float, typer.Option(help="Seconds after which what is optional (torch.compile above all) is left out; 0: always.")
+]
 Dry = Annotated[bool, typer.Option("--dry-run", help="Say what would run, with FLOPs, bytes and the roofline's bound.")]
 
 
@@ -73,9 +75,9 @@ def _command(suite: str) -> Callable[..., None]:
         if dry_run:
             show_plan(suite, chosen, device)
         else:
-            run(
-                suite, chosen, device, scale=scale, clock=Clock(seconds, most=5 if scale == "quick" else 50), budget=budget, out=out
-            )
+            clock = Clock(seconds, most=5 if scale == "quick" else 50)
+            extras = measure_extras(suite, scale, device, only)
+            run(suite, chosen, device, scale=scale, clock=clock, budget=budget, out=out, extras=extras)
 
     command.__doc__ = ABOUT[suite]
     return command
@@ -85,19 +87,28 @@ for _suite in SUITES:
     app.command(_suite)(_command(_suite))
 
 
-def run(suite: str, cases: list[Case], device: str, *, scale: str, clock: Clock, budget: float, out: Path | None) -> None:
+def measure_extras(suite: str, scale: str, device: str, only: str) -> dict[str, Any]:
+    """What the results of a suite hold besides rows."""
+    if suite == "engines":
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        times = engines.host_times(device, dtype, 2000 if scale == "full" else 100)
+        return {"explain": engines.explanations(scale, device), "host": times}
+    if suite != "papers":
+        return {}
+    extras: dict[str, Any] = {"claims": papers.CLAIMS, "growth": papers.GROWTH if scale == "full" else {}}
+    if fnmatch.fnmatchcase(papers.ON_CPU, only):
+        extras["hilo_on_cpu"] = papers.hilo_on_cpu(scale)
+    return extras
+
+
+def run(
+    suite: str, cases: list[Case], device: str, *, scale: str, clock: Clock, budget: float, out: Path | None, extras: dict[str, Any]
+) -> None:
     """Measure these cases, print their tables and write them."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     peaks = device_peaks(device, dtype, quick=scale == "quick")
     results: dict[str, Any] = {"suite": suite, "where": report.where(), "scale": scale, "dtype": str(dtype).removeprefix("torch.")}
-    results |= {"peaks": peaks.as_dict(), "rows": []}
-    if suite == "papers":
-        results |= {"claims": papers.CLAIMS, "growth": papers.GROWTH if scale == "full" else {}}
-    if suite == "engines":
-        results |= {
-            "explain": engines.explanations(scale, device),
-            "host": engines.host_times(device, dtype, 2000 if scale == "full" else 100),
-        }
+    results |= {"peaks": peaks.as_dict(), **extras, "rows": []}
 
     def done(rows: list[dict[str, Any]]) -> None:
         last = rows[-1]

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attention_zoo import ops
 from attention_zoo.benchmarks.roofline import FORWARD, TRAIN, Peaks, Work
-from attention_zoo.benchmarks.timing import Clock, interleaved_ms, peak_mib, time_call
+from attention_zoo.benchmarks.timing import Clock, captured, estimate_ms, interleaved_ms, peak_mib, time_call
 from attention_zoo.registry import create_attention
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
 
 Row = dict[str, Any]
 Context = Callable[[], AbstractContextManager[Any]]
+_FAR = 1.5  # a way that takes so much longer than another at first sight is not measured
 Wrap = Callable[[Any], Any]  # what is done to a module or function before it is timed: nothing, or torch.compile
 
 
@@ -135,15 +136,12 @@ def measure(
     for case in cases:
         rows.append(measure_case(case, device=device, dtype=dtype, clock=clock, peaks=peaks, shared=shared))
         done(rows)
-    for case, row in _optional_first(cases, rows):
-        for name, contender in case.contenders.items():
-            if not contender.optional:
-                continue
-            if time.perf_counter() - start > budget:
-                row["measured"][name] = {"error": "left out: the time of the suite was spent"}
-                continue
-            row["measured"][name] = _measure_contender(contender, device, dtype, clock)
-            done(rows)
+    for name, contender, row in _optional(cases, rows):
+        if time.perf_counter() - start > budget:
+            row["measured"][name] = {"error": "left out: the time of the suite was spent"}
+            continue
+        row["measured"][name] = _measure_contender(contender, device, dtype, clock)
+        done(rows)
     return rows
 
 
@@ -182,11 +180,16 @@ def measure_case(
     return row
 
 
-def _optional_first(cases: Sequence[Case], rows: list[Row]) -> list[tuple[Case, Row]]:
-    """The largest case of each group, then the others."""
-    pairs = list(zip(cases, rows, strict=True))
+def _optional(cases: Sequence[Case], rows: list[Row]) -> list[tuple[str, Contender, Row]]:
+    """What is not measured yet: plain code before compiled code, and of each the largest case of a group before the others."""
     largest = {case.group: max(c.size for c in cases if c.group == case.group) for case in cases}
-    return sorted(pairs, key=lambda pair: pair[0].size != largest[pair[0].group])
+    found = [
+        (contender.wrap is freshly_compiled, case.size != largest[case.group], name, contender, row)
+        for case, row in zip(cases, rows, strict=True)
+        for name, contender in case.contenders.items()
+        if contender.optional
+    ]
+    return [(name, contender, row) for *_, name, contender, row in sorted(found, key=lambda item: item[:2])]
 
 
 def _measure_contender(contender: Contender, device: str, dtype: torch.dtype, clock: Clock) -> Row:
@@ -199,6 +202,8 @@ def _measure_contender(contender: Contender, device: str, dtype: torch.dtype, cl
             with context():
                 task = contender.build(device, dtype, contender.wrap)
                 for direction, run in task.directions():
+                    if direction in found and estimate_ms(run) > _FAR * found[direction]["eager"]:
+                        continue
                     times: Row = time_call(run, clock, capturable=task.capturable)
                     if direction not in found or _ms(times) < _ms(found[direction]):
                         found[direction] = times | ({"way": way} if way else {})
@@ -242,8 +247,6 @@ def _measure_in_turns(contenders: Mapping[str, Contender], device: str, dtype: t
 
 
 def _replayed_in_turns(runs: Mapping[str, Callable[[], Any]], clock: Clock) -> dict[str, float]:
-    from attention_zoo.benchmarks.timing import captured
-
     if torch.cuda.is_available():
         try:
             return interleaved_ms({name: captured(run) for name, run in runs.items()}, clock)
@@ -351,9 +354,9 @@ class _torch_flash(AbstractContextManager[None]):
             context.__exit__(*exception)
 
 
-def plain(build: Build, backend: str = "torch") -> Contender:
+def plain(build: Build, backend: str = "torch", *, optional: bool = False) -> Contender:
     """The same without our kernels: the plain code that specifies them, around this engine's attention."""
-    return Contender(build, {backend: partial(ops.use_backend, backend)})
+    return Contender(build, {backend: partial(ops.use_backend, backend)}, optional=optional)
 
 
 def compiled(build: Build, backend: str = "torch") -> Contender:

@@ -57,7 +57,7 @@ def core_context_case(context: int, scale: str, *, targets: Mapping[str, float] 
         "CCA, decode",
         f"operation, {token_count(context)}",
         context,
-        {"ours": Contender(ours), "dense": Contender(dense, dense_ways()), "plain": plain(ours)},
+        {"ours": Contender(ours), "dense": Contender(dense, dense_ways(), shared=f"dense {context}"), "plain": plain(ours)},
         targets=dict(targets or {}),
         work=lambda: {FORWARD: attention_work(**numbers, kept=2 * seen * heads * head_dim)[FORWARD]},
         items=1,
@@ -76,7 +76,7 @@ def _grouped_case(context: int, scale: str) -> Case:
         context,
         {
             "ours": Contender(_dense_step(heads, kv_heads, head_dim, context), dense_ways()),
-            "dense": Contender(_dense_step(heads, heads, head_dim, context), dense_ways()),
+            "dense": Contender(_dense_step(heads, heads, head_dim, context), dense_ways(), shared=f"dense {context}"),
         },
         work=lambda: {FORWARD: attention_work(**numbers, kept=kept)[FORWARD]},
         items=1,
@@ -103,7 +103,9 @@ def _step_case(name: str, context: int, scale: str) -> Case:
         context,
         {
             "ours": Contender(_step(name, dim, heads, context, options)),
-            "dense": Contender(_step("mha", dim, 32 if scale == "full" else 8, context, {}), dense_ways()),
+            "dense": Contender(
+                _step("mha", dim, 32 if scale == "full" else 8, context, {}), dense_ways(), shared=f"dense step {context}"
+            ),
         },
         work=lambda: {FORWARD: work},
         items=1,

@@ -30,7 +30,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "diff": {"num_heads": 6},
     "gda": {"num_heads": 6},
 }
-WITH_KERNELS = ("agent", "bra", "cca", "combiner", "diff", "gda", "halo", "hilo", "moh")  # the plain code is measured too
+WITH_KERNELS = (  # the plain code is measured too
+    *("agent", "agent_cswin", "bra", "cca", "combiner", "dgqa", "diff", "gda", "halo", "hilo", "kdgqa", "lepe_attention", "moh"),
+)
 _ON_REFERENCE = ("combiner",)  # needs log-normalisers, which torch's own attention does not return
 
 
@@ -71,7 +73,7 @@ def _case(info: AttentionInfo, causal: bool, side: int, scale: str) -> Case:
         "compiled": compiled(ours, backend),
     }
     if info.name in WITH_KERNELS:
-        contenders["plain"] = plain(ours, backend)
+        contenders["plain"] = plain(ours, backend, optional=True)
     return Case(
         f"{info.name}, causal" if causal else info.name,
         f"{side}x{side}" if info.spatial else f"{tokens} tokens",

@@ -36,7 +36,7 @@ from attention_zoo.benchmarks.roofline import FORWARD, TRAIN, Work, attention_wo
 from attention_zoo.ops.core_context import core_context_attention, pool_core_tokens
 from attention_zoo.registry import create_attention
 
-__all__ = ["CLAIMS", "GROWTH", "cases"]
+__all__ = ["CLAIMS", "GROWTH", "ON_CPU", "cases", "hilo_on_cpu"]
 
 CLAIMS = {
     "BRA": "BiFormer, 2303.08810: attention to the regions that matter, far below the cost of dense; the official code gathers "
@@ -63,7 +63,7 @@ CLAIMS = {
 # Group -> exponent of N that its time should grow with, to 0.1; N log N between 4K and 64K is N^1.1.
 GROWTH = {"agent, growth": 1.0, "Combiner, fixed": 1.5, "Combiner, logsparse": 1.1}
 
-_MHA = "mha"
+ON_CPU = "HiLo, CPU: layers of 14x14 tokens"  # measured apart: always on the CPU
 
 
 def cases(scale: str) -> list[Case]:
@@ -71,6 +71,14 @@ def cases(scale: str) -> list[Case]:
     parts = (_vision, _core_context, _mixture_of_heads, _differential, _grouped, _combiner)
     found = unique(case for part in parts for case in part(scale))
     return found if scale == "full" else [replace(case, targets={}) for case in found]  # what is aimed at holds for full sizes
+
+
+def hilo_on_cpu(scale: str) -> dict[str, Any]:
+    """The paper's setting on this machine's CPU; fewer images at smaller scales."""
+    from attention_zoo.benchmarks.hilo_cpu import measure_hilo_on_cpu
+
+    sizes = {"full": {}, "small": {"batch": 8, "rounds": 5}, "quick": {"dim": 96, "batch": 1, "rounds": 1}}[scale]
+    return measure_hilo_on_cpu(**sizes)
 
 
 # ---- modules on maps
@@ -122,7 +130,7 @@ def _map(
         group,
         setting,
         tokens,
-        _contenders(ours, mechanism(_MHA, dim, heads, **shape)),
+        _contenders(ours, mechanism("mha", dim, heads, **shape)),
         targets=_by_direction(targets),
         work=partial(mechanism_work, name, dim, heads, **shape, grid_size=grid, options=given),
         items=batch * tokens,
@@ -150,7 +158,7 @@ def _core_context(scale: str) -> Iterator[Case]:
         attention = _sequences(partial(_core, window, group), heads, length, head_dim, cores=length // group, learns=learns)
         pooled = _sequences(partial(_pooled, window, group), heads, length, head_dim, learns=learns)
         for name, ours in (("CCA, attention", attention), ("CCA, with pooling", pooled)):
-            contenders = _contenders(ours, dense)
+            contenders = _contenders(ours, dense, shared=f"causal {length}")
             if tokens > 2**15:  # seconds each: the shortest context shows them
                 del contenders["plain"], contenders["compiled"]
             yield Case(name, token_count(length), length, contenders, targets={FORWARD: 1 / speed}, work=work, items=length)
@@ -237,7 +245,7 @@ def _mixture_of_heads(scale: str) -> Iterator[Case]:
                     "MoH, causal" if causal else "MoH",
                     f"{active} of {heads} heads of {head_dim}, {token_count(length)}",
                     length,
-                    _contenders(ours, dense),
+                    _contenders(ours, dense, shared=f"{heads} heads of {head_dim}, {length}, {causal}"),
                     targets=_by_direction(targets),
                     work=partial(attention_work, **numbers, pairs=pairs, kept=2 * batch * heads * length * head_dim),
                 )
@@ -270,7 +278,7 @@ def _differential(scale: str) -> Iterator[Case]:
 
 
 def _grouped(scale: str) -> Iterator[Case]:
-    for dim, heads, kv_heads, batch, tokens in ((768, 12, 3, 64, 197), (1024, 16, 4, 16, 1024), (1024, 16, 4, 4, 4096)):
+    for dim, heads, kv_heads, batch, tokens in ((768, 12, 4, 64, 197), (1024, 16, 4, 8, 1024), (1024, 16, 4, 2, 4096)):
         length = {"full": tokens, "small": min(tokens, 256), "quick": 16}[scale]
         shape: dict[str, Any] = {
             "batch": batch if scale == "full" else 1,
@@ -301,11 +309,12 @@ def _combiner(scale: str) -> Iterator[Case]:
         for tokens in (4096, 16_384, 65_536):
             length = _scaled(tokens, scale)
             ours = _sequences(partial(_combine, pattern), heads, length, head_dim)
+            dense = _sequences(_causal, heads, length, head_dim)
             yield Case(
                 f"Combiner, {pattern}",
                 f"{heads} heads of {head_dim}, {token_count(length)}",
                 length,
-                _contenders(ours, _sequences(_causal, heads, length, head_dim), backend="reference"),  # joins by log-normalisers
+                _contenders(ours, dense, backend="reference", shared=f"combiner {length}"),  # it joins by log-normalisers
                 work=partial(_combiner_work, pattern, heads, length, head_dim),
             )
 
@@ -326,10 +335,11 @@ def _combiner_work(pattern: str, heads: int, length: int, head_dim: int) -> dict
 # ---- shared
 
 
-def _contenders(ours: Build, dense: Build, *, backend: str = "torch") -> dict[str, Contender]:
+def _contenders(ours: Build, dense: Build, *, backend: str = "torch", shared: str = "") -> dict[str, Contender]:
+    """`shared`: a name of the dense computation, where several cases have the same."""
     return {
         "ours": Contender(ours),
-        "dense": Contender(dense, dense_ways()),
+        "dense": Contender(dense, dense_ways(), shared=shared),
         "plain": plain(ours, backend),
         "compiled": compiled(ours, backend),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ __all__ = ["draw"]
 # Told apart without seeing red and green alike (Okabe and Ito), then the same with other marks.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#44AA99", "#999933", "#AA4499")
 _MARKS = ("o", "s", "^", "D", "v")
+_BLACK = ("dense", "auto")  # what the others are compared with
 _INK, _GREY, _GRID = "#222222", "#777777", "#DDDDDD"
 
 Row = Mapping[str, Any]
@@ -62,8 +64,9 @@ def _scaling(results: Mapping[str, Any]) -> Any:
     if not panels:
         return None
     figure, axes = _panels(len(panels), size=(6.4, 5.4))
+    names = list(dict.fromkeys(name for _, _, curves in panels for name, *_ in curves if name not in _BLACK))
     for axis, (title, unit, curves) in zip(axes, panels, strict=True):
-        _curves(axis, curves)
+        _curves(axis, curves, names, logarithmic=unit != "TFLOP/s")
         axis.set_title(title, fontsize=11, color=_INK, loc="left")
         axis.set_ylabel(unit, fontsize=10)
         axis.set_xlabel("tokens", fontsize=10)
@@ -71,22 +74,26 @@ def _scaling(results: Mapping[str, Any]) -> Any:
     return figure
 
 
-def _curves(axis: Any, curves: Sequence[Curve]) -> None:
+def _curves(axis: Any, curves: Sequence[Curve], names: Sequence[str], *, logarithmic: bool) -> None:
+    """`names`: of all panels; each has one color and mark in all of them."""
     ends = []
-    for index, (name, sizes, values) in enumerate(curves):
-        black = name in ("dense", "auto")
+    for name, sizes, values in curves:
+        black, index = name in _BLACK, names.index(name) if name in names else 0
         color = _INK if black else _COLORS[index % len(_COLORS)]
         mark = "o" if black else _MARKS[index // len(_COLORS) % len(_MARKS)]
         width, dot = (2.6, 5) if black else (1.4, 4)
         axis.plot(sizes, values, mark + "-", color=color, linewidth=width, markersize=dot, zorder=3 if black else 2)
         ends.append((values[-1], sizes[-1], name, color, black))
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
+    if logarithmic:
+        _logarithmic(axis)
+    else:
+        axis.set_ylim(0, None)
     ticks = sorted({size for _, sizes, _ in curves for size in sizes})
     axis.set_xticks(ticks, [f"{t // 1024}K" if t >= 1024 else f"{t}" for t in ticks])
-    axis.minorticks_off()
+    axis.xaxis.set_minor_locator(_none())
     least, most = axis.get_ylim()
-    heights = _apart([value for value, *_ in ends], least, most)
+    heights = _apart([value for value, *_ in ends], least, most, logarithmic)
     right = max(size for _, size, *_ in ends) * 1.12
     for (value, size, name, color, black), height in zip(ends, heights, strict=True):
         weight = "bold" if black else "normal"
@@ -97,13 +104,29 @@ def _curves(axis: Any, curves: Sequence[Curve]) -> None:
     axis.set_xlim(min(ticks) / 1.15, max(ticks) * 1.08)
 
 
-def _apart(values: Sequence[float], least: float, most: float, lines: float = 27.0) -> list[float]:
-    """Heights for labels at these values on a logarithmic axis, moved until none covers another; `lines` fit on the axis."""
-    import math
+def _none() -> Any:
+    from matplotlib.ticker import NullLocator
 
-    step = (math.log(most) - math.log(least)) / lines
+    return NullLocator()
+
+
+def _logarithmic(axis: Any) -> None:
+    """A vertical axis with its numbers written out, also between powers of ten where there are few of these."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axis.set_yscale("log")
+    least, most = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if most / least > 300 else (1.0, 2.0, 5.0)))
+    axis.yaxis.set_minor_locator(_none())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _apart(values: Sequence[float], least: float, most: float, logarithmic: bool, lines: float = 27.0) -> list[float]:
+    """Heights for labels at these values, moved until none covers another; `lines` fit on the axis."""
+    there, back = (math.log, math.exp) if logarithmic else (float, float)
+    step = (there(most) - there(least)) / lines
     order = sorted(range(len(values)), key=lambda i: values[i])
-    places = [math.log(values[i]) for i in order]
+    places = [there(values[i]) for i in order]
     for _ in range(200):
         moved = False
         for i in range(len(places) - 1):
@@ -115,7 +138,7 @@ def _apart(values: Sequence[float], least: float, most: float, lines: float = 27
             break
     heights = [0.0] * len(values)
     for place, i in zip(places, order, strict=True):
-        heights[i] = math.exp(place)
+        heights[i] = back(place)
     return heights
 
 
@@ -152,7 +175,7 @@ def _engine_curves(rows: Sequence[Row]) -> Iterable[tuple[str, str, list[Curve]]
             kind = "graph" if any("graph" in r["measured"]["ours"].get(direction, {}) for r in members) else "eager"
             curves = [_curve(name, members, partial(_rate, name, direction, kind)) for name in ("ours", *names)]
             curves = [("auto" if name == "ours" else name, sizes, values) for name, sizes, values in curves]
-            yield f"{group}, {direction}", "TFLOP/s", [c for c in curves if c[1]]
+            yield f"{group}, {direction}", "TFLOP/s", [c for c in curves if len(c[1]) > 1]
 
 
 def _baseline(direction: str, row: Row) -> float | None:

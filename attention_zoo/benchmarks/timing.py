@@ -19,6 +19,7 @@ from torch import Tensor
 __all__ = [
     "Clock",
     "captured",
+    "estimate_ms",
     "host_microseconds",
     "interleaved_ms",
     "median_ms",
@@ -30,6 +31,8 @@ __all__ = [
 
 _FLUSHED_BYTES = 256 * 2**20  # several times the second-level cache of any GPU of today
 _IN_A_ROW = 10  # calls between two events when Python's share is wanted
+
+_LONG = 20.0  # milliseconds
 
 Call = Callable[[], Any]
 
@@ -50,12 +53,15 @@ class Clock:
 def time_call(run: Call, clock: Clock, *, capturable: bool = True) -> dict[str, float]:
     """Milliseconds of a call: "eager", called from Python back to back, and on CUDA "graph", replayed, without Python's time.
 
-    A call that cannot be captured has no "graph": it waits for the device or allocates by what it reads there.
+    A call that cannot be captured, because it waits for the device, has no "graph". In calls of more than
+    20 milliseconds neither Python nor the cache has a share: one time is taken for both.
     """
     if not torch.cuda.is_available():
         return {"eager": round(median_ms(run, clock), 5)}
     found = {"eager": round(pipelined_ms(run, clock), 5)}
-    if capturable:
+    if capturable and found["eager"] > _LONG:
+        found["graph"] = found["eager"]
+    elif capturable:
         try:
             replay = captured(run)
         except Exception:  # whatever a library raises inside a capture
@@ -67,12 +73,12 @@ def time_call(run: Call, clock: Clock, *, capturable: bool = True) -> dict[str, 
 
 def median_ms(run: Call, clock: Clock) -> float:
     """Median over single calls: on CUDA each with a cold cache, between its own events."""
-    return statistics.median(_times(run, clock.repeats(_estimate(run))))
+    return statistics.median(_times(run, clock.repeats(estimate_ms(run))))
 
 
 def interleaved_ms(runs: Mapping[str, Call], clock: Clock, rounds: int = 5) -> dict[str, float]:
     """Medians of calls that are compared closely: measured in turns, so that a drift of the clock meets all alike."""
-    repeats = {name: max(1, clock.repeats(_estimate(run)) // rounds + 1) for name, run in runs.items()}
+    repeats = {name: max(1, clock.repeats(estimate_ms(run)) // rounds + 1) for name, run in runs.items()}
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -82,7 +88,7 @@ def interleaved_ms(runs: Mapping[str, Call], clock: Clock, rounds: int = 5) -> d
 
 def pipelined_ms(run: Call, clock: Clock) -> float:
     """Median time of a call of several queued in a row: the device's or Python's, whichever is longer."""
-    expected = _estimate(run)
+    expected = estimate_ms(run)
     calls = max(1, min(_IN_A_ROW, int(1e3 * clock.seconds / expected)))
 
     def several() -> None:
@@ -141,7 +147,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _estimate(run: Call) -> float:
+def estimate_ms(run: Call) -> float:
     """Milliseconds of a call, roughly, after one that warms up."""
     run()
     return max(1e-3, min(_times(run, 2, cold=False)))

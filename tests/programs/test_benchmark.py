@@ -62,6 +62,15 @@ def test_a_quick_run_fills_a_file(program: Any, suite: str, only: str, tmp_path:
     assert "|---|" in output
 
 
+def test_hilo_is_measured_on_the_cpu(program: Any, tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    invoke(program, "papers", "--scale", "quick", "--only", "HiLo, CPU*", "--out", str(out))
+    results = report.read(out)
+    assert results["rows"] == []
+    assert results["hilo_on_cpu"]["layers"]["hilo"]["ms"] > 0
+    assert "spatial reduction" in report.render(results)
+
+
 def test_a_dry_run_counts(program: Any) -> None:
     output = invoke(program, "papers", "--dry-run", "--only", "HiLo: dim 768*")
     assert "bound: of an H200" in output
