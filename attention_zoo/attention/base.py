@@ -38,7 +38,6 @@ __all__ = [
     "resolve_head_dim",
     "resolve_visibility",
     "seen_keys",
-    "select_heads",
     "split_heads",
 ]
 
@@ -182,13 +181,6 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def select_heads(x: Tensor, head_map: Tensor) -> Tensor:
-    """Heads of (B, H_kv, N, D) in the order of `head_map`, (H,) or one row for each sample (B, H) -> (B, H, N, D)."""
-    if head_map.ndim == 1:
-        return x.index_select(1, head_map)
-    return x.take_along_dim(head_map[:, :, None, None], dim=1)
-
-
 def reset_children(module: nn.Module) -> None:
     """Call `reset_parameters` of every submodule that has one: PyTorch's defaults, after `to_empty` for instance."""
     for child in module.children():
@@ -222,7 +214,6 @@ def attend(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     past_key_values: Any = None,
     scale: float | None = None,
-    head_map: Tensor | None = None,
     operation: Callable[..., Any] | None = None,
 ) -> Tensor:
     """Softmax attention with the module's settings: rotate q and k, extend the cache, mask, attend.
@@ -230,8 +221,7 @@ def attend(
     Reads from the module: `is_causal`, `rope_layout`, `attn_drop` (a rate) and `layer_idx`. `operation` takes q, k, v and
     attn_mask, is_causal, scale, dropout_p by name; None: `ops.attention`.
 
-    Shape: q (B, H, N, D), k, v (B, H_kv, M, D) -> (B, H, N, D). `head_map`, int64 (H,) or (B, H), names the key/value head
-    that each query head reads; None: an even split. The cache keeps the H_kv heads either way.
+    Shape: q (B, H, N, D), k, v (B, H_kv, M, D) -> (B, H, N, D).
 
     Raises:
         ValueError: rotary tables or a cache with cross attention, or a mask of another shape.
@@ -242,8 +232,6 @@ def attend(
     static = None
     if past_key_values is not None:
         k, v, static = extend_cache(module, past_key_values, k, v)
-    if head_map is not None:
-        k, v = (select_heads(t, head_map) for t in (k, v))
     mask, is_causal = resolve_visibility(module, attention_mask, static, q.shape[2], k.shape[2])
     out = (operation or ops.attention)(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, dropout_p=module.attn_drop if module.training else 0.0

@@ -194,12 +194,23 @@ class GroupedQueryAttention(AttentionModule):
 
     def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, N, d) of x, k and v (B, G, M, d) of context (of x when it is None), normalised."""
+        source = self._source(x, context)
+        return self._queries(x), self._keys(source), self._values(source)
+
+    def _source(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Where keys and values come from. Raises ValueError for tokens of another shape."""
         check_tokens(x, self.dim)
         check_context(context, self.dim, self.context_dim)
-        source = x if context is None else context
-        q = split_heads(self.q(x), self.num_heads)
-        k, v = (split_heads(projection(source), self.num_kv_heads) for projection in (self.k, self.v))
-        return self.q_norm(q), self.k_norm(k), v
+        return x if context is None else context
+
+    def _queries(self, x: Tensor) -> Tensor:
+        return self.q_norm(split_heads(self.q(x), self.num_heads))  # type: ignore[no-any-return]
+
+    def _keys(self, source: Tensor) -> Tensor:
+        return self.k_norm(split_heads(self.k(source), self.num_kv_heads))  # type: ignore[no-any-return]
+
+    def _values(self, source: Tensor) -> Tensor:
+        return split_heads(self.v(source), self.num_kv_heads)
 
     def _output(self, heads: Tensor) -> Tensor:
         """(B, H, N, d) -> (B, N, C)."""

@@ -12,14 +12,18 @@ is saved with the weights, and without a published training step it counts its o
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attention_zoo.attention.base import attend, check_choice, seen_keys, select_heads
+from attention_zoo import ops
+from attention_zoo.attention.base import attend, check_choice, seen_keys
 from attention_zoo.attention.functional import Attend, pure_function
 from attention_zoo.attention.gqa import GroupedQueryAttention, mean_pool_states, source_kv_heads
+from attention_zoo.ops._kernels import use_kernel
+from attention_zoo.ops.head_map import select_heads
 from attention_zoo.registry import PATTERNS, register_attention
 
 __all__ = [
@@ -191,9 +195,12 @@ class KeyDrivenGroupedQueryAttention(_AllocatedAttention):
             raise ValueError(
                 f"alloc_scope={self.alloc_scope!r} would change with every cached key: a cache needs alloc_scope='frozen'"
             )
-        q, k, v = self._project(x, context)
-        allocation = self._allocate(k, attention_mask)
-        self.last_allocation = allocation
+        source = self._source(x, context)
+        k = self._keys(source)
+        with _Branch(k) as branch:
+            self.last_allocation, head_map = self._allocate(k, attention_mask)
+        q, v = self._queries(x), self._values(source)
+        branch.join()
         out = attend(
             self,
             q,
@@ -203,14 +210,16 @@ class KeyDrivenGroupedQueryAttention(_AllocatedAttention):
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
             past_key_values=past_key_values,
-            head_map=allocation_to_head_map(allocation, self.num_heads),
+            operation=partial(ops.attention_by_head_map, head_map=head_map),
         )
         return self._output(out)
 
-    def _allocate(self, k: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def _allocate(self, k: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The allocation of this forward, and its map of heads."""
         if self.alloc_scope == "frozen":
-            return self.allocation.clone()
-        return key_driven_allocation(k, self.num_heads, attention_mask, self.alloc_scope)
+            allocation = self.allocation.clone()
+            return allocation, allocation_to_head_map(allocation, self.num_heads)
+        return _allocate_by_keys(k, self.num_heads, attention_mask, self.alloc_scope)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, alloc_scope={self.alloc_scope!r}"
@@ -329,9 +338,12 @@ class DynamicGroupedQueryAttention(_AllocatedAttention):
         """`training_step`: this call's step in place of the module's counter; a multiple of window_size updates. Unused in eval."""
         if past_key_values is not None and self.eval_update:
             raise ValueError("eval_update=True would change the allocation with every cached key: a cache needs eval_update=False")
-        q, k, v = self._project(x, context)
-        allocation = self._allocate(k, attention_mask, training_step, cached=past_key_values is not None)
-        self.last_allocation = allocation
+        source = self._source(x, context)
+        k = self._keys(source)
+        with _Branch(k) as branch:
+            self.last_allocation, head_map = self._allocate(k, attention_mask, training_step, cached=past_key_values is not None)
+        q, v = self._queries(x), self._values(source)
+        branch.join()
         out = attend(
             self,
             q,
@@ -341,25 +353,46 @@ class DynamicGroupedQueryAttention(_AllocatedAttention):
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
             past_key_values=past_key_values,
-            head_map=allocation_to_head_map(allocation, self.num_heads),
+            operation=partial(ops.attention_by_head_map, head_map=head_map),
         )
         return self._output(out)
 
-    def _allocate(self, k: Tensor, attention_mask: Tensor | None, training_step: int | None, *, cached: bool) -> Tensor:
-        """The allocation of this forward, a copy, after the update that is due."""
+    def _allocate(
+        self, k: Tensor, attention_mask: Tensor | None, training_step: int | None, *, cached: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The allocation of this forward, a copy, after the update that is due, and its map of heads."""
         if _recomputing() and self.last_allocation is not None:
-            return self.last_allocation
-        before = self.allocation.clone()
-        if cached:
-            return before
-        self._update(k, attention_mask, training_step)
-        return before if self.is_causal else self.allocation.clone()  # this step's update has seen the future
+            return self.last_allocation, allocation_to_head_map(self.last_allocation, self.num_heads)
+        updates = not cached and (self.training or self.eval_update)
+        plain = attention_mask is None and not self.is_causal and self.fixup == "deterministic"
+        if updates and plain and k.shape[0] and use_kernel("auto", (k,)):
+            return self._evolve(k, training_step)
+        allocation = self.allocation.clone()
+        if updates:
+            self._update(k, attention_mask, training_step)
+            if not self.is_causal:  # this step's update has seen the future
+                allocation = self.allocation.clone()
+        return allocation, allocation_to_head_map(allocation, self.num_heads)
+
+    def _evolve(self, k: Tensor, training_step: int | None) -> tuple[Tensor, Tensor]:
+        """`_update` as two kernels, and what is used now."""
+        from attention_zoo.ops.triton.head_map import evolve_heads
+
+        return evolve_heads(
+            k,
+            self.cache,
+            self.allocation,
+            self.step,
+            num_heads=self.num_heads,
+            beta=None if self.kind == "diff" else self.beta,
+            window_size=self.window_size,
+            training_step=training_step,
+            training=self.training,
+        )
 
     @torch.no_grad()
     def _update(self, k: Tensor, attention_mask: Tensor | None, training_step: int | None) -> None:
-        """Bring `cache`, `allocation` and the counter to where this forward's mode and step want them."""
-        if not self.training and not self.eval_update:
-            return
+        """Bring `cache`, `allocation` and the counter to where this forward, which updates, and its step want them."""
         norms, cache = key_norms(k, attention_mask).sum(0), self.cache.float()
         evolution = (cache - norms).abs() if self.kind == "diff" else self.beta * norms + (1.0 - self.beta) * cache
         allocation = allocate_query_heads(evolution, self.num_heads, fixup=self.fixup)
@@ -434,6 +467,42 @@ def key_driven_allocation(k: Tensor, num_heads: int, attention_mask: Tensor | No
     return allocate_query_heads((norms - lowest) / (highest - lowest), num_heads)
 
 
+def _allocate_by_keys(k: Tensor, num_heads: int, attention_mask: Tensor | None, scope: str) -> tuple[Tensor, Tensor]:
+    """`key_driven_allocation` and its map of heads; on CUDA from two kernels."""
+    if attention_mask is None and use_kernel("auto", (k,)):
+        from attention_zoo.ops.triton.head_map import allocate_heads
+
+        return allocate_heads(k, num_heads, scope == "sample")
+    allocation = key_driven_allocation(k, num_heads, attention_mask, scope)
+    return allocation, allocation_to_head_map(allocation, num_heads)
+
+
+class _Branch:
+    """While a CUDA graph is captured, what is done within goes beside what follows, up to `join`; otherwise nothing happens.
+
+    Sharing out the heads is short work for few multiprocessors: the other projections hide it.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        beside = x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+        self._stream = torch.cuda.Stream(x.device) if beside else None
+
+    def __enter__(self) -> _Branch:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            self._context = torch.cuda.stream(self._stream)
+            self._context.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._stream is not None:
+            self._context.__exit__(*error)
+
+    def join(self) -> None:
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+
 def _refuse_frozen(*, alloc_scope: str, is_causal: bool = False, **_: Any) -> None:
     if is_causal or alloc_scope == "frozen":
         raise ValueError(
@@ -466,7 +535,7 @@ def key_driven_attention(
     _refuse_frozen(alloc_scope=alloc_scope, is_causal=is_causal)
     num_kv_heads = KeyDrivenGroupedQueryAttention.resolve_num_kv_heads(q.shape[1], source_kv_heads(q, k, num_kv_heads))
     k, v = mean_pool_states(k, v, num_kv_heads, qk_norm)
-    head_map = allocation_to_head_map(key_driven_allocation(k, q.shape[1], attn_mask, alloc_scope), q.shape[1])
+    head_map = _allocate_by_keys(k, q.shape[1], attn_mask, alloc_scope)[1]
     return attend(q, *(select_heads(t, head_map) for t in (k, v)))
 
 

@@ -8,6 +8,7 @@ from attention_zoo.ops.depthwise import depthwise_conv2d
 from attention_zoo.ops.differential import subtract_noise
 from attention_zoo.ops.dispatch import BACKENDS, BackendError, backends, explain, use_backend
 from attention_zoo.ops.halo import halo_attention
+from attention_zoo.ops.head_map import attention_by_head_map
 from attention_zoo.ops.mixture import mixture_attention
 from attention_zoo.ops.routed import routed_attention
 from attention_zoo.ops.spans import span_attention
@@ -18,6 +19,7 @@ __all__ = [
     "BackendError",
     "agent_attention",
     "attention",
+    "attention_by_head_map",
     "attention_weights",
     "backends",
     "depthwise_conv2d",
