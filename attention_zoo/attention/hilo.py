@@ -36,6 +36,7 @@ __all__ = ["HiLoAttention"]
 
 PAD_MODES = ("zero", "mask")
 OUTPUT_PROJECTIONS = ("split", "full")
+_TOKENS_AT_ONCE = 4096  # on a CPU, of all samples together
 _FUSED = ("h_qkv", "l_q", "h_proj", "l_proj", "proj")  # layers whose weights the kernels' path joins
 
 
@@ -232,26 +233,51 @@ class HiLoAttention(AttentionModule):
         height, width = check_grid(x, grid_size)
         if self._is_fused(x):
             return self.proj_drop(self._attend_fused(x, (height, width)))
+        if self.output_proj == "full":
+            return self.proj_drop(self.proj(torch.cat(self._attend_branches(x, height, width), dim=-1)))
+        layers = [*([self.h_proj] if self.h_heads else []), *([self.l_proj] if self.l_heads else [])]
+        if len(layers) == 2 and self._writes_in_place(x):
+            return self.proj_drop(self._attend_in_parts(x, height, width))
+        branches = self._attend_branches(x, height, width)
+        return self.proj_drop(torch.cat([layer(branch) for layer, branch in zip(layers, branches, strict=True)], dim=-1))
+
+    def _attend_branches(self, x: Tensor, height: int, width: int) -> list[Tensor]:
+        """What each branch has before its output projection, (B, N, heads * d)."""
         image, real = self._pad(x.unflatten(1, (height, width)))
         branches = []
         if self.h_heads:
             branches.append(self._attend_in_windows(image, real)[:, :height, :width].flatten(1, 2))
         if self.l_heads:
             branches.append(self._attend_to_means(x, image, real))
-        if self.output_proj == "full":
-            out = self.proj(torch.cat(branches, dim=-1))
-        else:
-            projections = [*([self.h_proj] if self.h_heads else []), *([self.l_proj] if self.l_heads else [])]
-            out = torch.cat([proj(branch) for proj, branch in zip(projections, branches, strict=True)], dim=-1)
-        return self.proj_drop(out)
+        return branches
+
+    def _writes_in_place(self, x: Tensor) -> bool:
+        """Whether a CPU only computes: nothing is recorded, traced, cast, drawn at random or looked at."""
+        if type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        quiet = not (self.training and self.attn_drop) and not torch.is_autocast_enabled("cpu") and not ops.is_observed()
+        return quiet and _is_bare(self.h_proj) and _is_bare(self.l_proj)
+
+    def _attend_in_parts(self, x: Tensor, height: int, width: int) -> Tensor:
+        """A few samples at a time, both projections written where they belong.
+
+        So there is no copy to put the branches side by side, and no fresh memory for each tensor on the way, whose pages the system
+        has to clear first: together a sixth of the time at 14 x 14 tokens of 768 channels, batch 64.
+        """
+        out, few = x.new_empty(x.shape), max(1, _TOKENS_AT_ONCE // x.shape[1])
+        layers = self.h_proj, self.l_proj
+        for some, part in zip(x.split(few), out.split(few), strict=True):
+            places = part.flatten(0, 1).split([layer.out_features for layer in layers], -1)
+            for layer, branch, place in zip(layers, self._attend_branches(some, height, width), places, strict=True):
+                torch.addmm(layer.bias, branch.flatten(0, 1), layer.weight.t(), out=place)
+        return out
 
     def _is_fused(self, x: Tensor) -> bool:
         """Whether our kernels take both branches at once: where they serve, nothing is to be dropped, and nobody looks on."""
         if not (self.h_heads and self.l_heads and isinstance(self.q_norm, nn.Identity)) or ops.is_observed():
             return False
-        layers = [getattr(self, name) for name in _FUSED if hasattr(self, name)]
-        if any(type(layer) is not nn.Linear or _has_hooks(layer) for layer in layers):
-            return False  # adapted or quantised: its own forward is the only right one
+        if not all(_is_bare(getattr(self, name)) for name in _FUSED if hasattr(self, name)):
+            return False
         return takes_kernel(x, self.window_size, self.head_dim, self.attn_drop if self.training else 0.0)
 
     def _attend_fused(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
@@ -322,9 +348,10 @@ def _join(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return None if first is None or second is None else torch.cat([first, second])
 
 
-def _has_hooks(layer: nn.Module) -> bool:
-    """Whether somebody waits for the layer's own forward."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+def _is_bare(layer: nn.Module) -> bool:
+    """Whether a layer is its weight and bias: not adapted or quantised, and nobody waits for its own forward."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return type(layer) is nn.Linear and not hooks
 
 
 def _to_windows(image: Tensor, size: int) -> Tensor:

@@ -378,3 +378,15 @@ def test_what_the_kernels_are_not_asked_for() -> None:
         assert not az.create_attention("hilo", dim=16, num_heads=2, qk_norm=True)._is_fused(x)
         assert not az.create_attention("hilo", dim=16, num_heads=2, alpha=1.0)._is_fused(x)
     assert module._is_fused(x.double()) is False
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5])
+@pytest.mark.parametrize("options", [{}, {"pad_mode": "mask"}, {"output_proj": "full"}, {"alpha": 1.0}], ids=str)
+def test_computing_without_recording_gives_the_same(batch: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attention_zoo.attention.hilo._TOKENS_AT_ONCE", 40)  # two samples at a time
+    module = az.create_attention("hilo", dim=24, num_heads=4, **options).eval()
+    x = torch.randn(24, 15, batch).permute(2, 1, 0)
+    recorded = module(x, grid_size=(3, 5)).detach()
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            torch.testing.assert_close(module(x, grid_size=(3, 5)), recorded, atol=1e-6, rtol=1e-6)
