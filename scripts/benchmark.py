@@ -129,7 +129,11 @@ def _short(row: dict[str, Any]) -> str:
     """One line of a row, as it is measured."""
     parts = []
     for name, found in row["measured"].items():
-        times = " | ".join(f"{t:.3f}" for d in report.DIRECTIONS if (t := report.milliseconds(row, name, d)) is not None)
+        times = " | ".join(
+            f"{t:.3f}"
+            for d in report.DIRECTIONS
+            if (t := report.milliseconds(row, name, d, report.single_kind(row, d))) is not None
+        )
         memory = f", {found['peak_mib']:.0f} MiB" if "peak_mib" in found else ""
         parts.append(f"{name} {times}{memory}{' ' + found['error'] if 'error' in found else ''}")
     return "; ".join(parts) + f" ({row['seconds']:.1f} s)"

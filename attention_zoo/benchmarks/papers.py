@@ -42,7 +42,7 @@ CLAIMS = {
     "BRA": "BiFormer, 2303.08810: attention to the regions that matter, far below the cost of dense; the official code gathers "
     "keys and values.",
     "halo": "HaloNet, 2103.12731: local attention at the cost of its windows; timm's layer, which stands for it, unfolds them.",
-    "HiLo": "LITv2, 2205.13213, dim 768, 14x14, batch 64, on an RTX 3090: 1.16 times the images per second of dense attention,  "
+    "HiLo": "LITv2, 2205.13213, dim 768, 14x14, batch 64, on an RTX 3090: 1.16 times the images per second of dense attention, "
     "1.06 of spatial reduction, 1.13 of local windows.",
     "agent": "Agent attention, 2312.08874: cost linear in the tokens; models 1.4 to 2.1 times as fast as PVT and Swin.",
     "agent, growth": "The same module on growing maps: time linear in the tokens, to 16K.",

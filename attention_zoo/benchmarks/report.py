@@ -30,6 +30,7 @@ __all__ = [
     "ratio",
     "read",
     "render",
+    "single_kind",
     "target_of",
     "where",
     "write",
@@ -199,8 +200,9 @@ def _judged(rows: Sequence[Row]) -> str:
     columns["of the roofline"] = [_pair(r, lambda d, r=r: roofline_share(r, d), "{:.0%}") for r in rows]
     columns["plain code, ms"] = [_pair(r, lambda d, r=r: milliseconds(r, "plain", d)) for r in rows]
     columns["torch.compile of it, ms"] = [_pair(r, lambda d, r=r: milliseconds(r, "compiled", d)) for r in rows]
-    columns["from Python: " + base] = [_pair(r, lambda d, r=r: baseline_ms(r, d, "eager")) for r in rows]
-    columns["ours"] = [_pair(r, lambda d, r=r: milliseconds(r, "ours", d, "eager")) for r in rows]
+    if any("graph" in r["measured"]["ours"].get(FORWARD, {}) for r in rows):  # else all times are
+        columns[f"from Python: {base}"] = [_pair(r, lambda d, r=r: baseline_ms(r, d, "eager")) for r in rows]
+        columns["from Python: ours"] = [_pair(r, lambda d, r=r: milliseconds(r, "ours", d, "eager")) for r in rows]
     columns[f"memory of {base}"] = [_number(memory_ratio(r)) for r in rows]
     return _table({name: cells for name, cells in columns.items() if any(cells)})
 
@@ -277,9 +279,9 @@ def _engines(rows: Sequence[Row], results: Mapping[str, Any]) -> list[str]:
     several = {group for group, members in by_group(rows).items() if len(members) > 1}
     calls = [f"{r['group']}, {r['size']:,} tokens" if r["group"] in several else r["group"] for r in rows]
     columns: dict[str, list[str]] = {"call": calls}
-    columns["auto, ms"] = [_pair(r, lambda d, r=r: milliseconds(r, "ours", d, _single(r, d))) for r in rows]
+    columns["auto, ms"] = [_pair(r, lambda d, r=r: milliseconds(r, "ours", d, single_kind(r, d))) for r in rows]
     for name in [*names, "compiled"]:
-        columns[name] = [_pair(r, lambda d, r=r, n=name: milliseconds(r, n, d, _single(r, d))) for r in rows]
+        columns[name] = [_pair(r, lambda d, r=r, n=name: milliseconds(r, n, d, single_kind(r, d))) for r in rows]
     columns["auto over the best, %"] = [_pair(r, lambda d, r=r: _percent(ratio(r, d)), "{:+.1f}") for r in rows]
     columns["of the roofline"] = [_pair(r, lambda d, r=r: roofline_share(r, d), "{:.0%}") for r in rows]
     parts = [_table({name: cells for name, cells in columns.items() if any(cells)})]
@@ -291,7 +293,7 @@ def _engines(rows: Sequence[Row], results: Mapping[str, Any]) -> list[str]:
     return parts
 
 
-def _single(row: Row, direction: str) -> str:
+def single_kind(row: Row, direction: str) -> str:
     """How all engines were measured, not only those that were compared in turns."""
     times = row["measured"].get("ours", {}).get(direction, {})
     return "graph" if "graph" in times else "eager"
