@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from attention_zoo import ops
 from attention_zoo.attention.base import merge_heads, split_heads
+from attention_zoo.ops.windows import takes_windows
 
 __all__ = ["WindowAttention", "fit_shift", "fit_window", "from_windows", "resize_positions", "shift_mask", "to_windows"]
 
@@ -48,14 +49,32 @@ class WindowAttention(swin_transformer.WindowAttention):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(x).chunk(3, dim=-1))
         bias, windows = self._get_rel_pos_bias(), 1
-        if mask is not None:  # windows stand beside the heads, so that no bias is repeated over the batch
+        if mask is not None:
             windows = mask.shape[0]
-            bias = (bias + mask[:, None]).flatten(0, 1)[None]  # (1, windows * heads, w * w, w * w)
+            bias = bias + mask[:, None]  # (windows, heads, w * w, w * w)
+        if self._takes_kernel(q):
+            return self._project(self._attend_by_kernel(q, k, v, bias))
+        if mask is not None:
+            bias = bias.flatten(0, 1)[None]  # windows stand beside the heads, so that no bias is repeated over the batch
             q, k, v = (t.unflatten(0, (-1, windows)).flatten(1, 2) for t in (q, k, v))
         out = ops.attention(q, k, v, bias=bias, dropout_p=self.attn_drop.p if self.training else 0.0)
         assert isinstance(out, Tensor)  # no log-normaliser was asked for
         if mask is not None:
             out = out.unflatten(1, (windows, self.num_heads)).flatten(0, 1)
+        return self._project(out)
+
+    def _takes_kernel(self, q: Tensor) -> bool:
+        """Whether our kernel serves the windows, and nobody looks on, who would see them as maps of one window."""
+        height, width = self.window_size
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        return height == width and not ops.is_observed() and takes_windows(q, height, q.shape[-1], dropout_p)
+
+    def _attend_by_kernel(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """(B * windows, heads, w * w, D) and bias (windows or 1, heads, w * w, w * w) -> (B * windows, heads, w * w, D)."""
+        q, k, v = (t.unflatten(2, self.window_size) for t in (q, k, v))
+        return ops.window_attention(q, k, v, window_size=self.window_size[0], bias=bias).flatten(2, 3)
+
+    def _project(self, out: Tensor) -> Tensor:
         out = self.proj_drop(self.proj(merge_heads(out)))
         assert isinstance(out, Tensor)
         return out

@@ -16,7 +16,7 @@ from attention_zoo.ops._autocast import no_autocast
 from attention_zoo.ops._kernels import use_kernel
 from attention_zoo.ops._tap import tapped
 
-__all__ = ["window_attention"]
+__all__ = ["takes_windows", "too_large", "window_attention"]
 
 _MOST_BYTES = 32768  # of a window's queries, keys or values that the kernel takes
 
@@ -88,6 +88,15 @@ def window_attention(
         height, width = q.shape[2:4]
         out = weights @ _to_windows(v.to(logits.dtype), window_size)
         return _from_windows(out, window_size, height, width).to(q.dtype)
+
+
+def takes_windows(x: Tensor, window_size: int, channels: int, dropout_p: float = 0.0) -> bool:
+    """Whether `window_attention` takes its kernel for heads of so many channels, projected from tensors like `x`.
+
+    Raises:
+        BackendError: "triton" is asked for, by `use_backend` or the environment, and cannot serve them.
+    """
+    return use_kernel("auto", (x[..., :1],), dropout_p=dropout_p, missing=too_large(window_size, channels, x.dtype))
 
 
 def too_large(window_size: int, channels: int, dtype: torch.dtype) -> str | None:

@@ -15,6 +15,7 @@ from kernel_case import DEVICE, Case
 from torch import Tensor
 
 from attention_zoo import ops
+from attention_zoo.attention.window import WindowAttention, from_windows, shift_mask, to_windows
 from attention_zoo.ops._tap import Call, add_tap, remove_tap
 from attention_zoo.ops.hilo import hilo_attention, takes_kernel, window_means
 
@@ -239,3 +240,19 @@ def test_who_looks_on_sees_the_probabilities() -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 6, 4))
     first = (weights[:, :, 0] @ case.tensors["v"][:, :, :2, :2].flatten(2, 3)).unflatten(2, (2, 2))
     torch.testing.assert_close(out[:, :, :2, :2], first)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_windows_of_a_swin(shift: int) -> None:
+    """As maps of one window each, with the biases of a shift."""
+    grid, window = (4, 6), 2
+    module = WindowAttention(16, 2, window_size=window).to(DEVICE)
+    x = torch.randn(2, 24, 16, device=DEVICE, requires_grad=True)
+    results = []
+    for backend in ("torch", "triton"):
+        with ops.use_backend(backend):
+            inside = to_windows(x, grid, window, shift)
+            out = from_windows(module(inside, shift_mask(inside, grid, window, shift)), grid, window, shift)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)

@@ -18,7 +18,7 @@ from attention_zoo.ops.triton._common import LOG2E, last_contiguous, per_logit, 
 
 __all__ = ["launch_backward", "launch_forward", "window_attention_triton"]
 
-_FEW = 256  # programs that are enough for sums over the windows
+_PROGRAMS = 1024  # that sum up gradients of a bias, each over its windows
 
 
 @triton.jit
@@ -168,7 +168,7 @@ def launch_backward(
     """Gradients into `dq`, `dk` and `dv`, laid out as in `launch_forward`; returns the bias's, float32, if asked for."""
     sizes, constants, tiles = _arguments(q, v, bias, side)
     heads, groups, cells = sizes[0], sizes[2], side * side
-    shares = min(tiles, max(1, _FEW // (heads * groups))) if bias_gradient else tiles
+    shares = min(tiles, max(1, _PROGRAMS // (heads * groups))) if bias_gradient else tiles
     sums = q.new_empty((shares, groups, heads, constants["BM"] // cells, cells, cells), dtype=torch.float32) if bias_gradient else q
     _backward_kernel[(shares * groups, heads)](
         q, k, v, q if bias is None else bias, grad, dq, dk, dv, sums, scale * LOG2E,
