@@ -29,7 +29,7 @@ from attention_zoo.attention.base import (
     split_heads,
 )
 from attention_zoo.attention.conversion import load_converted, projection_settings, source_heads, source_settings, split_projections
-from attention_zoo.ops.hilo import hilo_attention, takes_kernel, window_means
+from attention_zoo.ops.hilo import hilo_attention, pool_windows, takes_kernel, with_window_means
 from attention_zoo.registry import register_attention
 
 __all__ = ["HiLoAttention"]
@@ -288,8 +288,9 @@ class HiLoAttention(AttentionModule):
             image, _ = self._pad(x.unflatten(1, grid_size))
             rows, columns = image.shape[1:3]
             x = image.flatten(1, 2)
-        qkv = F.linear(x, torch.cat([self.h_qkv.weight, self.l_q.weight]), _join(self.h_qkv.bias, self.l_q.bias))
-        kv = self.l_kv(window_means(x.unflatten(1, (rows, columns)), s, mask_padding=masked))
+        image, means = with_window_means(x.unflatten(1, (rows, columns)), s, mask_padding=masked)
+        weight, bias = torch.cat([self.h_qkv.weight, self.l_q.weight]), _join(self.h_qkv.bias, self.l_q.bias)
+        qkv, kv = F.linear(image.flatten(1, 2), weight, bias), self.l_kv(means)
         heads = self.h_heads, self.l_heads
         out = hilo_attention(qkv, kv, grid_size=(rows, columns), window_size=s, heads=heads, scale=self.scale, mask_padding=masked)
         if (rows, columns) != grid_size:
@@ -331,9 +332,9 @@ class HiLoAttention(AttentionModule):
         """Lo-Fi: queries of x (B, N, C), keys from the windows of the image (B, H', W', C) -> (B, N, l_heads * d)."""
         s, pooled = self.window_size, x
         if s > 1:
-            pooled = _window_means(image, s)
+            pooled = pool_windows(image, s)
         if real is not None:  # the mean over real tokens only
-            pooled = pooled / _window_means(real[None, :, :, None].to(x.dtype), s)
+            pooled = pooled / pool_windows(real[None, :, :, None].to(x.dtype), s)
         q = split_heads(self.l_q(x), self.l_heads)
         k, v = (split_heads(t, self.l_heads) for t in self.l_kv(pooled).chunk(2, dim=-1))
         return merge_heads(attend(self, self.q_norm(q), self.k_norm(k), v, scale=self.scale))
@@ -359,11 +360,6 @@ def _to_windows(image: Tensor, size: int) -> Tensor:
     height, width = image.shape[1:3]
     blocks = image.unflatten(2, (width // size, size)).unflatten(1, (height // size, size))
     return blocks.transpose(2, 3).flatten(3, 4).flatten(0, 2)
-
-
-def _window_means(image: Tensor, size: int) -> Tensor:
-    """(B, H, W, C) -> (B, windows, C). Pooling a channels-last view is many times faster than a mean over two dimensions."""
-    return F.avg_pool2d(image.permute(0, 3, 1, 2), size).flatten(2).transpose(1, 2)
 
 
 def _source_settings(source: nn.Module | Mapping[str, Tensor], head_dim: int) -> dict[str, Any]:

@@ -11,14 +11,14 @@ from attention_zoo.ops.attention import attention
 from attention_zoo.ops.dispatch import wanted_backend
 from attention_zoo.ops.windows import too_large, window_attention
 
-__all__ = ["hilo_attention", "takes_kernel", "window_means"]
+__all__ = ["hilo_attention", "pool_windows", "takes_kernel", "with_window_means"]
 
 _MOST_KEYS = 512  # of Lo-Fi: more are faster on the dense engines
 _MOST_BYTES = 512  # of a query, key or value
 
 
 def takes_kernel(x: Tensor, window_size: int, head_dim: int, dropout_p: float = 0.0) -> bool:
-    """Whether tokens like `x` are for `hilo_attention` and `window_means`: what they fuse is wasted on the plain code.
+    """Whether tokens like `x` are for `hilo_attention` and `with_window_means`: what they fuse is wasted on the plain code.
 
     Raises:
         BackendError: "triton" is asked for, by `use_backend` or the environment, and cannot serve them.
@@ -74,25 +74,33 @@ def hilo_attention(
     return torch.cat([near.permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2), far.transpose(1, 2).flatten(2)], -1)
 
 
-def window_means(x: Tensor, window_size: int, *, mask_padding: bool = False, backend: str = "auto") -> Tensor:
-    """Means over the s x s windows of a map, (B, H, W, C) -> (B, windows, C), windows row-major.
+def with_window_means(x: Tensor, window_size: int, *, mask_padding: bool = False, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Means over the s x s windows of a map (B, H, W, C).
 
     Where s does not divide H or W the last windows reach beyond the map: zeros stand there, or with `mask_padding` nothing, and
     the mean is one over fewer cells. "auto" takes our kernel on CUDA.
+
+    Returns: x, for its other readers (their gradient and that of the means meet in one kernel), and (B, windows, C), row-major.
     """
     if use_kernel(backend, (x[..., :1],)):
-        from attention_zoo.ops.triton.hilo import window_means_triton
+        from attention_zoo.ops.triton.hilo import with_window_means_triton
 
-        return window_means_triton(x, window_size, mask_padding)
+        return with_window_means_triton(x, window_size, mask_padding)
     below, right = (-side % window_size for side in x.shape[1:3])
-    if below or right:
-        x = F.pad(x, (0, 0, 0, right, 0, below))
-    means = _pool(x, window_size)
+    full = F.pad(x, (0, 0, 0, right, 0, below)) if below or right else x
+    means = pool_windows(full, window_size)
     if mask_padding and (below or right):
-        height, width = x.shape[1] - below, x.shape[2] - right
-        real = F.pad(x.new_ones((1, height, width, 1)), (0, 0, 0, right, 0, below))
-        means = means / _pool(real, window_size)
-    return means
+        real = F.pad(x.new_ones((1, *x.shape[1:3], 1)), (0, 0, 0, right, 0, below))
+        means = means / pool_windows(real, window_size)
+    return x, means
+
+
+def pool_windows(x: Tensor, window_size: int) -> Tensor:
+    """Means over the windows of a map that they tile, (B, H, W, C) -> (B, windows, C), in plain PyTorch.
+
+    Pooling a channels-last view is many times faster than a mean over two dimensions.
+    """
+    return F.avg_pool2d(x.permute(0, 3, 1, 2), window_size).flatten(2).transpose(1, 2)
 
 
 def _too_large(window_size: int, channels: int, dtype: torch.dtype) -> str | None:
@@ -100,11 +108,6 @@ def _too_large(window_size: int, channels: int, dtype: torch.dtype) -> str | Non
     if channels * dtype.itemsize > _MOST_BYTES:
         return f"heads of more than {_MOST_BYTES} bytes: {channels} channels"
     return too_large(window_size, channels, dtype)
-
-
-def _pool(x: Tensor, side: int) -> Tensor:
-    """Pooling a channels-last view is many times faster than a mean over two dimensions."""
-    return F.avg_pool2d(x.permute(0, 3, 1, 2), side).flatten(2).transpose(1, 2)
 
 
 def _check(qkv: Tensor, kv: Tensor, grid_size: tuple[int, int], heads: tuple[int, int]) -> None:

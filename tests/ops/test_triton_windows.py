@@ -17,7 +17,7 @@ from torch import Tensor
 from attention_zoo import ops
 from attention_zoo.attention.window import WindowAttention, from_windows, shift_mask, to_windows
 from attention_zoo.ops._tap import Call, add_tap, remove_tap
-from attention_zoo.ops.hilo import hilo_attention, takes_kernel, window_means
+from attention_zoo.ops.hilo import hilo_attention, takes_kernel, with_window_means
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -60,7 +60,9 @@ def means(batch: int = 2, height: int = 5, width: int = 7, side: int = 2, channe
 
 
 def _means_of(x: Tensor, *, window_size: int, **options: Any) -> Tensor:
-    return window_means(x, window_size, **options)
+    """With the map itself, whose gradient comes back with theirs."""
+    same, means = with_window_means(x, window_size, **options)
+    return torch.cat([0.5 * same.flatten(1, 2), means], 1)
 
 
 MAKERS: dict[str, Callable[[], Case]] = {"windows": windows, "hilo": hilo, "means": means}

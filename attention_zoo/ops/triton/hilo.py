@@ -27,7 +27,7 @@ from attention_zoo.ops.triton._common import (
 )
 from attention_zoo.ops.triton.windows import launch_backward, launch_forward
 
-__all__ = ["hilo_attention_triton", "window_means_triton"]
+__all__ = ["hilo_attention_triton", "with_window_means_triton"]
 
 _ONE_PASS = 64
 _PROGRAMS = 512  # that keep a GPU busy
@@ -427,6 +427,25 @@ def _backward_means(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _means.register_autograd(_backward_means, setup_context=_setup_means)
 
 
+class _WithMeans(torch.autograd.Function):
+    """A map and its windows' means, whose two gradients one kernel adds up: autograd by itself would write one and read both."""
+
+    @staticmethod
+    def forward(x: Tensor, side: int, masked: bool) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), _means(x, side, masked)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _setup_means(ctx, inputs, output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, of_map: Tensor | None, of_means: Tensor | None) -> tuple[Any, ...]:
+        if of_means is None:
+            return of_map, None, None
+        return _means_backward(of_means, of_map, *ctx.settings), None, None
+
+
 def hilo_attention_triton(
     qkv: Tensor, kv: Tensor, grid: tuple[int, int], side: int, heads: tuple[int, int], scale: float, masked: bool
 ) -> Tensor:
@@ -435,7 +454,9 @@ def hilo_attention_triton(
     return out
 
 
-def window_means_triton(x: Tensor, side: int, masked: bool) -> Tensor:
-    """(B, H, W, C) -> (B, windows, C)."""
-    means: Tensor = _means(x, side, masked)
-    return means
+def with_window_means_triton(x: Tensor, side: int, masked: bool) -> tuple[Tensor, Tensor]:
+    """The map (B, H, W, C), for its other readers, and the means (B, windows, C)."""
+    if torch.compiler.is_compiling():  # which fuses additions itself
+        return x, _means(x, side, masked)
+    result: tuple[Tensor, Tensor] = _WithMeans.apply(x, side, masked)
+    return result
