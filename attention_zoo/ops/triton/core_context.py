@@ -232,9 +232,14 @@ def _tiles(q: Tensor, v: Tensor) -> dict[str, Any]:
 
 
 def _gradient_tiles(q: Tensor, v: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Those of the two backward kernels: of queries, of keys."""
-    tiles = {**_tiles(q, v), "BM": tile(q.shape[2]), "num_warps": 4}
-    return tiles, tiles
+    """Those of the two backward kernels: of queries, of keys.
+
+    With two stages two programs fit on a multiprocessor. The kernel of keys has square tiles, however few the queries are: where
+    Triton 3.6 compiles some of a loop's products for Hopper's asynchronous units (64 rows and more) and some not, tiles that are
+    still read get overwritten.
+    """
+    tiles = {**_tiles(q, v), "BM": tile(q.shape[2]), "num_warps": 4, "num_stages": 2}
+    return tiles, {**tiles, "BM": tiles["BN"]}
 
 
 @torch.library.custom_op("attention_zoo::core_context_forward", mutates_args=())
