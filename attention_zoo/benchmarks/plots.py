@@ -209,7 +209,7 @@ _CURVES: dict[str, Callable[[Sequence[Row]], Iterable[tuple[str, str, list[Curve
 
 def _roofline(results: Mapping[str, Any]) -> Any:
     """What was computed in a second over the operations for each byte that must move; forward filled, with backward hollow."""
-    rows, peaks = results["rows"], results["peaks"]
+    rows, peaks = results["rows"], results.get("peaks")
     points = {
         group: [
             (work["flops"] / work["bytes"], rate, direction)
@@ -220,7 +220,7 @@ def _roofline(results: Mapping[str, Any]) -> Any:
         for group, members in by_group(rows).items()
     }
     points = {group: found for group, found in points.items() if found}
-    if not points:
+    if not points or not peaks:
         return None
     figure, (axis,) = _panels(1, size=(9.0, 5.6))
     for index, (group, found) in enumerate(points.items()):

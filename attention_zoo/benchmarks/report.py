@@ -1,7 +1,7 @@
 """Results of a suite: JSON with device and versions, Markdown tables, and the pages that hold them between markers.
 
 A page says where a suite's results stand, `<!-- papers: results/papers_h200.json -->`, and what is generated from them lies between
-that line and `<!-- end of papers -->`. Rows come from `cases.measure`; times are medians in milliseconds.
+that line and `<!-- end of papers -->`; "none" is no file. Rows come from `cases.measure`; times are medians in milliseconds.
 """
 
 from __future__ import annotations
@@ -360,7 +360,7 @@ def put_results(page: str, folder: Path, files: Mapping[str, str] | None = None)
 
     def section(match: re.Match[str]) -> str:
         suite, file = match["suite"], files.get(match["suite"], match["file"])
-        text = render(read(folder / file), stem=file.removesuffix(".json"))
+        text = "No run is kept." if file == "none" else render(read(folder / file), stem=file.removesuffix(".json"))
         return f"<!-- {suite}: {file} -->\n\n{text}\n\n<!-- end of {suite} -->"
 
     return _SECTION.sub(section, page)

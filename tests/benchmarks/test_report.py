@@ -135,6 +135,19 @@ def test_pages_name_their_files(tmp_path: Path) -> None:
         report.put_results(page, tmp_path, {"decode": "results/new.json"})
 
 
+def test_sections_without_a_run(tmp_path: Path) -> None:
+    page = report.put_results("<!-- models: none -->\n<!-- end of models -->\n", tmp_path)
+    assert page == "<!-- models: none -->\n\nNo run is kept.\n\n<!-- end of models -->\n"
+    assert report.put_results(page, tmp_path) == page
+
+
+def test_results_without_peaks_have_no_roofline(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = results("papers", [row(work={})])
+    del found["peaks"]
+    assert plots.draw(found, tmp_path / "r") == ["ratios"]
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text(json.dumps({"rows": []}))
