@@ -36,16 +36,28 @@ _KEPT_BYTES = 2**26  # of weights and gradients of logits that the backward hold
 
 
 @triton.jit
-def _positions(q, Table, at, first, last, WIN, D, PRECISION: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr):
-    """q Table[r - at + win - 1] for r = 0 .. win - 1: (BM, BW). `at` is the row (column) of each query in its block."""
-    r, d = tl.arange(0, BW), tl.arange(0, BD)
-    out = tl.zeros([BM, BW], tl.float32)
-    for i in range(first, last):
-        rows = tl.load(
-            Table + (r[None, :] - i + WIN - 1) * D + d[:, None], mask=(r < WIN)[None, :] & (d < D)[:, None], other=0.0
-        )  # fmt: skip
-        out += tl.where((at == i)[:, None], tl.dot(q, rows.to(q.dtype), input_precision=PRECISION), 0.0)
-    return out
+def _table(Table, WIN, D, BT: tl.constexpr, BD: tl.constexpr):
+    """The positions' vectors, one for each distance: (BT, BD)."""
+    t, d = tl.arange(0, BT), tl.arange(0, BD)
+    return tl.load(Table + t[:, None] * D + d[None, :], mask=(t < 2 * WIN - 1)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _positions(q, table, at, WIN, PRECISION: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr, BT: tl.constexpr):
+    """q table[r - at + win - 1] for r = 0 .. win - 1: (BM, BW). `at` is the row (column) of each query in its block."""
+    by_distance = tl.dot(q, tl.trans(table).to(q.dtype), input_precision=PRECISION)
+    r = tl.arange(0, BW)
+    distance = r[None, :] - at[:, None] + WIN - 1  # out of range in rows and columns that are not there
+    found = tl.gather(by_distance, tl.minimum(tl.maximum(distance, 0), BT - 1), 1)
+    return tl.where((r < WIN)[None, :], found, 0.0)
+
+
+@triton.jit
+def _distances(x, at, WIN, BM: tl.constexpr, BW: tl.constexpr, BT: tl.constexpr):
+    """The reverse: (BM, BW) by rows (columns) of the window -> (BM, BT) by distance."""
+    t = tl.arange(0, BT)
+    r = t[None, :] + at[:, None] - WIN + 1
+    return tl.where((r >= 0) & (r < WIN), tl.gather(x, tl.minimum(tl.maximum(r, 0), BW - 1), 1), 0.0)
 
 
 @triton.jit
@@ -68,7 +80,7 @@ def _forward_kernel(
     sqb, sqh, sqy, sqx, skb, skh, sky, skx, svb, svh, svy, svx, sob, soh, soy, sox,
     HEADS, HEIGHT, WIDTH, QH, QW, BLOCKS_X, SIDE, BLOCK, HALO, WIN, D, DV, TILES,
     POSITIONS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     pid, bh = tl.program_id(0), tl.program_id(1)
     block, portion = pid // TILES, pid % TILES
@@ -83,9 +95,9 @@ def _forward_kernel(
     )  # fmt: skip
     r = tl.arange(0, BW)
     if POSITIONS:
-        first, last = (portion * BM) // SIDE, tl.minimum((portion * BM + BM - 1) // SIDE + 1, SIDE)
-        s_rows = _positions(q, Rows, i, first, last, WIN, D, PRECISION, BM, BW, BD) * scale_positions
-        s_columns = _positions(q, Columns, j, 0, SIDE, WIN, D, PRECISION, BM, BW, BD) * scale_positions
+        of_rows, of_columns = _table(Rows, WIN, D, BT, BD), _table(Columns, WIN, D, BT, BD)
+        s_rows = _positions(q, of_rows, i, WIN, PRECISION, BM, BW, BT) * scale_positions
+        s_columns = _positions(q, of_columns, j, WIN, PRECISION, BM, BW, BT) * scale_positions
         of_row, of_column = _split(s_rows), _split(s_columns)
     K += b * skb + h * skh
     V += b * svb + h * svh
@@ -117,12 +129,12 @@ def _forward_kernel(
 
 @triton.jit
 def _query_gradient_kernel(
-    Q, K, V, Rows, Columns, Out, Lse, DOut, DLse, DQ, DPositions, P, DZ,
+    Q, K, V, Rows, Columns, Out, Lse, DOut, DLse, DQ, Distances, P, DZ,
     scale, scale_positions, first_head,
     sqb, sqh, sqy, sqx, skb, skh, sky, skx, svb, svh, svy, svx, sob, soh, soy, sox, sgb, sgh, sgy, sgx, sdb, sdh, sdy, sdx,
     HEADS, HEIGHT, WIDTH, QH, QW, BLOCKS, BLOCKS_X, SIDE, BLOCK, HALO, WIN, D, DV, TILES,
     POSITIONS: tl.constexpr, MASKED: tl.constexpr, HAS_DLSE: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     """Of the heads from `first_head` on, counted over the batch; P and DZ keep their weights and the gradients of their logits."""
     pid, bh = tl.program_id(0), first_head + tl.program_id(1)
@@ -140,12 +152,10 @@ def _query_gradient_kernel(
     place = (bh.to(tl.int64) * QH + y) * QW + x
     lse, delta = read_lse(Lse, place, real), read_delta(out, grad, DLse, place, real, HAS_DLSE)
     r = tl.arange(0, BW)
-    kept = ((bh.to(tl.int64) * BLOCKS + block) * SIDE * SIDE + rows)[:, None] * (2 * BW) + r[None, :]
-    listed = (rows < SIDE * SIDE)[:, None] & (r < BW)[None, :]
     if POSITIONS:
-        first, last = (portion * BM) // SIDE, tl.minimum((portion * BM + BM - 1) // SIDE + 1, SIDE)
-        s_rows = _positions(q, Rows, i, first, last, WIN, D, PRECISION, BM, BW, BD) * scale_positions
-        s_columns = _positions(q, Columns, j, 0, SIDE, WIN, D, PRECISION, BM, BW, BD) * scale_positions
+        of_rows, of_columns = _table(Rows, WIN, D, BT, BD), _table(Columns, WIN, D, BT, BD)
+        s_rows = _positions(q, of_rows, i, WIN, PRECISION, BM, BW, BT) * scale_positions
+        s_columns = _positions(q, of_columns, j, WIN, PRECISION, BM, BW, BT) * scale_positions
         ds_rows = tl.zeros([BM, BW], tl.float32)
         ds_columns = tl.zeros([BM, BW], tl.float32)
         of_row, of_column = _split(s_rows), _split(s_columns)
@@ -178,20 +188,15 @@ def _query_gradient_kernel(
             ds_columns += tl.dot(rounded, (column[:, None] == r[None, :]).to(k.dtype), input_precision=PRECISION)
     acc *= per_logit(scale)
     if POSITIONS:
-        ds_rows *= per_logit(scale_positions)
-        ds_columns *= per_logit(scale_positions)
-        tl.store(DPositions + kept, ds_rows.to(DPositions.dtype.element_ty), mask=listed)
-        tl.store(DPositions + kept + BW, ds_columns.to(DPositions.dtype.element_ty), mask=listed)
-        for n in range(first, last):
-            table = tl.load(
-                Rows + (r[:, None] - n + WIN - 1) * D + d[None, :], mask=(r < WIN)[:, None] & (d < D)[None, :], other=0.0
-            )  # fmt: skip
-            acc += tl.dot(tl.where((i == n)[:, None], ds_rows, 0.0).to(q.dtype), table.to(q.dtype), input_precision=PRECISION)
-        for n in range(SIDE):
-            table = tl.load(
-                Columns + (r[:, None] - n + WIN - 1) * D + d[None, :], mask=(r < WIN)[:, None] & (d < D)[None, :], other=0.0
-            )  # fmt: skip
-            acc += tl.dot(tl.where((j == n)[:, None], ds_columns, 0.0).to(q.dtype), table.to(q.dtype), input_precision=PRECISION)
+        by_rows = _distances(ds_rows * per_logit(scale_positions), i, WIN, BM, BW, BT).to(q.dtype)
+        by_columns = _distances(ds_columns * per_logit(scale_positions), j, WIN, BM, BW, BT).to(q.dtype)
+        t = tl.arange(0, BT)
+        kept = ((bh.to(tl.int64) * BLOCKS + block) * SIDE * SIDE + rows)[:, None] * (2 * BT) + t[None, :]
+        tl.store(Distances + kept, by_rows, mask=(rows < SIDE * SIDE)[:, None])
+        tl.store(Distances + kept + BT, by_columns, mask=(rows < SIDE * SIDE)[:, None])
+        of_rows, of_columns = _table(Rows, WIN, D, BT, BD), _table(Columns, WIN, D, BT, BD)  # again, to spare registers
+        acc += tl.dot(by_rows, of_rows.to(q.dtype), input_precision=PRECISION)
+        acc += tl.dot(by_columns, of_columns.to(q.dtype), input_precision=PRECISION)
     DQ += b * sdb + h * sdh
     tl.store(DQ + y[:, None] * sdy + x[:, None] * sdx + d[None, :], acc.to(DQ.dtype.element_ty), mask=wanted)
 
@@ -248,17 +253,16 @@ def _key_gradient_kernel(
 
 @triton.jit
 def _table_gradient_kernel(
-    Q, DS, Sums,
+    Q, Distances, Sums,
     sqb, sqh, sqy, sqx,
-    HEADS, QH, QW, BLOCKS, BLOCKS_X, SIDE, WIN, D, TILES, SHARE,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    HEADS, QH, QW, BLOCKS, BLOCKS_X, SIDE, D, TILES, SHARE,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BOTH: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """The position terms' gradients of `SHARE` pieces of blocks, added up for each distance: (2, BT, D) of this program."""
+    """The gradients by distance of `SHARE` pieces of blocks, times their queries, added up: (BOTH, D) of this program."""
     share, bh = tl.program_id(0), tl.program_id(1)
     b, h = (bh // HEADS).to(tl.int64), bh % HEADS
-    d, t = tl.arange(0, BD), tl.arange(0, BT)
-    of_rows = tl.zeros([BT, BD], tl.float32)
-    of_columns = tl.zeros([BT, BD], tl.float32)
+    d, t = tl.arange(0, BD), tl.arange(0, BOTH)
+    total = tl.zeros([BOTH, BD], tl.float32)
     for piece in range(share * SHARE, tl.minimum(share * SHARE + SHARE, BLOCKS * TILES)):
         block = piece // TILES
         rows = piece % TILES * BM + tl.arange(0, BM)
@@ -269,15 +273,10 @@ def _table_gradient_kernel(
             Q + b * sqb + h * sqh + y[:, None] * sqy + x[:, None] * sqx + d[None, :],
             mask=real[:, None] & (d < D)[None, :], other=0.0,
         )  # fmt: skip
-        at = DS + ((bh.to(tl.int64) * BLOCKS + block) * SIDE * SIDE + rows)[None, :] * (2 * BW)
-        row, column = t[:, None] + i[None, :] - WIN + 1, t[:, None] + j[None, :] - WIN + 1  # (distances, queries)
-        ds_rows = tl.load(at + row, mask=real[None, :] & (row >= 0) & (row < WIN), other=0.0)
-        ds_columns = tl.load(at + BW + column, mask=real[None, :] & (column >= 0) & (column < WIN), other=0.0)
-        of_rows += tl.dot(ds_rows, q, input_precision=PRECISION)
-        of_columns += tl.dot(ds_columns, q, input_precision=PRECISION)
-    at = Sums + ((share * tl.num_programs(1) + bh).to(tl.int64) * 2 * BT + t)[:, None] * D + d[None, :]
-    tl.store(at, of_rows, mask=(d < D)[None, :])
-    tl.store(at + BT * D, of_columns, mask=(d < D)[None, :])
+        at = Distances + ((bh.to(tl.int64) * BLOCKS + block) * SIDE * SIDE + rows)[:, None] * BOTH + t[None, :]
+        total += tl.dot(tl.trans(tl.load(at, mask=real[:, None], other=0.0)), q, input_precision=PRECISION)
+    at = Sums + ((share * tl.num_programs(1) + bh).to(tl.int64) * BOTH + t)[:, None] * D + d[None, :]
+    tl.store(at, total, mask=(d < D)[None, :])
 
 
 def _empty(like: Tensor, channels: int) -> Tensor:
@@ -305,7 +304,8 @@ def _halo_forward(
         *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *out.stride()[:4],
         heads, height, width, qh, qw, blocks_x, side, block, halo, win, dim, dim_v, tiles,
         POSITIONS=rows is not None, MASKED=masked, PRECISION=precision(q),
-        BM=bm, BN=tile(win * win), BW=tile(win, 256), BD=tile(dim, 256), BDV=tile(dim_v, 256), num_warps=_WARPS,
+        BM=bm, BN=tile(win * win), BW=tile(win, 256), BT=tile(2 * win - 1, 512), BD=tile(dim, 256), BDV=tile(dim_v, 256),
+        num_warps=_WARPS,
     )  # fmt: skip
     return out, lse
 
@@ -329,8 +329,8 @@ def _halo_backward(
     side, win = block // stride, block + 2 * halo
     blocks_y, blocks_x = triton.cdiv(height, block), triton.cdiv(width, block)
     dq, dk, dv = _empty(q, dim), _empty(k, dim), _empty(v, dim_v)
-    positions, blocks, bw = rows is not None, blocks_y * blocks_x, tile(win, 256)
-    d_positions = q.new_empty((batch, heads, blocks, side * side, 2, bw) if positions else (1,))
+    positions, blocks, bw, bt = rows is not None, blocks_y * blocks_x, tile(win, 256), tile(2 * win - 1, 512)
+    distances = q.new_empty((batch, heads, blocks, side * side, 2, bt) if positions else (1,))
     if not q.numel():
         return dq, dk, dv, q.new_zeros((2, 2 * win - 1, dim) if positions else (1,), dtype=torch.float32)
     bm, bn = tile(side * side), tile(block * block)
@@ -343,11 +343,11 @@ def _halo_backward(
         some = min(step, batch * heads - first)
         tiles = triton.cdiv(side * side, bm)
         _query_gradient_kernel[(blocks * tiles, some)](
-            q, k, v, q if rows is None else rows, q if columns is None else columns, out, lse, grad, d_lse, dq, d_positions, p, dz,
+            q, k, v, q if rows is None else rows, q if columns is None else columns, out, lse, grad, d_lse, dq, distances, p, dz,
             scale * LOG2E, scale_positions * LOG2E, first,
             *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *out.stride()[:4], *grad.stride()[:4], *dq.stride()[:4],
             heads, height, width, qh, qw, blocks, blocks_x, side, block, halo, win, dim, dim_v, tiles,
-            POSITIONS=positions, MASKED=masked, HAS_DLSE=grad_lse is not None, BN=tile(win * win), BW=bw, **common,
+            POSITIONS=positions, MASKED=masked, HAS_DLSE=grad_lse is not None, BN=tile(win * win), BW=bw, BT=bt, **common,
         )  # fmt: skip
         tiles = triton.cdiv(block * block, bn)
         _key_gradient_kernel[(blocks * tiles, some)](
@@ -357,8 +357,8 @@ def _halo_backward(
             dim, dim_v, tiles, BN=bn, **common,
         )  # fmt: skip
     if not positions:
-        return dq, dk, dv, d_positions
-    return dq, dk, dv, _table_gradients(q, d_positions, side, win)
+        return dq, dk, dv, distances
+    return dq, dk, dv, _table_gradients(q, distances, side, win)
 
 
 @_halo_backward.register_fake
@@ -384,17 +384,17 @@ def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...
     return dq, dk, dv, *of_tables, *(None,) * 6
 
 
-def _table_gradients(q: Tensor, ds: Tensor, side: int, win: int) -> Tensor:
-    """Gradients of both tables, (2, 2 win - 1, D) float32, from those of the position terms, (B, heads, blocks, side^2, 2, BW)."""
-    batch, heads, blocks = ds.shape[:3]
-    dim, bm, bt = q.shape[-1], tile(side * side), tile(2 * win - 1, 512)
+def _table_gradients(q: Tensor, distances: Tensor, side: int, win: int) -> Tensor:
+    """Gradients of both tables, (2, 2 win - 1, D) float32, from those by distance, (B, heads, blocks, side^2, 2, BT)."""
+    batch, heads, blocks, _, _, bt = distances.shape
+    dim, bm = q.shape[-1], tile(side * side)
     tiles = triton.cdiv(side * side, bm)
     share = max(1, min(32, batch * heads * blocks * tiles // 2048))
     shares = triton.cdiv(blocks * tiles, share)
     sums = torch.empty((shares, batch * heads, 2, bt, dim), dtype=torch.float32, device=q.device)
     _table_gradient_kernel[(shares, batch * heads)](
-        q, ds, sums, *q.stride()[:4], heads, *q.shape[2:4], blocks, triton.cdiv(q.shape[3], side), side, win, dim, tiles, share,
-        PRECISION=precision(q), BM=bm, BW=ds.shape[-1], BT=bt, BD=tile(dim, 256), num_warps=_WARPS,
+        q, distances, sums, *q.stride()[:4], heads, *q.shape[2:4], blocks, triton.cdiv(q.shape[3], side), side, dim, tiles, share,
+        PRECISION=precision(q), BM=bm, BOTH=2 * bt, BD=tile(dim, 256), num_warps=_WARPS,
     )  # fmt: skip
     return sums.sum((0, 1))[:, : 2 * win - 1].contiguous()
 
