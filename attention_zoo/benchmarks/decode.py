@@ -95,6 +95,7 @@ def _step_case(name: str, context: int, scale: str) -> Case:
     with torch.device("meta"):
         module: Any = create_attention(name, dim, heads, **_causal_options(name, options))
         dense: Any = create_attention("mha", dim, 32 if scale == "full" else 8, is_causal=True)
+    ours = _step(name, dim, heads, context, options)
     kept, weights = module.cache_elements(context), sum(p.numel() for p in module.parameters())
     work = Work(2.0 * (weights + kept), 2.0 * (weights + kept))
     return Case(
@@ -102,7 +103,8 @@ def _step_case(name: str, context: int, scale: str) -> Case:
         f"module, {token_count(context)}",
         context,
         {
-            "ours": Contender(_step(name, dim, heads, context, options)),
+            "ours": Contender(ours),
+            "plain": plain(ours, optional=True),
             "dense": Contender(
                 _step("mha", dim, 32 if scale == "full" else 8, context, {}), dense_ways(), shared=f"dense step {context}"
             ),

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attention_zoo import ops
 from attention_zoo.attention.base import AttentionModule
-from attention_zoo.benchmarks.cases import Build, Case, Contender, Task, Wrap, module_task, normal, unique
+from attention_zoo.benchmarks.cases import Build, Case, Contender, Task, Wrap, module_task, normal, plain, unique
 from attention_zoo.benchmarks.roofline import FORWARD, TRAIN, Work, least_flops
 
 __all__ = ["cases"]
@@ -62,13 +62,17 @@ def _vision(scale: str, create_model: Create) -> Iterator[Case]:
         theirs = {"img_size": pixels} if "img_size" in options else {}
         shape = (batch, 3, pixels, pixels)
         label = f"{name}, {options['attention']}" if "attention" in options else name
+        ours = _image_model(partial(create_model, name, **settings), shape)
         yield Case(
             label,
             f"{pixels} pixels, batch {batch}, against {reference}",
             pixels,
             {
-                "ours": Contender(_image_model(partial(create_model, name, **settings), shape)),
-                "theirs": Contender(_image_model(partial(_timm, reference, **theirs), shape)),
+                "ours": Contender(ours),
+                "theirs": Contender(
+                    _image_model(partial(_timm, reference, **theirs), shape), shared=f"{reference} {pixels} {batch}"
+                ),
+                "plain": plain(ours, optional=True),
             },
             baseline="theirs",
             work=partial(_image_work, partial(create_model, name, **settings), shape),
@@ -101,13 +105,15 @@ def _decoders(scale: str, create_model: Create) -> Iterator[Case]:
             if name in ("diff", "gda"):
                 settings["num_attention_heads"] //= 2
             create = partial(_decoder, create_model, **settings, **options)
+            ours = _language_model(create, batch, length)
             original = {**_LLAMA[scale], "max_position_embeddings": length}
             yield Case(
                 f"llama, {name}",
                 f"{length} tokens, batch {batch}, against Llama",
                 length,
                 {
-                    "ours": Contender(_language_model(create, batch, length)),
+                    "ours": Contender(ours),
+                    "plain": plain(ours, "reference" if name == "combiner" else "torch", optional=True),
                     "theirs": Contender(_language_model(partial(_llama, **original), batch, length), shared=f"llama {length}"),
                 },
                 baseline="theirs",

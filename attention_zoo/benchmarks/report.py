@@ -256,6 +256,7 @@ def _models(rows: Sequence[Row], results: Mapping[str, Any]) -> list[str]:
     columns: dict[str, list[str]] = {"model": [r["group"] for r in rows], "setting": [r["setting"] for r in rows]}
     columns["ours, a second"] = [_pair(r, lambda d, r=r: rate(r, "ours", d), "{:,.0f}") for r in rows]
     columns["theirs"] = [_pair(r, lambda d, r=r: rate(r, "theirs", d), "{:,.0f}") for r in rows]
+    columns["plain code"] = [_pair(r, lambda d, r=r: rate(r, "plain", d), "{:,.0f}") for r in rows]
     columns["ours / theirs"] = [_pair(r, lambda d, r=r: _inverse(ratio(r, d))) for r in rows]
     columns["of the roofline"] = [_pair(r, lambda d, r=r: roofline_share(r, d), "{:.0%}") for r in rows]
     columns["memory of theirs"] = [_number(memory_ratio(r)) for r in rows]
