@@ -279,8 +279,8 @@ class CoreContextAttention(AttentionModule):
             count: real tokens among the new ones, (B,) with padding.
         """
         p, new, seen = self.group_size, q.shape[2], layer.tokens_seen + q.shape[2]
-        k, v = layer.join_raw(k, v)
-        key_start = start + new - k.shape[2]
+        key_start = layer.raw_position(start)
+        k, v = layer.join_raw(k, v, start - key_start)
         group = start // p  # the one that is completed next; then how many are, at most where samples differ
         num_groups = (start + new) // p - group if isinstance(group, int) else -(-new // p)
         settings = self._settings
@@ -296,8 +296,10 @@ class CoreContextAttention(AttentionModule):
             released = max(0, (stop - self.window_size) // p) * p - int(key_start)
         else:  # as many tokens as any sample may still need
             length, released = min(seen, self.window_size + p - 1), 0
-            k, v = (_take(t, stop - length - key_start, length) for t in (k, v))
-        layer.keep(k, v, core_k, core_v, stop, seen, released)
+            if k.shape[2] > length + layer.room_for(k):
+                k, v = (_take(t, stop - length - key_start, length) for t in (k, v))
+                key_start = stop - length
+        layer.keep(k, v, core_k, core_v, stop, seen, released, key_start)
         return out
 
     def _rotary_tables(self, start: int | Tensor, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -318,20 +320,24 @@ class CoreContextCacheLayer(StateCacheLayer):
     A core token is pooled when its last token arrives, whose query is at hand then, and is seen once it lies a window back; until
     then the raw tokens of its group are kept too. Nothing of tokens further back is kept.
 
-    Without padding both parts are as long as needed. With padding samples differ: each sample's core tokens stand at the front of
-    `core_keys` and its raw tokens at the end of `keys`; what else is there is seen by no query.
+    Without padding both parts are as long as needed. With padding samples differ: each sample's tokens stand at the front of
+    `core_keys` and of `keys`; what is behind them is seen by no query.
 
-    While decoding the tensors are parts of buffers with room for 64 tokens more, to which new ones are appended in place.
+    While decoding the tensors are parts of buffers with room for 64 tokens more, to which new ones are appended in place. With
+    padding `keys` is cut back only when that room is used up, since each sample's tokens have to be moved for it.
 
     Attributes:
         core_keys, core_values: (B, H or G, floor(N / p), d).
         keys, values: (B, G, at most w + p - 1, d).
         real_tokens: (B,) int64, tokens of each sample that were no padding; None while there was no padding.
+        raw_start: (B,) int64, position of each sample's first raw token, not counting padding; negative where there are fewer
+            than `keys` has room for. None while there was no padding.
     """
 
     core_keys: Tensor | None = None
     core_values: Tensor | None = None
     real_tokens: Tensor | None = None
+    raw_start: Tensor | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -359,9 +365,21 @@ class CoreContextCacheLayer(StateCacheLayer):
         )
         return counts
 
-    def join_raw(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The raw tokens that are kept, followed by the new ones."""
-        return self._append("keys", k), self._append("values", v)
+    def raw_position(self, start: int | Tensor) -> int | Tensor:
+        """Position of the first raw token that is kept; `start`: that of the first new one."""
+        if isinstance(start, Tensor) and self.raw_start is not None:
+            return self.raw_start.to(start.device)
+        return start if self.keys is None else start - self.keys.shape[2]
+
+    def join_raw(self, k: Tensor, v: Tensor, first: int | Tensor) -> tuple[Tensor, Tensor]:
+        """The raw tokens that are kept, and the new ones: number `first`, `first` + 1, ... of them."""
+        total = k.shape[2] + (0 if self.keys is None else self.keys.shape[2])
+        return self._append("keys", k, first, total), self._append("values", v, first, total)
+
+    def room_for(self, keys: Tensor) -> int:
+        """Tokens that may be kept beyond what is needed: those keys stand in a buffer that has them anyway."""
+        room = self._rooms.get("keys")
+        return _ROOM if room is not None and room.tokens is keys else 0
 
     def join_core(self, new: tuple[Tensor, Tensor], first: int | Tensor, total: int) -> tuple[Tensor, Tensor]:
         """The core tokens that are kept, and the new ones: those of the groups `first`, `first` + 1, ...; `total` at most."""
@@ -371,9 +389,17 @@ class CoreContextCacheLayer(StateCacheLayer):
         return core_k, core_v
 
     def keep(
-        self, k: Tensor, v: Tensor, core_k: Tensor, core_v: Tensor, real_tokens: int | Tensor, tokens_seen: int, released: int
+        self,
+        k: Tensor,
+        v: Tensor,
+        core_k: Tensor,
+        core_v: Tensor,
+        real_tokens: int | Tensor,
+        tokens_seen: int,
+        released: int,
+        raw_start: int | Tensor,
     ) -> None:
-        """Replace everything that is kept; of k and v without the `released` tokens in front."""
+        """Replace everything that is kept; of k and v, which begin at the position `raw_start`, without `released` in front."""
         for name, tensor in (("keys", k), ("values", v), ("core_keys", core_k), ("core_values", core_v)):
             room = self._rooms.get(name)
             inside = room is not None and room.tokens is tensor
@@ -385,10 +411,13 @@ class CoreContextCacheLayer(StateCacheLayer):
             else:
                 self._rooms.pop(name, None)
             setattr(self, name, tensor)
-        self.real_tokens = real_tokens if isinstance(real_tokens, Tensor) else None
+        self.real_tokens = self.raw_start = None
+        if isinstance(real_tokens, Tensor):
+            self.real_tokens = real_tokens
+            self.raw_start = raw_start if isinstance(raw_start, Tensor) else torch.full_like(real_tokens, raw_start)
         self.tokens_seen = tokens_seen
 
-    def _append(self, name: str, new: Tensor, first: int | Tensor | None = None, total: int | None = None) -> Tensor:
+    def _append(self, name: str, new: Tensor, first: int | Tensor, total: int) -> Tensor:
         """What is kept under `name`, and the new tokens: behind it, or where samples differ from each one's place `first` on.
 
         Then `total` tokens are returned, and what is behind a sample's new ones is of no matter. While decoding without gradients
@@ -428,13 +457,13 @@ class _Room:
         fits = fits and buffer.is_inference() == torch.is_inference_mode_enabled()  # else it cannot be written to
         return fits and self._end + new.shape[2] <= buffer.shape[2]
 
-    def append(self, new: Tensor, first: int | Tensor | None, total: int | None) -> Tensor:
+    def append(self, new: Tensor, first: int | Tensor, total: int) -> Tensor:
         """As the layer's `_append`."""
         begin, end = self._begin, self._end
         if isinstance(first, Tensor):
             index = (begin + first.unsqueeze(-1) + torch.arange(new.shape[2], device=first.device))[:, None, :, None]
             self._buffer.scatter_(2, index.expand_as(new), new)
-            length = end - begin if total is None else max(end - begin, total)
+            length = max(end - begin, total)
         else:
             self._buffer[:, :, end : end + new.shape[2]] = new
             length = end - begin + new.shape[2]
@@ -453,12 +482,12 @@ class _Room:
 _ROOM = 64  # tokens
 
 
-def _join(kept: Tensor, new: Tensor, first: int | Tensor | None, total: int | None) -> Tensor:
+def _join(kept: Tensor, new: Tensor, first: int | Tensor, total: int) -> Tensor:
     """As `CoreContextCacheLayer._append`, in a new tensor."""
     joined = torch.cat([kept, new], 2)
     if not isinstance(first, Tensor):
         return joined
-    group = torch.arange(kept.shape[2] if total is None else total, device=first.device)
+    group = torch.arange(total, device=first.device)
     gap = (kept.shape[2] - first).unsqueeze(-1)  # between a sample's old and new ones
     index = torch.where(group < first.unsqueeze(-1), group, group + gap).clamp_max(joined.shape[2] - 1)
     return joined.take_along_dim(index[:, None, :, None], 2)

@@ -139,3 +139,17 @@ def test_a_change_of_dtype() -> None:
     single = copy.deepcopy(module).float()
     out = decode(single, x[:, 14:].float(), (1,) * 6, cache=cache)
     close(out.double(), module(x)[:, 14:], 1e-4)
+
+
+@torch.no_grad()
+def test_padded_tokens_are_moved_only_when_the_room_is_used_up() -> None:
+    module, x, mask, cache = build(4, 2), tokens(44, 3), padding(44, (44, 39, 30)), DynamicCache()
+    decode(module, x[:, :20], (20,), mask[:, :20], cache)
+    layer, places = cache.layers[0], []
+    assert layer.keys.shape[2] == 4 + 2 - 1
+    for i in range(20, 44):
+        out = module(x[:, i : i + 1], past_key_values=cache, attention_mask=mask[:, : i + 1])
+        close(out, module(x[:, : i + 1], attention_mask=mask[:, : i + 1])[:, -1:])
+        assert layer.keys.shape[2] <= 4 + 2 - 1 + 3
+        places.append(layer.keys.untyped_storage().data_ptr())
+    assert sum(a != b for a, b in itertools.pairwise(places)) <= 16
