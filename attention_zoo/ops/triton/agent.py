@@ -213,6 +213,17 @@ def _gradient_kernel(
         tl.store(sums + D + dv[None, :], df, mask=agent_v)
 
 
+@triton.jit
+def _add_samples_kernel(X, Out, SAMPLES, SIZE, BLOCK: tl.constexpr):
+    """(samples, size) -> (size,)."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for _ in range(SAMPLES):
+        acc += tl.load(X + place, mask=place < SIZE, other=0.0).to(tl.float32)
+        X += SIZE
+    tl.store(Out + place, acc.to(Out.dtype.element_ty), mask=place < SIZE)
+
+
 def _empty(batch: int, heads: int, length: int, channels: int, like: Tensor) -> Tensor:
     """(B, H, length, channels), laid out with heads next to channels as projections read them."""
     return like.new_empty((batch, length, heads, channels)).transpose(1, 2)
@@ -405,6 +416,10 @@ def _of_bias(dlogits: Tensor, bias: Tensor | None) -> Tensor:
     """The gradient of the bias, added up over what shares it."""
     if bias is None or not dlogits.numel():
         return dlogits if bias is None or dlogits.ndim == 1 else dlogits.new_zeros(bias.shape, dtype=bias.dtype)
+    if bias.shape[0] == 1 < dlogits.shape[0]:
+        samples, size = dlogits.shape[0], dlogits[0].numel()
+        dlogits, parts = dlogits.new_empty((1, *dlogits.shape[1:]), dtype=bias.dtype), dlogits
+        _add_samples_kernel[(triton.cdiv(size, 1024),)](parts, dlogits, samples, size, BLOCK=1024, num_warps=4)
     return dlogits.sum_to_size(bias.shape).to(bias.dtype)
 
 

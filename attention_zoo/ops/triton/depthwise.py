@@ -17,6 +17,9 @@ from attention_zoo.ops.triton._common import last_contiguous, tile
 
 __all__ = ["depthwise_conv2d_triton"]
 
+_PIXELS = 32  # of a patch that is convolved
+_PROGRAMS = 1024  # that the gradient of the weights is shared out to
+
 
 @triton.jit
 def _pixels(portion, H, W, TILES_X, BY: tl.constexpr, BX: tl.constexpr):
@@ -56,34 +59,36 @@ def _weight_gradient_kernel(
     X, Grad, Sums, sxb, sxy, sxx, sgb, sgy, sgx, H, W, C, TILES, TILES_X, TILES_C, PATCHES, SHARE,
     K: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """What `SHARE` patches add to the gradients of weights and bias: (K K + 1, C) of this share. The taps after each other find the
-    patches in the cache."""
+    """What `SHARE` patches add to the gradients of weights and bias: (K K + 1, C) of this share."""
     pid = tl.program_id(0)
     share, portion_c = pid // TILES_C, pid % TILES_C
     c = portion_c * BC + tl.arange(0, BC)
+    sums = (tl.zeros([BY * BX, BC], tl.float32),) * (K * K)
+    total = tl.zeros([BY * BX, BC], tl.float32)
+    for patch in range(share * SHARE, tl.minimum(share * SHARE + SHARE, PATCHES)):
+        b = (patch // TILES).to(tl.int64)
+        y, x, there = _pixels(patch % TILES, H, W, TILES_X, BY, BX)
+        at = Grad + b * sgb + y[:, None].to(tl.int64) * sgy + x[:, None] * sgx + c[None, :]
+        grad = tl.load(at, mask=there[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+        total += grad
+        longer = ()
+        for tap in tl.static_range(K * K):
+            ty, tx = y + (tap // K - K // 2), x + (tap % K - K // 2)
+            inside = there & (ty >= 0) & (ty < H) & (tx >= 0) & (tx < W)
+            at = X + b * sxb + ty[:, None].to(tl.int64) * sxy + tx[:, None] * sxx + c[None, :]
+            near = tl.load(at, mask=inside[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+            longer = longer + (sums[tap] + grad * near,)  # type: ignore[assignment]
+        sums = longer
     Sums += share.to(tl.int64) * (K * K + 1) * C
-    for tap in range(K * K + 1):
-        off_y, off_x = tap // K - K // 2, tap % K - K // 2
-        acc = tl.zeros([BY * BX, BC], tl.float32)
-        for patch in range(share * SHARE, tl.minimum(share * SHARE + SHARE, PATCHES)):
-            b = (patch // TILES).to(tl.int64)
-            y, x, there = _pixels(patch % TILES, H, W, TILES_X, BY, BX)
-            at = Grad + b * sgb + y[:, None].to(tl.int64) * sgy + x[:, None] * sgx + c[None, :]
-            grad = tl.load(at, mask=there[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
-            if tap == K * K:
-                acc += grad
-            else:
-                ty, tx = y + off_y, x + off_x
-                inside = there & (ty >= 0) & (ty < H) & (tx >= 0) & (tx < W)
-                at = X + b * sxb + ty[:, None].to(tl.int64) * sxy + tx[:, None] * sxx + c[None, :]
-                acc += grad * tl.load(at, mask=inside[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
-        tl.store(Sums + tap * C + c, tl.sum(acc, 0), mask=c < C)
+    for tap in tl.static_range(K * K):
+        tl.store(Sums + tap * C + c, tl.sum(sums[tap], 0), mask=c < C)
+    tl.store(Sums + K * K * C + c, tl.sum(total, 0), mask=c < C)
 
 
-def _patch(height: int, width: int) -> tuple[int, int]:
-    """Sides of the patches: 64 pixels, less tall for maps of few rows."""
-    by = min(8, int(triton.next_power_of_2(height)))
-    return by, max(4, 64 // by)
+def _patch(height: int, pixels: int) -> tuple[int, int]:
+    """Sides of patches of so many pixels, a power of two: as square as can be, less tall for maps of few rows."""
+    by = min(1 << (pixels.bit_length() - 1) // 2, int(triton.next_power_of_2(height)))
+    return by, pixels // by
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> Tensor:
@@ -92,7 +97,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> T
     out = x.new_empty(x.shape)
     if not out.numel():
         return out
-    (by, bx), bc = _patch(height, width), tile(channels)
+    (by, bx), bc = _patch(height, _PIXELS), tile(channels)
     tiles_x = triton.cdiv(width, bx)
     tiles, tiles_c = triton.cdiv(height, by) * tiles_x, triton.cdiv(channels, bc)
     _convolution_kernel[(batch * tiles * tiles_c,)](
@@ -124,16 +129,17 @@ def _depthwise_backward(x: Tensor, weight: Tensor, grad: Tensor, wants_x: bool, 
     if not x.numel():
         return dx, x.new_zeros((taps, channels), dtype=torch.float32)
     x, grad = last_contiguous(x), last_contiguous(grad)
-    (by, bx), bc = _patch(height, width), tile(channels)
+    side = weight.shape[-1]
+    (by, bx), bc = _patch(height, 16 if side <= 3 else 8 if side <= 5 else 4), tile(channels)  # each tap has a sum of this size
     tiles_x = triton.cdiv(width, bx)
     tiles, tiles_c = triton.cdiv(height, by) * tiles_x, triton.cdiv(channels, bc)
     patches = batch * tiles
-    share = max(2, triton.cdiv(patches * tiles_c, 2048))
+    share = max(4, triton.cdiv(patches * tiles_c, _PROGRAMS))
     shares = triton.cdiv(patches, share)
     sums = x.new_empty((shares, taps, channels), dtype=torch.float32)
     _weight_gradient_kernel[(shares * tiles_c,)](
         x, grad, sums, *x.stride()[:3], *grad.stride()[:3], height, width, channels, tiles, tiles_x, tiles_c, patches, share,
-        K=weight.shape[-1], BY=by, BX=bx, BC=bc, num_warps=4,
+        K=side, BY=by, BX=bx, BC=bc, num_warps=4,
     )  # fmt: skip
     return dx, sums.sum(0)
 
