@@ -217,10 +217,20 @@ def _key_gradient_kernel(
     tl.store(at_v + n[:, None] * sdvn + dv[None, :], dv_sum.to(DV_.dtype.element_ty), mask=wanted_v)
 
 
+_REACH = 2**31  # elements between the first and the last token of a head: the kernels count them in 32 bits
+
+
 def _empty(like: Tensor, channels: int) -> Tensor:
-    """(B, H, N, channels), laid out with heads next to channels as projections read them."""
+    """(B, H, N, channels), laid out with heads next to channels as projections read them, unless tokens get out of reach."""
     batch, heads, length = like.shape[:3]
+    if length * heads * channels >= _REACH:
+        return like.new_empty((batch, heads, length, channels))
     return like.new_empty((batch, length, heads, channels)).transpose(1, 2)
+
+
+def _within_reach(x: Tensor) -> Tensor:
+    x = last_contiguous(x)
+    return x if x.shape[2] * x.stride(2) < _REACH else x.contiguous()
 
 
 def _tiles(q: Tensor, v: Tensor) -> dict[str, Any]:
@@ -247,7 +257,7 @@ def _core_context_forward(
     q: Tensor, k: Tensor, v: Tensor, core_k: Tensor, core_v: Tensor, query_starts: Tensor | None, key_starts: Tensor | None,
     window: int, group: int, query_start: int, key_start: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q, k, v, core_k, core_v = (last_contiguous(t) for t in (q, k, v, core_k, core_v))
+    q, k, v, core_k, core_v = (_within_reach(t) for t in (q, k, v, core_k, core_v))
     (batch, heads, queries, dim), dim_v = q.shape, v.shape[-1]
     out, lse = _empty(q, dim_v), q.new_empty((batch, heads, queries), dtype=torch.float32)
     if not out.numel():
@@ -279,7 +289,7 @@ def _core_context_backward(
     out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None,
     window: int, group: int, query_start: int, key_start: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v, core_k, core_v, grad = (last_contiguous(t) for t in (q, k, v, core_k, core_v, grad))
+    q, k, v, core_k, core_v, grad = (_within_reach(t) for t in (q, k, v, core_k, core_v, grad))
     (batch, heads, queries, dim), dim_v = q.shape, v.shape[-1]
     dq, delta = _empty(q, dim), torch.empty_like(lse)
     tiles, key_tiles = _gradient_tiles(q, v)
