@@ -21,7 +21,7 @@ POOLS = ("cca", "mean", "max")
 CORE_HEADS = ("query", "kv")
 
 _BLOCK = 256  # queries whose logits exist at the same time
-_MOST_MEMBERS = 128  # tokens of a group that a program of the pooling kernel holds
+_MOST_MEMBERS = 64  # tokens of a group that a program of the pooling kernel holds
 
 
 def pooling_weights(q: Tensor, k: Tensor, *, group_size: int, scale: float | None = None) -> Tensor:

@@ -184,7 +184,7 @@ def test_no_groups_give_no_core_tokens() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "match"),
-    [({"pool": "mean"}, "single reduction"), ({"group_size": 256}, "more than 128 tokens")],
+    [({"pool": "mean"}, "single reduction"), ({"group_size": 256}, "more than 64 tokens")],
     ids=["mean", "large"],
 )
 def test_what_the_pooling_kernel_refuses(changes: dict[str, Any], match: str) -> None:

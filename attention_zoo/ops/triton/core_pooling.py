@@ -111,20 +111,21 @@ def _backward_kernel(
     tl.store(at_v + token * sdvn + dv[None, None, :], dv_sum.to(DV_.dtype.element_ty), mask=there & (dv < DV))
 
 
-_FORWARD, _BACKWARD = (8192, 4), (4096, 4)  # numbers of k that a program has, and its warps
+_FORWARD, _BACKWARD = 8192, 4096  # numbers of k that a program has, if a group has not more
 
 
-def _launch(kernel: Any, tensors: tuple[Tensor, ...], size: int, mean: bool, scale: float, program: tuple[int, int]) -> None:
+def _launch(kernel: Any, tensors: tuple[Tensor, ...], size: int, mean: bool, scale: float, most: int) -> None:
     """Run a kernel on q, k, v, ..."""
     q, k, v = tensors[:3]
-    elements, warps = program
     (batch, kv_heads), (groups, dim), dim_v = k.shape[:2], q.shape[2:], v.shape[-1]
     members, channels, channels_v = triton.next_power_of_2(size), tile(dim, 256), tile(dim_v, 256)
-    block = max(1, min(elements // (members * max(channels, channels_v)), triton.next_power_of_2(groups)))
+    whole = members * max(channels, channels_v)
+    block = max(1, min(most // whole, triton.next_power_of_2(groups)))
     strides = [s for t in tensors for s in t.stride()[:3]]
     kernel[(triton.cdiv(groups, block) * batch * kv_heads,)](
         *tensors, scale * LOG2E, *strides, batch, kv_heads, groups, size, dim, dim_v,
-        SHARE=q.shape[1] // kv_heads, MEAN=mean, BG=block, BP=members, BD=channels, BDV=channels_v, num_warps=warps,
+        SHARE=q.shape[1] // kv_heads, MEAN=mean, BG=block, BP=members, BD=channels, BDV=channels_v,
+        num_warps=min(16, max(4, whole // 1024)),
     )  # fmt: skip
 
 
