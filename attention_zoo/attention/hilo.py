@@ -37,7 +37,7 @@ __all__ = ["HiLoAttention"]
 PAD_MODES = ("zero", "mask")
 OUTPUT_PROJECTIONS = ("split", "full")
 _TOKENS_AT_ONCE = 4096  # on a CPU, of all samples together
-_FUSED = ("h_qkv", "l_q", "h_proj", "l_proj", "proj")  # layers whose weights the kernels' path joins
+_LAYERS = ("h_qkv", "l_q", "l_kv", "h_proj", "l_proj", "proj")
 
 
 @register_attention(
@@ -49,7 +49,7 @@ _FUSED = ("h_qkv", "l_q", "h_proj", "l_proj", "proj")  # layers whose weights th
     patterns={"noncausal_self"},
     spatial=True,
     cost="O(N s^2 (1 - alpha) C + (N / s)^2 alpha C)",
-    engines=("flash", "torch", "xformers", "flex"),
+    engines=("triton", "flash", "torch", "xformers", "flex"),
 )
 class HiLoAttention(AttentionModule):
     """HiLo attention: high-frequency heads attend inside small windows, low-frequency heads to the means of all windows.
@@ -256,7 +256,7 @@ class HiLoAttention(AttentionModule):
         if type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         quiet = not (self.training and self.attn_drop) and not torch.is_autocast_enabled("cpu") and not ops.is_observed()
-        return quiet and _is_bare(self.h_proj) and _is_bare(self.l_proj)
+        return quiet and self._is_bare()
 
     def _attend_in_parts(self, x: Tensor, height: int, width: int) -> Tensor:
         """A few samples at a time, both projections written where they belong.
@@ -276,9 +276,14 @@ class HiLoAttention(AttentionModule):
         """Whether our kernels take both branches at once: where they serve, nothing is to be dropped, and nobody looks on."""
         if not (self.h_heads and self.l_heads and isinstance(self.q_norm, nn.Identity)) or ops.is_observed():
             return False
-        if not all(_is_bare(getattr(self, name)) for name in _FUSED if hasattr(self, name)):
+        if not self._is_bare():
             return False
         return takes_kernel(x, self.window_size, self.head_dim, self.attn_drop if self.training else 0.0)
+
+    def _is_bare(self) -> bool:
+        """Whether the layers are their weights and biases: none is adapted or quantised, and nobody waits for its own forward."""
+        layers = [getattr(self, name) for name in _LAYERS if hasattr(self, name)]
+        return all(type(layer) is nn.Linear and not _has_hooks(layer) for layer in layers)
 
     def _attend_fused(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """The same with one matrix product for all that is projected from the tokens, and one for the outputs of both branches."""
@@ -349,10 +354,8 @@ def _join(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return None if first is None or second is None else torch.cat([first, second])
 
 
-def _is_bare(layer: nn.Module) -> bool:
-    """Whether a layer is its weight and bias: not adapted or quantised, and nobody waits for its own forward."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return type(layer) is nn.Linear and not hooks
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def _to_windows(image: Tensor, size: int) -> Tensor:
