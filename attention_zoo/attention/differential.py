@@ -180,9 +180,9 @@ class DifferentialAttention(AttentionModule):
         groups = self.num_noise_heads
         if attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[1] > 1:
             q, groups = self._one_noise_map_each(q), self.num_heads  # a mask for each signal head, which both its maps see
-        maps = self._attend_to_pairs if self.style == "v1" else self._attend_to_shared
-        signal, noise = maps(q, k, v, groups, attention_mask, position_embeddings, past_key_values)
-        return self.proj_drop(self.o_proj(merge_heads(self._subtract(signal, noise, x, groups))))
+        of_style = self._attend_to_pairs if self.style == "v1" else self._attend_to_shared
+        heads = of_style(q, k, v, groups, self._lambda(x), attention_mask, position_embeddings, past_key_values)
+        return self.proj_drop(self.o_proj(merge_heads(heads)))
 
     def _attend_to_pairs(
         self,
@@ -190,11 +190,12 @@ class DifferentialAttention(AttentionModule):
         k: Tensor,
         v: Tensor,
         groups: int,
+        factor: Tensor,
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor] | None,
         past_key_values: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """Style "v1": q (B, heads, N, d), k and v (B, M, H_kv * 2d) -> signal (B, S, N, 2d) and noise (B, groups, N, 2d).
+    ) -> Tensor:
+        """Style "v1": q (B, heads, N, d), k and v (B, M, H_kv * 2d) -> differences (B, S, N, 2d).
 
         The noise maps are computed once for each group. The cache holds H_kv heads of width 2d: [k_1, k_2], and v.
         """
@@ -209,13 +210,18 @@ class DifferentialAttention(AttentionModule):
             keys = joint[..., : self.head_dim], joint[..., self.head_dim :]
         mask, is_causal = resolve_visibility(self, attention_mask, static, q.shape[2], v.shape[2])
         dropout = self.attn_drop if self.training else 0.0
-        signal, noise = (
-            ops.attention(one, key, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout)
-            for one, key in zip(queries, keys, strict=True)
+        return ops.differential_attention(
+            queries[0],
+            keys[0],
+            v,
+            factor,
+            noise_q=queries[1],
+            noise_k=keys[1],
+            attn_mask=mask,
+            is_causal=is_causal,
+            dropout_p=dropout,
+            **self._norm(),
         )
-        assert isinstance(signal, Tensor)  # no log-normaliser was asked for
-        assert isinstance(noise, Tensor)
-        return signal, noise
 
     def _attend_to_shared(
         self,
@@ -223,11 +229,12 @@ class DifferentialAttention(AttentionModule):
         k: Tensor,
         v: Tensor,
         groups: int,
+        factor: Tensor,
         attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor] | None,
         past_key_values: Any,
-    ) -> tuple[Tensor, None]:
-        """Style "v2": q (B, heads, N, d), k and v (B, M, H_kv * d) -> signal and noise heads as they stand in q, and None."""
+    ) -> Tensor:
+        """Style "v2", all maps in one call: q (B, heads, N, d), k and v (B, M, H_kv * d) -> differences (B, S, N, d)."""
         if attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[1] > 1:
             attention_mask = attention_mask.repeat_interleave(2, dim=1)
         out = attend(
@@ -239,19 +246,11 @@ class DifferentialAttention(AttentionModule):
             position_embeddings=position_embeddings,
             past_key_values=past_key_values,
         )
-        return out, None
+        return ops.subtract_noise(out, None, factor, groups=groups, **self._norm())
 
-    def _subtract(self, signal: Tensor, noise: Tensor | None, x: Tensor, groups: int) -> Tensor:
-        """signal (B, S, N, D_v) - lambda noise (B, groups, N, D_v), normalised; without `noise` it stands in `signal`."""
-        factor = self._lambda(x)
-        if not self.sub_norm:
-            return ops.subtract_noise(signal, noise, factor, groups=groups)
-        gain = 1.0 - self.lambda_init
-        if isinstance(self.subln, RMSNorm):
-            return ops.subtract_noise(signal, noise, factor, groups=groups, weight=self.subln.weight, eps=self.subln.eps, gain=gain)
-        work = torch.promote_types(signal.dtype, torch.float32)  # something stands around the norm, an adapter's wrapper
-        out = ops.subtract_noise(signal.to(work), None if noise is None else noise.to(work), factor, groups=groups)
-        return (self.subln(out) * gain).to(signal.dtype)
+    def _norm(self) -> dict[str, Any]:
+        """The sub-norm and its factor, as the operations take them."""
+        return {"weight": self.subln.weight, "eps": self.subln.eps, "gain": 1.0 - self.lambda_init} if self.sub_norm else {}
 
     def _lambda(self, x: Tensor) -> Tensor:
         """lambda in float32: a scalar, or one number for each token of x and signal head (B, N, S)."""

@@ -5,7 +5,7 @@ from attention_zoo.ops._tap import is_observed, observe
 from attention_zoo.ops.agent import agent_attention, grid_bias, pool_tokens, resize_grid
 from attention_zoo.ops.attention import attention, attention_weights, merge_attention
 from attention_zoo.ops.depthwise import depthwise_conv2d
-from attention_zoo.ops.differential import subtract_noise
+from attention_zoo.ops.differential import differential_attention, subtract_noise
 from attention_zoo.ops.dispatch import BACKENDS, BackendError, backends, explain, use_backend
 from attention_zoo.ops.halo import halo_attention
 from attention_zoo.ops.head_map import attention_by_head_map
@@ -23,6 +23,7 @@ __all__ = [
     "attention_weights",
     "backends",
     "depthwise_conv2d",
+    "differential_attention",
     "explain",
     "grid_bias",
     "halo_attention",

@@ -6,13 +6,99 @@ specification of the kernels of `triton/differential.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from attention_zoo.ops._kernels import use_kernel
+from attention_zoo.ops._tap import is_observed
+from attention_zoo.ops.attention import attention
+from attention_zoo.ops.dispatch import follow_autocast, wanted_backend
 
-__all__ = ["subtract_noise"]
+__all__ = ["differential_attention", "subtract_noise"]
+
+
+_WIDEST = 128  # channels of values up to which the libraries' backward is at its best
+_SHORTEST = 0  # keys from which two calls of a library and the kernel of their difference are faster than one pass
+
+
+def differential_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    factor: Tensor,
+    *,
+    noise_q: Tensor,
+    noise_k: Tensor | None = None,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    gain: float = 1.0,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of signal heads minus lambda times that of noise heads, over the same values, normalised:
+
+        out = subtract_noise(softmax(scale * q k^T + mask) v, softmax(scale * noise_q noise_k^T + mask) v, factor, ...)
+
+    Grouped heads: signal head s reads key/value head s // (S / H_kv), and so does its group's noise head, s // (S / M).
+
+    Args:
+        q: (B, S, N_q, D), of the signal heads.
+        k: (B, H_kv, N_k, D).
+        v: (B, H_kv, N_k, D_v), of both.
+        factor, weight, eps, gain: lambda and the norm, as for `subtract_noise`.
+        noise_q: (B, M, N_q, D), S a multiple of M and M of H_kv.
+        noise_k: (B, H_kv, N_k, D); None: k.
+        attn_mask, is_causal, scale, dropout_p: of both attentions, as for `attention`.
+        backend: "triton" for our kernel of both maps in one pass; "auto" takes it on CUDA where it is faster than two attentions
+            and the kernel of their difference; any other is the backend of the attentions, with the plain difference.
+
+    Returns: (B, S, N_q, D_v) in the dtype of q.
+
+    Raises:
+        ValueError: tensors that do not fit together.
+        BackendError: the named backend cannot serve the call.
+    """
+    q, k, v = follow_autocast(q, k, v)
+    noise_q, noise_k, _ = follow_autocast(noise_q, k if noise_k is None else noise_k, v)
+    _check_inputs(q, k, v, noise_q, noise_k)
+    name = wanted_backend(backend)
+    if name == "triton" or (name == "auto" and q.is_cuda and _is_faster_in_one_pass(q, v)):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        missing = _missing(q, noise_q, attn_mask, scale)
+        if use_kernel(name, (q, k, v, noise_q, noise_k), dropout_p=dropout_p, missing=missing):
+            from attention_zoo.ops.triton.differential import differential_attention_triton
+
+            signal_shape, noise_shape = ((*t.shape[:3], v.shape[3]) for t in (q, noise_q))
+            _check_outputs(signal_shape, noise_shape, factor, None, weight, eps)
+            return differential_attention_triton(
+                q, noise_q, k, noise_k, v, _per_head(factor), weight, is_causal=is_causal, scale=scale, gain=gain, eps=eps
+            )
+    signal, noise = (
+        _attend(one, key, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p, backend=backend)
+        for one, key in ((q, k), (noise_q, noise_k))
+    )
+    return subtract_noise(signal, noise, factor, weight=weight, eps=eps, gain=gain, backend=backend)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float, backend: str, **call: Any) -> Tensor:
+    """One map. With gradients values of more than 128 channels go in halves: no library's backward is good at them whole."""
+    channels = v.shape[-1]
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    halves = q.is_cuda and q.element_size() == 2 and training and channels > _WIDEST and channels == 2 * q.shape[-1]
+    # the halves would drop different weights, and who looks on would see two maps
+    parts = v.chunk(2, -1) if halves and dropout_p == 0.0 and not is_observed() else (v,)
+    outputs = []
+    for part in parts:
+        out = attention(q, k, part, dropout_p=dropout_p, backend=backend, **call)
+        assert isinstance(out, Tensor)  # no log-normaliser was asked for
+        outputs.append(out)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
 def subtract_noise(
@@ -48,12 +134,11 @@ def subtract_noise(
         ValueError: tensors that do not fit together.
         BackendError: backend="triton" cannot serve the call.
     """
-    groups = _check_outputs(signal, noise, factor, groups, weight, eps)
+    groups = _check_outputs(signal.shape, None if noise is None else noise.shape, factor, groups, weight, eps)
     if use_kernel(backend, (signal, signal if noise is None else noise)):
         from attention_zoo.ops.triton.differential import subtract_noise_triton
 
-        factors = factor.transpose(1, 2) if factor.ndim else factor
-        return subtract_noise_triton(signal, noise, factors, weight, groups=groups, gain=gain, eps=eps)
+        return subtract_noise_triton(signal, noise, _per_head(factor), weight, groups=groups, gain=gain, eps=eps)
     if noise is None:
         grouped = signal.unflatten(1, (groups, -1))
         signal, noise = grouped[:, :, :-1].flatten(1, 2), grouped[:, :, -1]
@@ -67,28 +152,64 @@ def subtract_noise(
     return out.flatten(1, 2).to(signal.dtype)
 
 
+def _per_head(factor: Tensor) -> Tensor:
+    """As the kernels take it: a scalar, or (B, S, N)."""
+    return factor.transpose(1, 2) if factor.ndim else factor
+
+
+def _is_faster_in_one_pass(q: Tensor, v: Tensor) -> bool:
+    return v.shape[2] < _SHORTEST and v.shape[3] <= _WIDEST and q.element_size() == 2
+
+
+def _missing(q: Tensor, noise_q: Tensor, attn_mask: Tensor | None, scale: float) -> str | None:
+    """What a call asks for that the kernel of both maps does not have."""
+    if q.shape[1] != noise_q.shape[1]:
+        return f"it needs a noise head for each signal head; {q.shape[1]} share {noise_q.shape[1]}"
+    if attn_mask is not None:
+        return "it has no mask"
+    if scale <= 0:
+        return f"it needs a positive scale; got {scale}"
+    return "it forms no maps for those who look on" if is_observed() else None
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor, noise_q: Tensor, noise_k: Tensor) -> None:
+    """Raise ValueError unless queries, keys and values of `differential_attention` fit together."""
+    shapes = [tuple(t.shape) for t in (q, k, v, noise_q, noise_k)]
+    fits = all(len(shape) == 4 for shape in shapes) and min(noise_q.shape[1], k.shape[1]) > 0
+    fits = fits and k.shape == noise_k.shape and k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0]
+    fits = fits and q.shape[::2] == noise_q.shape[::2] and q.shape[3] == noise_q.shape[3] == k.shape[3]
+    if not fits or q.shape[1] % noise_q.shape[1] or noise_q.shape[1] % k.shape[1]:
+        raise ValueError(
+            "q (B, S, N_q, D), k (B, H_kv, N_k, D), v (B, H_kv, N_k, D_v), noise_q (B, M, N_q, D), noise_k as k, with S a multiple "
+            f"of M and M of H_kv; got {', '.join(map(str, shapes))}"
+        )
+
+
 def _check_outputs(
-    signal: Tensor, noise: Tensor | None, factor: Tensor, groups: int | None, weight: Tensor | None, eps: float | None
+    signal: tuple[int, ...],
+    noise: tuple[int, ...] | None,
+    factor: Tensor,
+    groups: int | None,
+    weight: Tensor | None,
+    eps: float | None,
 ) -> int:
-    """The number of groups. Raises ValueError unless the call of `subtract_noise` makes sense."""
-    if signal.ndim != 4 or (noise is not None and noise.ndim != 4):
-        raise ValueError(f"signal and noise are (B, H, N, D_v); got {_shape(signal)} and {_shape(noise)}")
+    """The number of groups, from the shapes of the outputs. Raises ValueError unless the call of `subtract_noise` makes sense."""
+    if len(signal) != 4 or (noise is not None and len(noise) != 4):
+        raise ValueError(f"signal and noise are (B, H, N, D_v); got {signal} and {noise}")
     if noise is None and groups is None:
         raise ValueError("groups must say how many noise heads there are, since they stand in signal")
-    count = noise.shape[1] if noise is not None else groups or 0
-    per_group, rest = divmod(signal.shape[1], count) if count > 0 else (0, 1)
-    heads = signal.shape[1] - (count if noise is None else 0)
+    count = noise[1] if noise is not None else groups or 0
+    per_group, rest = divmod(signal[1], count) if count > 0 else (0, 1)
+    batch, heads, tokens, channels = signal
+    heads -= count if noise is None else 0
     if rest or (per_group < 2 and noise is None) or groups not in (None, count):
-        raise ValueError(f"{signal.shape[1]} heads of signal do not make {groups or count} groups with one noise head each")
-    batch, _, tokens, channels = signal.shape
-    if noise is not None and noise.shape != (batch, count, tokens, channels):
-        raise ValueError(f"noise must be {(batch, count, tokens, channels)}, as signal is; got {_shape(noise)}")
+        raise ValueError(f"{signal[1]} heads of signal do not make {groups or count} groups with one noise head each")
+    if noise is not None and tuple(noise) != (batch, count, tokens, channels):
+        raise ValueError(f"noise must be {(batch, count, tokens, channels)}, as signal is; got {tuple(noise)}")
     if factor.ndim and factor.shape != (batch, tokens, heads):
-        raise ValueError(f"factor must be a scalar or {(batch, tokens, heads)}; got {_shape(factor)}")
+        raise ValueError(f"factor must be a scalar or {(batch, tokens, heads)}; got {tuple(factor.shape)}")
     if weight is not None and (weight.shape != (channels,) or eps is None):
-        raise ValueError(f"weight must be ({channels},), and is one of the norm, which needs eps; got {_shape(weight)}, eps={eps}")
+        raise ValueError(
+            f"weight must be ({channels},), and is one of the norm, which needs eps; got {tuple(weight.shape)}, eps={eps}"
+        )
     return count
-
-
-def _shape(x: Tensor | None) -> tuple[int, ...] | None:
-    return None if x is None else tuple(x.shape)

@@ -115,8 +115,17 @@ def _torch_is_fused(s: Signature) -> bool:
     if s.right and s.lengths != "equal" and not s.mapped:
         return False
     if s.grouped:
-        return s.half and not s.mapped and s.head_dim <= 256 and s.head_dim == s.value_dim and compute_capability(s.device) >= 80
+        if not s.half or s.mapped or s.head_dim > 256 or compute_capability(s.device) < 80:
+            return False
+        return s.head_dim == s.value_dim or _cudnn_takes_values(s)
     return True
+
+
+def _cudnn_takes_values(s: Signature) -> bool:
+    """Whether cuDNN serves shared heads with values of another width than the keys; nothing else of SDPA does. Tried on Hopper."""
+    aligned = s.head_dim % 8 == 0 and s.value_dim % 8 == 0 and s.value_dim <= 256
+    exact = torch.are_deterministic_algorithms_enabled()  # what cuDNN's backward is not
+    return compute_capability(s.device) == 90 and aligned and s.lengths != "one" and not exact
 
 
 @torch.compiler.assume_constant_result

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LARGE = 40 if DEVICE == "cuda" else 1  # times as many tokens where kernels are not run in Python
-FEW = settings(max_examples=4 if DEVICE == "cpu" else 25)
+FEW = settings(max_examples=3 if DEVICE == "cpu" else 12)
 
 
 @dataclass
@@ -65,6 +65,28 @@ def difference(
     )
 
 
+def both_maps(
+    batch: int = 1, kv_heads: int = 1, share: int = 2, queries: int = 7, keys: int = 9, dim: int = 8, value_dim: int = 16,
+    is_causal: bool = True, same_keys: bool = False, per_token: bool = False, norm: bool = True, weighted: bool = True,
+) -> Problem:  # fmt: skip
+    """As many noise heads as signal heads."""
+    heads = kv_heads * share
+    tensors = {
+        "q": torch.randn(batch, queries, heads, dim).transpose(1, 2),
+        "noise_q": torch.randn(batch, heads, queries, dim),
+        "k": torch.randn(batch, keys, kv_heads, dim).transpose(1, 2),
+        "v": torch.randn(batch, kv_heads, keys, value_dim),
+        "factor": torch.rand(batch, queries, heads) if per_token else torch.tensor(0.4),
+    }
+    if not same_keys:
+        tensors["noise_k"] = torch.randn(batch, kv_heads, keys, dim)
+    if norm and weighted:
+        tensors["weight"] = torch.rand(value_dim) + 0.5
+    # a large epsilon: where both maps see one key the difference is small, and its norm is as exact as the difference is
+    settings = {"is_causal": is_causal, "scale": 0.3, **({"eps": 1e-2, "gain": 0.8} if norm else {})}
+    return Problem(ops.differential_attention, tensors, settings)
+
+
 def compare(problem: Problem) -> None:
     want, got = problem.run("reference"), problem.run("triton")
     for name, right in want.items():
@@ -81,15 +103,44 @@ def test_subtract_noise(**sizes: Any) -> None:
     compare(difference(**sizes))
 
 
-MAKERS: dict[str, Callable[[], Problem]] = {
-    "difference": difference,
-    "difference-joint": lambda: difference(1, 1, 2, 70 * LARGE, 72, joint=True, per_token=False),
+@FEW
+@given(
+    batch=st.integers(1, 2), kv_heads=st.integers(1, 2), share=st.integers(1, 2), queries=st.sampled_from([1, 7, 33 * LARGE]),
+    keys=st.sampled_from([1, 20, 35 * LARGE]), dims=st.sampled_from([(8, 16), (16, 16), (24, 40), (40, 72)]),
+    is_causal=st.booleans(), same_keys=st.booleans(), per_token=st.booleans(), norm=st.booleans(), weighted=st.booleans(),
+)  # fmt: skip
+def test_differential_attention(dims: tuple[int, int], **sizes: Any) -> None:
+    compare(both_maps(dim=dims[0], value_dim=dims[1], **sizes))
+
+
+def test_grouped_noise_is_two_attentions() -> None:
+    """Equal to the formula, with each noise head repeated for the signal heads of its group."""
+    problem = both_maps(kv_heads=1, share=4)
+    q, k, v, factor = (problem.tensors[name] for name in ("q", "k", "v", "factor"))
+    noise_q = problem.tensors["noise_q"][:, :2]
+    out = ops.differential_attention(q, k, v, factor, noise_q=noise_q, is_causal=True)
+    repeated = ops.differential_attention(q, k, v, factor, noise_q=noise_q.repeat_interleave(2, 1), noise_k=k, is_causal=True)
+    torch.testing.assert_close(out, repeated)
+    with pytest.raises(ops.BackendError, match="noise head"):
+        ops.differential_attention(q, k, v, factor, noise_q=noise_q, backend="triton")
+
+
+SEVERAL: dict[str, Callable[[], Problem]] = {
+    "difference": lambda: difference(1, 1, 2, 70 * LARGE, 72, joint=True, per_token=False),
+    "maps": lambda: both_maps(queries=70 * LARGE, keys=75 * LARGE, share=1),
+    "maps-full": lambda: both_maps(queries=40 * LARGE, keys=50 * LARGE, dim=64, value_dim=128, is_causal=False, per_token=True),
 }
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
+@pytest.mark.parametrize("make", SEVERAL.values(), ids=list(SEVERAL))
 def test_several_tiles(make: Callable[[], Problem]) -> None:
     compare(make())
+
+
+MAKERS: dict[str, Callable[[], Problem]] = {
+    "difference": difference,
+    "maps": lambda: both_maps(queries=7 * LARGE, keys=9 * LARGE, dim=64 if DEVICE == "cuda" else 8),
+}
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
@@ -162,9 +213,12 @@ def test_cuda_graphs(make: Callable[[], Problem]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("per_token", [False, True])
-def test_empty_batches(per_token: bool) -> None:
-    problem = difference(0, per_token=per_token)
+@pytest.mark.parametrize(
+    "make",
+    [lambda: difference(0), lambda: difference(0, per_token=False), lambda: both_maps(0), lambda: both_maps(0, weighted=False)],
+)
+def test_empty_batches(make: Callable[[], Problem]) -> None:
+    problem = make()
     want, got = problem.run("reference"), problem.run("triton")
     assert all(got[name].shape == want[name].shape and not got[name].any() for name in want)
 
@@ -183,17 +237,53 @@ def test_empty_batches(per_token: bool) -> None:
     ],
     ids=str,
 )
-def test_what_does_not_fit(changes: dict[str, Any], match: str) -> None:
+def test_differences_that_do_not_fit(changes: dict[str, Any], match: str) -> None:
     problem = difference()
     new = {name: torch.zeros(value) if isinstance(value, tuple) else value for name, value in changes.items()}
     with pytest.raises(ValueError, match=match):
         problem.operation(**{**problem.tensors, **problem.settings, **new})
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"noise_k": (1, 1, 8, 8)},
+        {"noise_q": (1, 3, 7, 8)},
+        {"v": (1, 1, 8, 16)},
+        {"k": (1, 1, 9, 4)},
+        {"factor": (1, 7, 3)},
+        {"weight": (8,)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_maps_that_do_not_fit(changes: dict[str, tuple[int, ...]], backend: str) -> None:
+    problem = both_maps()
+    with pytest.raises(ValueError, match=r"q \(B|factor|weight"):
+        problem.operation(
+            **{**problem.tensors, **{n: torch.zeros(s) for n, s in changes.items()}}, **problem.settings, backend=backend
+        )
+
+
+@pytest.mark.parametrize("make", [difference, both_maps])
 @pytest.mark.parametrize(("dtype", "dim", "match"), [(torch.float64, 8, "float64"), (torch.float32, 320, "256")], ids=str)
-def test_what_the_kernel_refuses(dtype: torch.dtype, dim: int, match: str) -> None:
-    problem = difference(dim=dim)
+def test_what_the_kernels_refuse(make: Callable[..., Problem], dtype: torch.dtype, dim: int, match: str) -> None:
+    problem = make(dim=dim)
     tensors = {name: t.to(DEVICE, dtype) for name, t in problem.tensors.items()}
     with pytest.raises(ops.BackendError, match=match):
         problem.operation(**tensors, **problem.settings, backend="triton")
     problem.operation(**tensors, **problem.settings)  # "auto" goes another way
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [({"dropout_p": 0.5}, "dropout"), ({"attn_mask": torch.ones(7, 9, dtype=torch.bool)}, "mask"), ({"scale": -1.0}, "scale")],
+    ids=["dropout", "mask", "scale"],
+)
+def test_what_one_pass_refuses(changes: dict[str, Any], match: str) -> None:
+    problem = both_maps()
+    given = {**{name: t.to(DEVICE) for name, t in {**problem.tensors, **changes}.items() if isinstance(t, Tensor)}}
+    settings = {**problem.settings, **{n: c for n, c in changes.items() if not isinstance(c, Tensor)}}
+    with pytest.raises(ops.BackendError, match=match):
+        problem.operation(**given, **settings, backend="triton")
+    problem.operation(**given, **settings)

@@ -1,7 +1,11 @@
-"""The difference of differential attention's outputs, with its norm, as Triton kernels.
+"""Differential attention as Triton kernels: the difference of two attentions' outputs with its norm, and both maps in one pass.
 
-Each output is read once: a program has some tokens of one group of heads and holds the group's noise while it goes through its
-signal heads. The gradients of lambda and of the norm's weight are added up in two steps, without atomics.
+The difference (`_subtract_kernel` and its backward) reads each output once: a program has some tokens of one group of heads and
+holds the group's noise while it goes through its signal heads. Sums over all tokens are added up in two steps, without atomics.
+
+In one pass, where each signal head has a noise head of its own, a program reads the values once for both softmaxes. The gradients
+of the two outputs are one tensor but for a factor of each row, -lambda: the backward multiplies it by the values once for both,
+and the values' gradient comes from the difference of the weights. Queries and keys have a kernel each for their gradients.
 """
 
 from __future__ import annotations
@@ -13,9 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_zoo.ops.triton._common import last_contiguous
+from attention_zoo.ops.triton._common import LOG2E, conclude, last_contiguous, per_logit, precision, read_lse, tile
 
-__all__ = ["subtract_noise_triton"]
+__all__ = ["differential_attention_triton", "subtract_noise_triton"]
+
+_FORWARD, _BACKWARD = 4096, 2048  # numbers of each tensor that a program of the difference holds at a time
+_TOKENS = 64  # that a program of its backward goes through, adding up what is common to them
 
 
 # --- the difference ---------------------------------------------------------------------------------------------------------------
@@ -151,10 +158,10 @@ def _sizes(signal: Tensor, noise: Tensor, groups: int) -> tuple[int, int, int, i
     return batch, heads // groups - (noise.ndim == 1), tokens, channels
 
 
-def _rows(tokens: int, channels: int) -> dict[str, int]:
-    """Tokens and channels that a program of the difference holds at a time."""
+def _rows(tokens: int, channels: int, most: int) -> dict[str, int]:
+    """Tokens and channels that a program of the difference holds at a time, `most` numbers of each tensor."""
     wide = triton.next_power_of_2(channels)
-    return {"BM": min(triton.next_power_of_2(tokens), max(4096 // wide, 1)), "BDV": wide}
+    return {"BM": min(triton.next_power_of_2(tokens), max(most // wide, 1)), "BDV": wide}
 
 
 @torch.library.custom_op("attention_zoo::subtract_noise_forward", mutates_args=())
@@ -167,7 +174,7 @@ def _subtract_forward(
     out = new_heads(signal, groups * group, channels)
     if not out.numel():
         return out
-    tiles = _rows(tokens, channels)
+    tiles = _rows(tokens, channels, _FORWARD)
     strides, noise_strides = _place(signal, noise, groups)
     _subtract_kernel[(triton.cdiv(tokens, tiles["BM"]) * batch * groups,)](
         signal, _noise_of(signal, noise, groups), factor, factor if weight is None else weight, out, gain, eps,
@@ -212,8 +219,8 @@ def _launch_subtract_gradient(
     dfactor, dweight = _gradients_of_settings(factor, weight, (batch, groups * group, tokens))
     if not grad.numel():
         return dfactor.zero_(), dweight.zero_()
-    tiles = _rows(tokens, channels)
-    steps = max(1, min(64 // tiles["BM"], triton.cdiv(tokens, tiles["BM"])))
+    tiles = _rows(tokens, channels, _BACKWARD)
+    steps = max(1, min(_TOKENS // tiles["BM"], triton.cdiv(tokens, tiles["BM"])))
     programs = triton.cdiv(tokens, tiles["BM"] * steps) * batch * groups
     parts = [factor.new_empty(programs if not factor.ndim else 0, dtype=torch.float32),
              factor.new_empty((programs, channels) if weight is not None else (0,), dtype=torch.float32)]  # fmt: skip
@@ -273,3 +280,407 @@ def subtract_noise_triton(
     noise = signal.new_empty(0) if noise is None else noise
     norm = eps is not None
     return _subtract_forward(signal, noise, factor, weight if norm else None, groups, gain if norm else 1.0, eps or 0.0, norm)
+
+
+# --- both maps in one pass --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rows_of(X, n, c, sn, N, C, MASKED: tl.constexpr, WHOLE: tl.constexpr):
+    """Tile (n, c) of X; rows from N on are 0 if MASKED, channels from C on are 0 unless the tile is the WHOLE width."""
+    at = X + n[:, None] * sn + c[None, :]
+    if MASKED:
+        x = tl.load(at, mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
+    elif WHOLE:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=(c < C)[None, :], other=0.0)
+    return x
+
+
+@triton.jit
+def _absorb(x, scale, highest, total):
+    """As `absorb`, of logits that are yet to be multiplied by `scale`, a positive number: one instruction for each then."""
+    higher = tl.maximum(highest, tl.max(x, 1) * scale)
+    anchor = tl.where(higher == float("-inf"), 0.0, higher)
+    p = tl.exp2(x * scale - anchor[:, None])
+    fade = tl.exp2(highest - anchor)
+    return p, fade, higher, total * fade + tl.sum(p, 1)
+
+
+@triton.jit
+def _place_of(QUERIES, HEADS, SHARE, BM: tl.constexpr, CAUSAL: tl.constexpr):
+    """Of the program: its first query, its sample, head and key/value head; if CAUSAL the longest come first."""
+    portions = tl.cdiv(QUERIES, BM)
+    portion, bh = tl.program_id(0) % portions, tl.program_id(0) // portions
+    if CAUSAL:
+        samples = tl.num_programs(0) // portions
+        portion, bh = portions - 1 - tl.program_id(0) // samples, tl.program_id(0) % samples
+    return portion * BM, (bh // HEADS).to(tl.int64), bh % HEADS, bh % HEADS // SHARE
+
+
+@triton.jit
+def _span(start, QUERIES, KEYS, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Of the queries from `start` on: up to where tiles of keys are seen by all, where the keys end, and each query's last key."""
+    all_to, end = KEYS // BN * BN, KEYS
+    last = tl.zeros([BM], tl.int32) + (KEYS - 1)
+    if CAUSAL:
+        ahead = KEYS - QUERIES
+        all_to = tl.maximum(tl.minimum(start + 1 + ahead, KEYS), 0) // BN * BN
+        end = tl.maximum(tl.minimum(start + BM + ahead, KEYS), 0)
+        last = tl.minimum(start + tl.arange(0, BM) + ahead, KEYS - 1)
+    return all_to, end, last
+
+
+@triton.jit
+def _walk(
+    q1, q2, K1, K2, V, first, stop, last, sk1n, sk2n, svn, KEYS, D, DV, high1, total1, acc1, high2, total2, acc2, scale,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """Both softmaxes go on over the keys `first` to `stop`; if MASKED, a query sees those up to its `last`."""
+    d, dv = tl.arange(0, BD), tl.arange(0, BDV)
+    for start in range(first, stop, BN):
+        n = start + tl.arange(0, BN)
+        k = _rows_of(K1, n, d, sk1n, KEYS, D, MASKED, WHOLE)
+        x = tl.dot(q1, tl.trans(k), input_precision=PRECISION)
+        if MASKED:
+            seen = n[None, :] <= last[:, None]
+            x = tl.where(seen, x, float("-inf"))
+        p, fade, high1, total1 = _absorb(x, scale, high1, total1)
+        v = _rows_of(V, n, dv, svn, KEYS, DV, MASKED, WHOLE)
+        acc1 = tl.dot(p.to(v.dtype), v, acc1 * fade[:, None], input_precision=PRECISION)
+        k = _rows_of(K2, n, d, sk2n, KEYS, D, MASKED, WHOLE)
+        x = tl.dot(q2, tl.trans(k), input_precision=PRECISION)
+        if MASKED:
+            x = tl.where(seen, x, float("-inf"))
+        p, fade, high2, total2 = _absorb(x, scale, high2, total2)
+        acc2 = tl.dot(p.to(v.dtype), v, acc2 * fade[:, None], input_precision=PRECISION)
+    return high1, total1, acc1, high2, total2, acc2
+
+
+@triton.jit
+def _forward_kernel(
+    Q1, Q2, K1, K2, V, Factor, Weight, Out, Out1, Out2, Lse1, Lse2,
+    scale, gain, eps,
+    sq1b, sq1h, sq1n, sq2b, sq2h, sq2n, sk1b, sk1h, sk1n, sk2b, sk2h, sk2n, svb, svh, svn, sfb, sfh, sfn, sob, soh, son,
+    HEADS, SHARE, QUERIES, KEYS, D, DV,
+    CAUSAL: tl.constexpr, KEEP: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """The normalised difference, and, to KEEP for gradients, outputs and log-normalisers (of base 2) of each map."""
+    start, b, h, g = _place_of(QUERIES, HEADS, SHARE, BM, CAUSAL)
+    rows, d, dv = start + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BDV)
+    real = rows < QUERIES
+    q1 = _rows_of(Q1 + b * sq1b + h * sq1h, rows, d, sq1n, QUERIES, D, True, WHOLE)
+    q2 = _rows_of(Q2 + b * sq2b + h * sq2h, rows, d, sq2n, QUERIES, D, True, WHOLE)
+    K1 += b * sk1b + g * sk1h
+    K2 += b * sk2b + g * sk2h
+    V += b * svb + g * svh
+    all_to, end, last = _span(start, QUERIES, KEYS, CAUSAL, BM, BN)
+    high1, high2 = tl.full([BM], float("-inf"), tl.float32), tl.full([BM], float("-inf"), tl.float32)
+    total1, total2 = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+    acc1, acc2 = tl.zeros([BM, BDV], tl.float32), tl.zeros([BM, BDV], tl.float32)
+    high1, total1, acc1, high2, total2, acc2 = _walk(
+        q1, q2, K1, K2, V, 0, all_to, last, sk1n, sk2n, svn, KEYS, D, DV, high1, total1, acc1, high2, total2, acc2, scale,
+        False, WHOLE, PRECISION, BN, BD, BDV,
+    )  # fmt: skip
+    high1, total1, acc1, high2, total2, acc2 = _walk(
+        q1, q2, K1, K2, V, all_to, end, last, sk1n, sk2n, svn, KEYS, D, DV, high1, total1, acc1, high2, total2, acc2, scale,
+        True, WHOLE, PRECISION, BN, BD, BDV,
+    )  # fmt: skip
+    wanted = real[:, None] & (dv < DV)[None, :]
+    offset = b * sob + h * soh + rows[:, None] * son + dv[None, :]
+    place = (b * HEADS + h) * QUERIES + rows
+    x, lse1 = conclude(acc1, high1, total1)
+    noise, lse2 = conclude(acc2, high2, total2)
+    if KEEP:
+        tl.store(Out1 + offset, x.to(Out1.dtype.element_ty), mask=wanted)
+        tl.store(Out2 + offset, noise.to(Out2.dtype.element_ty), mask=wanted)
+        tl.store(Lse1 + place, lse1, mask=real)
+        tl.store(Lse2 + place, lse2, mask=real)
+    factor = tl.load(Factor + b * sfb + h * sfh + rows * sfn, mask=real, other=0.0).to(tl.float32)
+    x -= factor[:, None] * noise
+    if NORM:
+        x *= _inverse_rms(x, real, eps, DV)[:, None]
+        if WEIGHTED:
+            x *= tl.load(Weight + dv, mask=dv < DV, other=0.0).to(tl.float32)[None, :]
+        x *= gain
+    tl.store(Out + offset, x.to(Out.dtype.element_ty), mask=wanted)
+
+
+@triton.jit
+def _descend(
+    q1, q2, grad, K1, K2, V, first, stop, last, lse1, lse2, delta1, delta2, sk1n, sk2n, svn, KEYS, D, DV, acc1, acc2, scale,
+    MASKED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """Adds to the queries' gradients, those of the noise but for -lambda, what comes through the keys `first` to `stop`."""
+    d, dv = tl.arange(0, BD), tl.arange(0, BDV)
+    for start in range(first, stop, BN):
+        n = start + tl.arange(0, BN)
+        v = _rows_of(V, n, dv, svn, KEYS, DV, MASKED, WHOLE)
+        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        k = _rows_of(K1, n, d, sk1n, KEYS, D, MASKED, WHOLE)
+        p = tl.exp2(tl.dot(q1, tl.trans(k), input_precision=PRECISION) * scale - lse1[:, None])
+        if MASKED:
+            seen = n[None, :] <= last[:, None]
+            p = tl.where(seen, p, 0.0)
+        acc1 = tl.dot((p * (dp - delta1[:, None])).to(k.dtype), k, acc1, input_precision=PRECISION)
+        k = _rows_of(K2, n, d, sk2n, KEYS, D, MASKED, WHOLE)
+        p = tl.exp2(tl.dot(q2, tl.trans(k), input_precision=PRECISION) * scale - lse2[:, None])
+        if MASKED:
+            p = tl.where(seen, p, 0.0)
+        acc2 = tl.dot((p * (dp - delta2[:, None])).to(k.dtype), k, acc2, input_precision=PRECISION)
+    return acc1, acc2
+
+
+@triton.jit
+def _query_gradient_kernel(
+    Q1, Q2, K1, K2, V, Factor, Grad, Lse1, Lse2, Delta1, Delta2, DQ1, DQ2,
+    scale,
+    sq1b, sq1h, sq1n, sq2b, sq2h, sq2n, sk1b, sk1h, sk1n, sk2b, sk2h, sk2n, svb, svh, svn, sfb, sfh, sfn, sgb, sgh, sgn,
+    sd1b, sd1h, sd1n, sd2b, sd2h, sd2n,
+    HEADS, SHARE, QUERIES, KEYS, D, DV,
+    CAUSAL: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    start, b, h, g = _place_of(QUERIES, HEADS, SHARE, BM, CAUSAL)
+    rows, d, dv = start + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BDV)
+    real = rows < QUERIES
+    q1 = _rows_of(Q1 + b * sq1b + h * sq1h, rows, d, sq1n, QUERIES, D, True, WHOLE)
+    q2 = _rows_of(Q2 + b * sq2b + h * sq2h, rows, d, sq2n, QUERIES, D, True, WHOLE)
+    grad = _rows_of(Grad + b * sgb + h * sgh, rows, dv, sgn, QUERIES, DV, True, WHOLE)
+    place = (b * HEADS + h) * QUERIES + rows
+    lse1, delta1 = read_lse(Lse1, place, real), tl.load(Delta1 + place, mask=real, other=0.0)
+    lse2, delta2 = read_lse(Lse2, place, real), tl.load(Delta2 + place, mask=real, other=0.0)
+    K1 += b * sk1b + g * sk1h
+    K2 += b * sk2b + g * sk2h
+    V += b * svb + g * svh
+    all_to, end, last = _span(start, QUERIES, KEYS, CAUSAL, BM, BN)
+    acc1, acc2 = tl.zeros([BM, BD], tl.float32), tl.zeros([BM, BD], tl.float32)
+    acc1, acc2 = _descend(
+        q1, q2, grad, K1, K2, V, 0, all_to, last, lse1, lse2, delta1, delta2, sk1n, sk2n, svn, KEYS, D, DV, acc1, acc2, scale,
+        False, WHOLE, PRECISION, BN, BD, BDV,
+    )  # fmt: skip
+    acc1, acc2 = _descend(
+        q1, q2, grad, K1, K2, V, all_to, end, last, lse1, lse2, delta1, delta2, sk1n, sk2n, svn, KEYS, D, DV, acc1, acc2, scale,
+        True, WHOLE, PRECISION, BN, BD, BDV,
+    )  # fmt: skip
+    wanted = real[:, None] & (d < D)[None, :]
+    acc1 *= per_logit(scale)
+    factor = tl.load(Factor + b * sfb + h * sfh + rows * sfn, mask=real, other=0.0).to(tl.float32)
+    acc2 *= -per_logit(scale) * factor[:, None]
+    at1, at2 = DQ1 + b * sd1b + h * sd1h, DQ2 + b * sd2b + h * sd2h
+    tl.store(at1 + rows[:, None] * sd1n + d[None, :], acc1.to(DQ1.dtype.element_ty), mask=wanted)
+    tl.store(at2 + rows[:, None] * sd2n + d[None, :], acc2.to(DQ2.dtype.element_ty), mask=wanted)
+
+
+@triton.jit
+def _gather(
+    k1, k2, v, n, Q1, Q2, Grad, Factor, Lse1, Lse2, Delta1, Delta2, first, stop, ahead, sq1n, sq2n, sgn, sfn,
+    QUERIES, D, DV, dk1, dk2, dv_sum, scale,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """Adds to the gradients of some keys and values what comes from the queries `first` to `stop`; maps are (keys, queries)."""
+    d, dv = tl.arange(0, BD), tl.arange(0, BDV)
+    for start in range(first, stop, BM):
+        rows = start + tl.arange(0, BM)
+        real = rows < QUERIES
+        grad = _rows_of(Grad, rows, dv, sgn, QUERIES, DV, MASKED, WHOLE)
+        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        q = _rows_of(Q1, rows, d, sq1n, QUERIES, D, MASKED, WHOLE)
+        lse, delta = read_lse(Lse1, rows, real), tl.load(Delta1 + rows, mask=real, other=0.0)
+        p = tl.exp2(tl.dot(k1, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])
+        if MASKED and CAUSAL:
+            seen = n[:, None] <= (rows + ahead)[None, :]
+            p = tl.where(seen, p, 0.0)
+        dk1 = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk1, input_precision=PRECISION)
+        q = _rows_of(Q2, rows, d, sq2n, QUERIES, D, MASKED, WHOLE)
+        lse, delta = read_lse(Lse2, rows, real), tl.load(Delta2 + rows, mask=real, other=0.0)
+        factor = tl.load(Factor + rows * sfn, mask=real, other=0.0).to(tl.float32)
+        noise = tl.exp2(tl.dot(k2, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :]) * factor[None, :]
+        if MASKED and CAUSAL:
+            noise = tl.where(seen, noise, 0.0)
+        dk2 = tl.dot((noise * (delta[None, :] - dp)).to(q.dtype), q, dk2, input_precision=PRECISION)
+        dv_sum = tl.dot((p - noise).to(grad.dtype), grad, dv_sum, input_precision=PRECISION)
+    return dk1, dk2, dv_sum
+
+
+@triton.jit
+def _key_gradient_kernel(
+    Q1, Q2, K1, K2, V, Factor, Grad, Lse1, Lse2, Delta1, Delta2, DK1, DK2, DV_,
+    scale,
+    sq1b, sq1h, sq1n, sq2b, sq2h, sq2n, sk1b, sk1h, sk1n, sk2b, sk2h, sk2n, svb, svh, svn, sfb, sfh, sfn, sgb, sgh, sgn,
+    sd1b, sd1h, sd1n, sd2b, sd2h, sd2n, sdvb, sdvh, sdvn,
+    HEADS, SHARE, QUERIES, KEYS, D, DV,
+    CAUSAL: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """Of the earliest keys first, which most queries see."""
+    samples = tl.num_programs(0) // tl.cdiv(KEYS, BN)
+    portion, bg = tl.program_id(0) // samples, tl.program_id(0) % samples
+    kv_heads = HEADS // SHARE
+    b, g = (bg // kv_heads).to(tl.int64), bg % kv_heads
+    n, d, dv = portion * BN + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
+    k1 = _rows_of(K1 + b * sk1b + g * sk1h, n, d, sk1n, KEYS, D, True, WHOLE)
+    k2 = _rows_of(K2 + b * sk2b + g * sk2h, n, d, sk2n, KEYS, D, True, WHOLE)
+    v = _rows_of(V + b * svb + g * svh, n, dv, svn, KEYS, DV, True, WHOLE)
+    begin, all_from, ahead = 0, 0, KEYS - QUERIES
+    if CAUSAL:
+        begin = tl.minimum(tl.maximum(portion * BN - ahead, 0), QUERIES) // BM * BM
+        all_from = tl.minimum(tl.cdiv(tl.maximum(portion * BN + BN - 1 - ahead, 0), BM) * BM, QUERIES)
+    all_to = tl.maximum(QUERIES // BM * BM, all_from)
+    dk1, dk2 = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BD], tl.float32)
+    dv_sum = tl.zeros([BN, BDV], tl.float32)
+    for one in range(SHARE):
+        h = g * SHARE + one
+        q1, q2 = Q1 + b * sq1b + h * sq1h, Q2 + b * sq2b + h * sq2h
+        grad, factor = Grad + b * sgb + h * sgh, Factor + b * sfb + h * sfh
+        place = (b * HEADS + h) * QUERIES
+        lse1, lse2, delta1, delta2 = Lse1 + place, Lse2 + place, Delta1 + place, Delta2 + place
+        if CAUSAL:
+            dk1, dk2, dv_sum = _gather(
+                k1, k2, v, n, q1, q2, grad, factor, lse1, lse2, delta1, delta2, begin, all_from, ahead, sq1n, sq2n, sgn, sfn,
+                QUERIES, D, DV, dk1, dk2, dv_sum, scale, CAUSAL, True, WHOLE, PRECISION, BM, BD, BDV,
+            )  # fmt: skip
+        dk1, dk2, dv_sum = _gather(
+            k1, k2, v, n, q1, q2, grad, factor, lse1, lse2, delta1, delta2, all_from, all_to, ahead, sq1n, sq2n, sgn, sfn,
+            QUERIES, D, DV, dk1, dk2, dv_sum, scale, CAUSAL, False, WHOLE, PRECISION, BM, BD, BDV,
+        )  # fmt: skip
+        dk1, dk2, dv_sum = _gather(
+            k1, k2, v, n, q1, q2, grad, factor, lse1, lse2, delta1, delta2, all_to, QUERIES, ahead, sq1n, sq2n, sgn, sfn,
+            QUERIES, D, DV, dk1, dk2, dv_sum, scale, CAUSAL, True, WHOLE, PRECISION, BM, BD, BDV,
+        )  # fmt: skip
+    real = n < KEYS
+    wanted = real[:, None] & (d < D)[None, :]
+    dk1 *= per_logit(scale)
+    dk2 *= per_logit(scale)
+    at1, at2, at = DK1 + b * sd1b + g * sd1h, DK2 + b * sd2b + g * sd2h, DV_ + b * sdvb + g * sdvh
+    tl.store(at1 + n[:, None] * sd1n + d[None, :], dk1.to(DK1.dtype.element_ty), mask=wanted)
+    tl.store(at2 + n[:, None] * sd2n + d[None, :], dk2.to(DK2.dtype.element_ty), mask=wanted)
+    tl.store(at + n[:, None] * sdvn + dv[None, :], dv_sum.to(DV_.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [s for t in tensors for s in t.stride()[:3]]
+
+
+def _constants(q: Tensor, v: Tensor, is_causal: bool) -> dict[str, Any]:
+    dim, dim_v = tile(q.shape[3], 256), tile(v.shape[3], 256)
+    whole = dim == q.shape[3] and dim_v == v.shape[3]
+    return {"CAUSAL": is_causal, "WHOLE": whole, "PRECISION": precision(q), "BD": dim, "BDV": dim_v}
+
+
+def _sides(q: Tensor, v: Tensor, queries: int, keys: int) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Sides of the tiles and warps: of the forward, of the queries' gradients, of the keys'."""
+    half, wide = q.element_size() == 2, max(q.shape[3], v.shape[3]) > 128
+    most = 64 if half else 32
+    across = (32 if wide else 64) if half else 16
+    warps, stages = 8 if half and wide else 4, 2 if half else 1
+    forward = {"BM": tile(queries, most), "BN": tile(keys, across), "num_warps": warps, "num_stages": stages}
+    down = {"BM": tile(queries, most), "BN": tile(keys, min(across, 32)), "num_warps": warps, "num_stages": stages}
+    over = {"BM": tile(queries, 32 if half else 16), "BN": tile(keys, most), "num_warps": warps, "num_stages": stages}
+    return forward, down, over
+
+
+@torch.library.custom_op("attention_zoo::differential_forward", mutates_args=())
+def _differential_forward(
+    q: Tensor, noise_q: Tensor, k: Tensor, noise_k: Tensor, v: Tensor, factor: Tensor, weight: Tensor | None,
+    is_causal: bool, scale: float, gain: float, eps: float, norm: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The difference; if `keep`, outputs and log-normalisers (of base 2) of both maps, else empty tensors."""
+    q, noise_q, k, noise_k, v = (last_contiguous(t) for t in (q, noise_q, k, noise_k, v))
+    (batch, heads, queries, dim), (kv_heads, keys, dim_v) = q.shape, v.shape[1:]
+    out, signal, noise, lse, noise_lse = _results(q, v, keep)
+    if out.numel():
+        tiles = _sides(q, v, queries, keys)[0]
+        _forward_kernel[(triton.cdiv(queries, tiles["BM"]) * batch * heads,)](
+            q, noise_q, k, noise_k, v, factor, factor if weight is None else weight,
+            out, signal, noise, lse, noise_lse, scale * LOG2E, gain, eps,
+            *_strides(q, noise_q, k, noise_k, v), *_factor_strides(factor), *_strides(out),
+            heads, heads // kv_heads, queries, keys, dim, dim_v, KEEP=keep, NORM=norm, WEIGHTED=weight is not None,
+            **_constants(q, v, is_causal), **tiles,
+        )  # fmt: skip
+    return out, signal, noise, lse, noise_lse
+
+
+def _results(q: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, queries, _ = q.shape
+    one, two = (new_heads(q, heads, v.shape[3]) if keep else q.new_empty(0) for _ in range(2))
+    lse, noise_lse = (q.new_empty((batch, heads, queries) if keep else (0,), dtype=torch.float32) for _ in range(2))
+    return new_heads(q, heads, v.shape[3]), one, two, lse, noise_lse
+
+
+@_differential_forward.register_fake
+def _(
+    q: Tensor, noise_q: Tensor, k: Tensor, noise_k: Tensor, v: Tensor, factor: Tensor, weight: Tensor | None,
+    is_causal: bool, scale: float, gain: float, eps: float, norm: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _results(q, v, keep)
+
+
+@torch.library.custom_op("attention_zoo::differential_backward", mutates_args=())
+def _differential_backward(
+    q: Tensor, noise_q: Tensor, k: Tensor, noise_k: Tensor, v: Tensor, factor: Tensor, weight: Tensor | None,
+    signal: Tensor, noise: Tensor, lse: Tensor, noise_lse: Tensor, grad: Tensor,
+    is_causal: bool, scale: float, gain: float, eps: float, norm: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q, noise_q, k, noise_k, v, grad = (last_contiguous(t) for t in (q, noise_q, k, noise_k, v, grad))
+    (batch, heads, queries, dim), (kv_heads, keys, dim_v) = q.shape, v.shape[1:]
+    dq, dnoise_q, dk, dnoise_k, dv = (new_heads(t, t.shape[1], t.shape[3]) for t in (q, noise_q, k, noise_k, v))
+    dsignal, delta, noise_delta = new_heads(grad, heads, dim_v), torch.empty_like(lse), torch.empty_like(lse)
+    dfactor, dweight = _launch_subtract_gradient(
+        signal, noise, factor, weight, grad, dsignal, dsignal, delta, noise_delta, heads, gain, eps, norm, pair=True
+    )
+    _, down, over = _sides(q, v, queries, keys)
+    read = (q, noise_q, k, noise_k, v, factor, dsignal, lse, noise_lse, delta, noise_delta)
+    strides = (*_strides(q, noise_q, k, noise_k, v), *_factor_strides(factor), *_strides(dsignal))
+    sizes, constants = (heads, heads // kv_heads, queries, keys, dim, dim_v), _constants(q, v, is_causal)
+    if dq.numel():
+        _query_gradient_kernel[(triton.cdiv(queries, down["BM"]) * batch * heads,)](
+            *read, dq, dnoise_q, scale * LOG2E, *strides, *_strides(dq, dnoise_q), *sizes, **constants, **down
+        )
+    if dk.numel():
+        _key_gradient_kernel[(triton.cdiv(keys, over["BN"]) * batch * kv_heads,)](
+            *read, dk, dnoise_k, dv, scale * LOG2E, *strides, *_strides(dk, dnoise_k, dv), *sizes, **constants, **over
+        )
+    return dq, dnoise_q, dk, dnoise_k, dv, dfactor, dweight
+
+
+@_differential_backward.register_fake
+def _(
+    q: Tensor, noise_q: Tensor, k: Tensor, noise_k: Tensor, v: Tensor, factor: Tensor, weight: Tensor | None,
+    signal: Tensor, noise: Tensor, lse: Tensor, noise_lse: Tensor, grad: Tensor,
+    is_causal: bool, scale: float, gain: float, eps: float, norm: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dnoise_q, dk, dnoise_k, dv = (new_heads(t, t.shape[1], t.shape[3]) for t in (q, noise_q, k, noise_k, v))
+    return dq, dnoise_q, dk, dnoise_k, dv, *_gradients_of_settings(factor, weight, (q.shape[0], q.shape[1], q.shape[2]))
+
+
+def _setup_differential(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:7], *output[1:])
+    ctx.settings = inputs[7:12]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_differential(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    factor, weight = saved[5:7]
+    *gradients, dfactor, dweight = _differential_backward(*saved, grad, *ctx.settings)
+    return *gradients, dfactor.to(factor.dtype), None if weight is None else dweight.to(weight.dtype), *(None,) * 6
+
+
+_differential_forward.register_autograd(_backward_differential, setup_context=_setup_differential)
+
+
+def differential_attention_triton(
+    q: Tensor, noise_q: Tensor, k: Tensor, noise_k: Tensor, v: Tensor, factor: Tensor, weight: Tensor | None, *,
+    is_causal: bool, scale: float, gain: float, eps: float | None,
+) -> Tensor:  # fmt: skip
+    """Of tensors as `differential_attention` has checked them, with as many noise heads as signal heads, and a positive scale."""
+    norm, tensors = eps is not None, (q, noise_q, k, noise_k, v, factor, weight)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return _differential_forward(
+        q, noise_q, k, noise_k, v, factor, weight if norm else None, is_causal, scale, gain if norm else 1.0, eps or 0.0, norm, keep
+    )[0]
