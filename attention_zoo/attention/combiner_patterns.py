@@ -17,6 +17,7 @@ A pattern is a function `(plan, new, real, past, seen) -> (out, state)`:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -134,7 +135,9 @@ def mixture(plan: Plan, new: State, real: Tensor | None, past: State, seen: int)
     up, above = _running_columns(plan, grid, ended, state, past)
 
     parts = [grid.own_rows(plan)]
-    if grid.visible(plan):
+    if grid.visible(plan) and grid.is_whole() and _kernel_of_parts(grid.q, up.key, up.value, None, plan.dropout):
+        parts += _mixture_without_masks(plan, grid, state, up)
+    elif grid.visible(plan):
         real_left, real_right = _alive_before(grid), _alive_before(grid, flipped=True)
         parts += [
             grid.own_columns(plan, state["row_key"], state["row_value"], grid.real, False, plan.dropout),
@@ -143,6 +146,20 @@ def mixture(plan: Plan, new: State, real: Tensor | None, past: State, seen: int)
             _along_rows(grid.q, up.key, up.value, up.alive[:, :, None] & grid.other_columns(), False),
         ]
     return grid.join(parts), {**grid.running_row(plan), **state, **above}
+
+
+def _mixture_without_masks(plan: Plan, grid: _Grid, state: State, up: _Regions) -> list[Part]:
+    """The parts of other rows and columns where no token is padding: what is missing then is missing for whole lines of queries."""
+    column = torch.arange(grid.width, device=grid.q.device)
+    row = torch.arange(grid.rows, device=grid.q.device)[:, None]
+    own = grid.own_columns(plan, state["row_key"], state["row_value"], None, False, plan.dropout)
+    left = grid.own_columns(plan, state["left_key"], state["left_value"], None, False, 0.0)
+    right = grid.own_columns(plan, state["right_key"], state["right_value"], None, False, 0.0)
+    # Causal bounds count from the end: of all columns but one, each query sees those before its own; flipped, those after it.
+    before = _along_rows(grid.q, up.key[:, :, :, :-1], up.value[:, :, :, :-1], None, True)
+    flipped = _along_rows(grid.q.flip(3), up.key[:, :, :, 1:].flip(3), up.value[:, :, :, 1:].flip(3), None, True)
+    parts = (left, column == 0), (right, column == grid.width - 1), (before, row == 0), ((t.flip(3) for t in flipped), row == 0)
+    return [own, *((out, lse.masked_fill(dead, -torch.inf)) for (out, lse), dead in parts)]
 
 
 def _running_columns(plan: Plan, grid: _Grid, ended: State, finished: State, past: State) -> tuple[_Regions, State]:
@@ -237,6 +254,10 @@ class _Grid(NamedTuple):
     def width(self) -> int:
         return self.q.shape[3]
 
+    def is_whole(self) -> bool:
+        """Rows of at least two tokens, none of them padding, none of them begun in a cache."""
+        return self.real is None and self.running == 0 and 1 < self.window_size == self.width
+
     @property
     def real_ended(self) -> Tensor | None:
         """(B or 1, ended, L) or None."""
@@ -283,9 +304,9 @@ class _Grid(NamedTuple):
         return (own[:, None] != torch.arange(self.window_size, device=self.q.device))[None, None]
 
     def join(self, parts: Sequence[Part]) -> Tensor:
-        outs, lses = zip(*((out.flatten(2, 3), lse.flatten(2, 3)) for out, lse in parts), strict=True)
+        outs, lses = zip(*parts, strict=True)
         out = ops.merge_attention(outs, lses)[0] if len(outs) > 1 else outs[0]
-        return out[:, :, : self.length]
+        return out.flatten(2, 3)[:, :, : self.length]
 
 
 class _Regions(NamedTuple):
@@ -556,7 +577,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: boo
 
 def _kernel_of_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> bool:
     """Whether our kernel computes a part: torch's fused engines return no log-normaliser, and flex compiles for each size."""
-    if not q.is_cuda or mask is not None or dropout or ops.is_observed() or q.shape[0] * q.shape[1] > GRID_LIMIT:
+    if not q.is_cuda or mask is not None or dropout or ops.is_observed() or math.prod(q.shape[:-2]) > GRID_LIMIT:
         return False
     return wanted_backend("auto") == "auto" and use_kernel("auto", (q, k, v))
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from attention_zoo.ops._autocast import no_autocast
+from attention_zoo.ops._kernels import use_kernel
 from attention_zoo.ops._problem import Problem, make_problem
 from attention_zoo.ops._reference import reference_weights
 from attention_zoo.ops._tap import tapped
-from attention_zoo.ops.dispatch import follow_autocast, select
+from attention_zoo.ops.dispatch import follow_autocast, select, wanted_backend
 from attention_zoo.ops.engines import GRID_LIMIT, Engine, describe
 
 __all__ = ["attention", "attention_weights", "merge_attention"]
@@ -131,15 +132,17 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
     of (lse_i = -inf, out_i = 0) counts for nothing; a row that sees nothing in any set gives 0 and -inf, with finite gradients.
 
     Args:
-        outputs: each (B, H, N, D_v), as `attention(..., return_lse=True)` returned them.
-        lses: each (B, H, N).
+        outputs: each (B, H, N, D_v), as `attention(..., return_lse=True)` returned them; or (B, H, S, L, D_v), N being S times L.
+        lses: each (B, H, N), or (B, H, S, L).
 
-    Returns: (B, H, N, D_v) in the dtype of the outputs, and (B, H, N) in that of the normalisers.
+    Returns: the like in the dtype of the outputs, and in that of the normalisers.
 
     Raises:
         ValueError: none given, different numbers of them, or shapes that do not agree.
     """
     _check_parts(outputs, lses)
+    if _merges_in_one_pass(outputs, lses):
+        return _merge_in_one_pass(outputs, lses)
     work = torch.float64 if outputs[0].dtype == torch.float64 else torch.float32
     parts = torch.stack([lse.to(work) for lse in lses])  # (parts, B, H, N)
     top = parts.detach().amax(0)
@@ -152,6 +155,21 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
     assert isinstance(merged, Tensor)
     lse = (top + torch.log(total)).masked_fill(dead, -torch.inf)
     return merged.to(outputs[0].dtype), lse.to(lses[0].dtype)
+
+
+def _merges_in_one_pass(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> bool:
+    """Whether our kernel merges: on CUDA, by itself."""
+    fits = len(outputs) <= 6 and outputs[0].ndim in (4, 5) and all(lse.dtype == torch.float32 for lse in lses)
+    return outputs[0].is_cuda and fits and wanted_backend("auto") in ("auto", "triton") and use_kernel("auto", tuple(outputs))
+
+
+def _merge_in_one_pass(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    from attention_zoo.ops.triton.merge import merge_attention_triton
+
+    if outputs[0].ndim == 5:
+        return merge_attention_triton(outputs, lses)
+    out, lse = merge_attention_triton([out.unsqueeze(2) for out in outputs], [lse.unsqueeze(2) for lse in lses])
+    return out.squeeze(2), lse.squeeze(2)
 
 
 def _check_parts(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:

@@ -94,8 +94,8 @@ def _expand_kernel(
 def _reduce_kernel(
     DK, DV_, Map, OutK, OutV,
     skb, skh, skn, svb, svh, svn, smb, sokb, sokh, sokn, sovb, sovh, sovn,
-    HEADS, KV_HEADS, KEYS, D, DV,
-    BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    KV_HEADS, KEYS, D, DV,
+    HEADS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     """Sums over the query heads that read a key/value head, whichever they are, in the order of their numbers."""
     portion, bg = tl.program_id(0), tl.program_id(1)
@@ -104,10 +104,11 @@ def _reduce_kernel(
     wanted, wanted_v = (n < KEYS)[:, None] & (d < D)[None, :], (n < KEYS)[:, None] & (dv < DV)[None, :]
     dk = tl.zeros([BN, BD], tl.float32)
     dv_sum = tl.zeros([BN, BDV], tl.float32)
-    for h in range(HEADS):
-        if tl.load(Map + b * smb + h) == g:
-            dk += tl.load(DK + b * skb + h * skh + n[:, None] * skn + d[None, :], mask=wanted, other=0.0).to(tl.float32)
-            dv_sum += tl.load(DV_ + b * svb + h * svh + n[:, None] * svn + dv[None, :], mask=wanted_v, other=0.0).to(tl.float32)
+    for h in tl.static_range(HEADS):  # no branch: none waits for the map's entry of the one before
+        mine = tl.load(Map + b * smb + h) == g
+        dk += tl.load(DK + b * skb + h * skh + n[:, None] * skn + d[None, :], mask=wanted & mine, other=0.0).to(tl.float32)
+        grad = tl.load(DV_ + b * svb + h * svh + n[:, None] * svn + dv[None, :], mask=wanted_v & mine, other=0.0)
+        dv_sum += grad.to(tl.float32)
     tl.store(OutK + b * sokb + g * sokh + n[:, None] * sokn + d[None, :], dk.to(OutK.dtype.element_ty), mask=wanted)
     tl.store(OutV + b * sovb + g * sovh + n[:, None] * sovn + dv[None, :], dv_sum.to(OutV.dtype.element_ty), mask=wanted_v)
 
@@ -342,11 +343,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, head_map: Tensor, scale: float) -> 
     q, k, v = (last_contiguous(t) for t in (q, k, v))
     (batch, heads, queries, dim), dim_v = q.shape, v.shape[-1]
     out, bd, bdv = _merged(q, heads, dim_v), tile(dim, 256), tile(dim_v, 256)
-    bm, bn = tile(queries), 64 if max(bd, bdv) <= 128 and q.element_size() == 2 else 32
+    bm, bn = tile(queries), 64 if max(bd, bdv) <= 128 and q.element_size() == 2 and k.shape[2] > 512 else 32
     _attend_kernel[(triton.cdiv(queries, bm), batch * heads)](
         q, k, v, head_map, out, scale * LOG2E, *_strides(q, k, v), _step(head_map), *_strides(out), heads, queries, k.shape[2],
         dim, dim_v, EVEN=dim == bd and dim_v == bdv, PRECISION=precision(q), BM=bm, BN=bn, BD=bd, BDV=bdv,
-        num_warps=4, num_stages=3,
+        num_warps=4, num_stages=3 if bn == 64 else 4,
     )  # fmt: skip
     return out
 
@@ -392,9 +393,9 @@ def _add_up_heads(dk: Tensor, dv: Tensor, head_map: Tensor, kv_heads: int) -> tu
     length = dk.shape[2]
     out_k, out_v = _merged(dk, kv_heads, dk.shape[3]), _merged(dv, kv_heads, dv.shape[3])
     if out_k.numel() and out_v.numel():
-        _reduce_kernel[(triton.cdiv(length, 64), dk.shape[0] * kv_heads)](
+        _reduce_kernel[(triton.cdiv(length, 32), dk.shape[0] * kv_heads)](
             dk, dv, head_map, out_k, out_v, *_strides(dk, dv), _step(head_map), *_strides(out_k, out_v),
-            dk.shape[1], kv_heads, length, dk.shape[3], dv.shape[3], BN=64, BD=_power(dk.shape[3]), BDV=_power(dv.shape[3]),
+            kv_heads, length, dk.shape[3], dv.shape[3], HEADS=dk.shape[1], BN=32, BD=_power(dk.shape[3]), BDV=_power(dv.shape[3]),
         )  # fmt: skip
     return out_k, out_v
 

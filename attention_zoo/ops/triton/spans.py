@@ -72,7 +72,7 @@ def _grow(Tokens, Slots, Chunks, base, chunk, LENGTH, CHUNKS, D, stn, C: tl.cons
     tl.store(Chunks + (base * CHUNKS + chunk) * D + d, pool, mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("HEADS", "LENGTH", "CHUNKS"))
 def _pool_kernel(
     Q, K, SlotQ, SlotK, ChunkQ, ChunkK, sqb, sqh, sqn, skb, skh, skn, HEADS, LENGTH, CHUNKS, D, C: tl.constexpr, BD: tl.constexpr
 ):
@@ -82,7 +82,7 @@ def _pool_kernel(
     _grow(K + b * skb + h * skh, SlotK, ChunkK, bh, chunk, LENGTH, CHUNKS, D, skn, C, BD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("CHUNKS",))
 def _outer_pool_kernel(
     ChunkQ, ChunkK, OuterQ, OuterK, ArgQ, ArgK, CHUNKS, D, BC: tl.constexpr, BD: tl.constexpr, LEVELS: tl.constexpr
 ):
@@ -108,7 +108,7 @@ def _outer_pool_kernel(
         tl.store((ArgQ if which == 0 else ArgK) + place, arg, mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("HEADS", "LENGTH", "CHUNKS", "DEPTH"))
 def _value_kernel(
     K, V, SlotQ, OuterQ, SlotV, SlotLse, PartV, PartLse,
     scale, skb, skh, skn, svb, svh, svn, HEADS, LENGTH, CHUNKS, DEPTH, D, DV,
@@ -141,7 +141,7 @@ def _value_kernel(
     tl.store(PartLse + place, lse, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("CHUNKS", "DEPTH"))
 def _join_kernel(PartV, PartLse, OuterV, OuterLse, CHUNKS, DEPTH, DV, BC: tl.constexpr, BDV: tl.constexpr, LEVELS: tl.constexpr):
     """Values of the outer slots from their parts."""
     slot, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -172,7 +172,7 @@ def _seen(C: tl.constexpr):
     return (i ^ s) < (s & -s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("HEADS", "LENGTH", "CHUNKS"))
 def _attend_kernel(
     Q, K, V, SlotK, SlotV, OuterK, OuterV, Out, Lse,
     scale, sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sob, soh, son, HEADS, LENGTH, CHUNKS, D, DV,
@@ -212,7 +212,7 @@ def _attend_kernel(
     tl.store(Lse + bh * LENGTH + n, lse, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("HEADS", "LENGTH", "CHUNKS", "DEPTH"))
 def _query_gradient_kernel(
     Q, K, V, SlotK, SlotV, OuterK, OuterV, Out, Lse, DOut, DLse,
     DQ, DSlotK, DSlotV, PartK, PartV, OwnP, OwnS,
@@ -275,7 +275,7 @@ def _query_gradient_kernel(
     tl.store(at, (dq * per_logit(scale)).to(DQ.dtype.element_ty), mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("CHUNKS", "DEPTH"))
 def _collect_kernel(
     Part, Sum, CHUNKS, DEPTH, D, QUERIES: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, LEVELS: tl.constexpr
 ):  # fmt: skip
@@ -293,7 +293,7 @@ def _collect_kernel(
     tl.store(Sum + (bh * CHUNKS + slot) * D + d, acc.to(Sum.dtype.element_ty), mask=(d < D) & (low > 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("HEADS", "LENGTH", "CHUNKS", "DEPTH"))
 def _token_gradient_kernel(
     Q, K, V, DOut, SlotQ, SlotV, SlotLse, OuterQ, OuterV, OuterLse, DSlotV, DOuterV, OwnP, OwnS,
     DK, DV_, DSlotQ, PartQ,
@@ -351,7 +351,7 @@ def _token_gradient_kernel(
     tl.store(DV_ + b * sdvb + h * sdvh + n[:, None] * sdvn + dv[None, :], dv_sum.to(DV_.dtype.element_ty), mask=wanted_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("HEADS", "LENGTH", "CHUNKS"))
 def _spread_kernel(
     Tokens, DSlots, DOuter, Arg, Grad, stb, sth, stn, sgb, sgh, sgn,
     HEADS, LENGTH, CHUNKS, D, ADD: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, LEVELS: tl.constexpr,
