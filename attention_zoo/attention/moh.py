@@ -6,8 +6,8 @@ routers give gates of 1.
 Deviations: gates, top-k and the load-balance loss are float32 under mixed precision; ties go to the lowest head; one shared head
 has a constant gate; the query-norm router ranks the norms themselves (the code divides by their deviation first, which is NaN for
 one head) and, with qk_norm, those before it; padding does not count in the load-balance loss, which lives on the module, not on
-its class. Heads that a token has not chosen are not computed on long sequences on a GPU (`ops.mixture_attention`); the official code
-multiplies them by 0, as this one does everywhere else.
+its class. The official code computes all heads and multiplies those that a token has not chosen by 0; here they are not computed
+for long sequences on a GPU (`ops.mixture_attention`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from attention_zoo import ops
 from attention_zoo.attention.auxiliary import AuxiliaryLossModule
@@ -44,6 +45,7 @@ from attention_zoo.attention.conversion import (
     update_layer_options,
     whole_heads,
 )
+from attention_zoo.ops.mixture import top_k_mask, work_softmax
 from attention_zoo.registry import PATTERNS, register_attention
 
 __all__ = ["MixtureOfHeads", "MoHAttention", "load_balance_loss", "set_routed_topk", "top_k_mask", "work_dtype"]
@@ -89,22 +91,25 @@ class MixtureOfHeads(AuxiliaryLossModule):
 
         All in float32 at least: gates that are rounded to half precision choose other heads.
         """
-        shared = None
-        if self.shared_heads > 1:
-            shared = self.shared_heads * _softmax(self.shared_router(x))
-        elif self.shared_heads == 1:  # a softmax over one head
-            shared = torch.ones_like(x[..., :1], dtype=work_dtype(x))
-        if self.routed_heads == 0:
-            assert shared is not None  # some head there is
-            return shared, None, None
-        scores = _softmax(self.router(x))
-        chosen = top_k_mask(scores, self.routed_topk)
-        kept = scores * chosen
-        routed = self.routed_topk * kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).eps)
-        if shared is None:
-            return routed, scores, chosen
-        balance = 2 * _softmax(self.balance(x))
-        return torch.cat([balance[..., :1] * shared, balance[..., 1:] * routed], -1), scores, chosen
+        logits, shared, balance = self._router_logits(x)
+        if logits is not None:
+            return ops.mixture_gates(logits, shared, balance, topk=self.routed_topk, shared_heads=self.shared_heads)
+        if shared is None:  # a softmax over one head
+            return torch.ones_like(x[..., :1], dtype=work_dtype(x)), None, None
+        return self.shared_heads * work_softmax(shared), None, None
+
+    def _router_logits(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of routed heads, shared heads and the balance of the two, each None where the layer has no such router."""
+        layers = [getattr(self, name, None) for name in ("router", "shared_router", "balance")]
+        if not x.is_cuda or any(layer is not None and type(layer) is not nn.Linear for layer in layers):
+            return tuple(None if layer is None else layer(x) for layer in layers)  # type: ignore[return-value]
+        weights = [layer.weight for layer in layers if layer is not None]
+        if len(weights) < 2:
+            return tuple(None if layer is None else layer(x) for layer in layers)  # type: ignore[return-value]
+        sizes = [len(weight) for weight in weights]
+        sizes.append(-sum(sizes) % 8)  # a width that the libraries' products like
+        found = list(F.linear(x, F.pad(torch.cat(weights), (0, 0, 0, sizes[-1]))).split(sizes, dim=-1))
+        return tuple(None if layer is None else found.pop(0) for layer in layers)  # type: ignore[return-value]
 
     def constructor_options(self) -> dict[str, Any]:
         given = {name: value for name, value in super().constructor_options().items() if name != "active_heads"}
@@ -372,11 +377,11 @@ class MoHAttention(MixtureOfHeads):
         return self._route_by_query_norm(q) if self.router_kind == "query_norm" else self._route_linearly(x)
 
     def _route_by_query_norm(self, q: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        norms = torch.linalg.vector_norm(q, dim=-1, dtype=work_dtype(q)).transpose(1, 2)  # (B, N, h); rotation keeps them
-        shared = torch.ones_like(norms[..., : self.shared_heads], requires_grad=False)
+        shared = torch.ones((q.shape[0], q.shape[2], self.shared_heads), dtype=work_dtype(q), device=q.device)
         if self.routed_heads == 0:
             return shared, None, None
-        norms = norms[..., self.shared_heads :]
+        routed = q[:, self.shared_heads :]
+        norms = torch.linalg.vector_norm(routed, dim=-1, dtype=work_dtype(q)).transpose(1, 2)  # (B, N, h_r); rotation keeps them
         chosen = top_k_mask(norms, self.routed_topk)  # of the norms themselves: their softmax has the same order
         through = self.router_grad == "ste"
         scores = _standardised_softmax(norms) if through or self._wants_statistics else None
@@ -428,15 +433,6 @@ def set_routed_topk(model: nn.Module, routed_topk: int | Sequence[int]) -> None:
                 for index, layer in numbered.items()
             },
         )
-
-
-def top_k_mask(scores: Tensor, k: int) -> Tensor:
-    """1 for the k largest of the last dimension, else 0, in the dtype of `scores`; no gradient. Of ties the lowest index wins."""
-    scores = scores.detach()
-    if k == scores.shape[-1]:
-        return torch.ones_like(scores)
-    order = scores.sort(dim=-1, descending=True, stable=True).indices  # torch.topk does not say which of equal scores it takes
-    return torch.zeros_like(scores).scatter(-1, order[..., :k], 1.0)
 
 
 def load_balance_loss(scores: Tensor, chosen: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -503,10 +499,6 @@ def _check_router(router: str, gate: str | None, router_grad: str, routed_heads:
 def work_dtype(x: Tensor) -> torch.dtype:
     """float32, or float64 where the tensor has it."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    return torch.softmax(logits, -1, dtype=work_dtype(logits))
 
 
 def _standardised_softmax(norms: Tensor) -> Tensor:

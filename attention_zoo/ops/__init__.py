@@ -9,7 +9,7 @@ from attention_zoo.ops.differential import differential_attention, subtract_nois
 from attention_zoo.ops.dispatch import BACKENDS, BackendError, backends, explain, use_backend
 from attention_zoo.ops.halo import halo_attention
 from attention_zoo.ops.head_map import attention_by_head_map
-from attention_zoo.ops.mixture import mixture_attention
+from attention_zoo.ops.mixture import mixture_attention, mixture_gates
 from attention_zoo.ops.routed import routed_attention
 from attention_zoo.ops.spans import span_attention
 from attention_zoo.ops.windows import window_attention
@@ -30,6 +30,7 @@ __all__ = [
     "is_observed",
     "merge_attention",
     "mixture_attention",
+    "mixture_gates",
     "no_autocast",
     "observe",
     "pool_tokens",

@@ -18,10 +18,11 @@ from attention_zoo.ops.attention import attention, attention_weights
 from attention_zoo.ops.dispatch import follow_autocast, wanted_backend
 from attention_zoo.ops.engines.base import HALF, compute_capability
 
-__all__ = ["mixture_attention"]
+__all__ = ["mixture_attention", "mixture_gates", "top_k_mask"]
 
 _MOST_ACTIVE = 0.85  # share of the heads up to which skipping the others pays for packing
 _FEWEST_TOKENS = 2048
+_MOST_COMPARED = 64  # heads that the kernels of the router compare with each other
 
 
 def _weights(
@@ -80,6 +81,62 @@ def mixture_attention(
     assert isinstance(out, Tensor)  # no log-normaliser was asked for
     _check(q, gates, chosen, topk)
     return out * gates.unsqueeze(-1).to(out.dtype)
+
+
+def mixture_gates(
+    logits: Tensor, shared: Tensor | None, balance: Tensor | None, *, topk: int, shared_heads: int, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the linear routers of a mixture of heads say of each token, from their logits; float32 at least.
+
+        p = softmax(logits),  m = 1 for the K largest p of the token, else 0,  r = K p m / sum(p m)
+        s = h_s softmax(shared),  a = 2 softmax(balance),  gates = [a_0 s, a_1 r]
+
+    Args:
+        logits: (B, N, h_r).
+        shared: (B, N, h_s); None: s = 1.
+        balance: (B, N, 2); None: a = 1.
+        topk: K, from 1 to h_r.
+        shared_heads: h_s.
+        backend: "triton" for our kernel, which "auto" takes on CUDA; any other for plain PyTorch.
+
+    Returns: gates (B, N, h_s + h_r), p and m.
+    """
+    given = tuple(t for t in (logits, shared, balance) if t is not None)
+    missing = None if logits.shape[-1] <= _MOST_COMPARED else f"more than {_MOST_COMPARED} heads to choose from"
+    if use_kernel(backend, given, missing=missing):
+        from attention_zoo.ops.triton.mixture_gates import mixture_gates_triton
+
+        gates, scores, chosen = mixture_gates_triton(logits, shared, balance, topk=topk, shared_heads=shared_heads)
+        return gates, scores, chosen.detach()
+    scores = work_softmax(logits)
+    chosen = top_k_mask(scores, topk, backend=backend)
+    kept = scores * chosen
+    routed = topk * kept / kept.sum(-1, keepdim=True).clamp_min(torch.finfo(kept.dtype).eps)
+    if shared_heads == 0:
+        return routed, scores, chosen
+    first = routed.new_ones((*routed.shape[:2], shared_heads)) if shared is None else shared_heads * work_softmax(shared)
+    if balance is None:
+        return torch.cat([first, routed], -1), scores, chosen
+    share = 2 * work_softmax(balance)
+    return torch.cat([share[..., :1] * first, share[..., 1:] * routed], -1), scores, chosen
+
+
+def work_softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension, in float32 at least."""
+    return torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def top_k_mask(scores: Tensor, k: int, *, backend: str = "auto") -> Tensor:
+    """1 for the k largest of the last dimension, else 0, in the dtype of `scores`; no gradient. Of ties the lowest index wins."""
+    scores = scores.detach()
+    if k == scores.shape[-1]:
+        return torch.ones_like(scores)
+    if scores.shape[-1] <= _MOST_COMPARED and use_kernel(backend, (scores,)):
+        from attention_zoo.ops.triton.mixture_gates import top_k_mask_triton
+
+        return top_k_mask_triton(scores, k)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices  # torch.topk does not say which of equal scores it takes
+    return torch.zeros_like(scores).scatter(-1, order[..., :k], 1.0)
 
 
 def _skips_enough(q: Tensor, k: Tensor, chosen: Tensor | None, topk: int, backend: str) -> bool:

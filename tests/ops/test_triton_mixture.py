@@ -229,3 +229,70 @@ def test_by_default_on_a_gpu(options: dict[str, int], is_causal: bool) -> None:
     graph.replay()
     right = other.run("reference")["out"]
     assert (out.float() - right).norm() / right.norm() < 2e-2
+
+
+@settings(max_examples=4)
+@given(
+    batch=st.integers(1, 2), tokens=st.integers(1, 40), routed=st.integers(1, 20), shared=st.integers(0, 5),
+    topk=st.integers(1, 20), balanced=st.booleans(), ties=st.booleans(), seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_gates(batch: int, tokens: int, routed: int, shared: int, topk: int, balanced: bool, ties: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    logits = torch.randn(batch, tokens, routed + shared + 2, device=DEVICE)
+    if ties:
+        logits = logits.round()
+    cotangents = torch.randn(batch, tokens, routed + shared, device=DEVICE), torch.randn(batch, tokens, routed, device=DEVICE)
+    found = []
+    for backend in ("reference", "triton"):
+        leaf = logits.clone().requires_grad_()
+        parts = leaf.split([routed, shared, 2], dim=-1)
+        gates, scores, chosen = ops.mixture_gates(
+            parts[0],
+            parts[1] if shared > 1 else None,
+            parts[2] if balanced and shared else None,
+            topk=min(topk, routed),
+            shared_heads=shared,
+            backend=backend,
+        )
+        objective = (gates * cotangents[0]).sum() + (scores * cotangents[1]).sum()
+        found.append((gates.detach(), scores.detach(), chosen, torch.autograd.grad(objective, leaf)[0]))
+        assert not chosen.requires_grad
+    for got, want in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_gates_compiled() -> None:
+    torch.manual_seed(0)
+    logits, balance = torch.randn(2, 9, 5, device=DEVICE), torch.randn(2, 9, 2, device=DEVICE)
+    call = {"topk": 2, "shared_heads": 1}
+    compiled = torch.compile(ops.mixture_gates, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
+    want = ops.mixture_gates(logits, None, balance, **call, backend="reference")
+    for got, right in zip(compiled(logits, None, balance, **call, backend="triton"), want, strict=True):
+        torch.testing.assert_close(got, right)
+
+
+def test_choice() -> None:
+    """Of equal scores the first are chosen."""
+    from attention_zoo.ops.mixture import top_k_mask
+
+    scores = torch.tensor([[0.0, 1, 1, 0], [1, 1, 1, 1], [0, 1, 0, 2]], device=DEVICE)
+    got = top_k_mask(scores, 2, backend="triton")
+    assert got.tolist() == [[0, 1, 1, 0], [1, 1, 0, 0], [0, 1, 0, 1]]
+    assert got.dtype == scores.dtype
+
+
+@pytest.mark.gpu
+def test_layer_on_a_gpu() -> None:
+    """By default: one product for the three routers, and their kernel."""
+    torch.manual_seed(0)
+    module = az.create_attention("moh", dim=64, num_heads=8, shared_heads=2, routed_topk=3, device=DEVICE)
+    x = torch.randn(2, 50, 64, device=DEVICE)
+    found = []
+    for backend in ("reference", "auto"):
+        module.zero_grad()
+        with ops.use_backend(backend):
+            out = module(x)
+        (out.square().sum() + module.aux_loss).backward()
+        found.append({"out": out.detach(), **{name: p.grad.clone() for name, p in module.named_parameters()}})
+    for name, right in found[0].items():
+        torch.testing.assert_close(found[1][name], right, atol=1e-3, rtol=1e-2, msg=lambda text, name=name: f"{name}: {text}")

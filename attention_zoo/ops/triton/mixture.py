@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from attention_zoo.ops.triton._common import LOG2E, last_contiguous, per_logit, precision, read_lse, tile
+from attention_zoo.ops.triton._common import LOG2E, ceil_div, last_contiguous, per_logit, precision, read_lse, tile
 
 __all__ = ["mixture_attention_triton"]
 
@@ -46,21 +46,45 @@ def _count_kernel(Chosen, Counts, scb, scn, sch, N, HEADS, GROUP, ALWAYS, BLOCK:
 
 
 @triton.jit
+def _list_tiles(Tiles, counts, each, s, begin, count, last, MOST, BM: tl.constexpr, REVERSED: tl.constexpr):
+    """Tiles of BM rows, sequence after sequence: number of the sequence * 2 ** 32 + first row; -1 for those that are not needed."""
+    before = tl.sum(tl.where(each < s, (counts + BM - 1) // BM, 0), 0)
+    tiles = (count + BM - 1) // BM
+    for start in range(0, tiles, 64):
+        i = start + tl.arange(0, 64)
+        place = i
+        if REVERSED:
+            place = tiles - 1 - i  # the longest first
+        entry = (s.to(tl.int64) << 32) + (begin + place * BM)
+        tl.store(Tiles + before + i, entry, mask=(i < tiles) & (before + i < MOST))
+    if last:
+        for start in range(before + tiles, MOST, 64):
+            i = start + tl.arange(0, 64)
+            tl.store(Tiles + i, tl.full([64], -1, tl.int64), mask=i < MOST)
+
+
+@triton.jit
 def _list_kernel(
-    Chosen, Counts, Starts, Slots, Origins,
-    scb, scn, sch, N, HEADS, GROUP, ALWAYS, SEQUENCES, ROWS, BLOCK: tl.constexpr, BS: tl.constexpr,
+    Chosen, Counts, Starts, Slots, Origins, Tiles,
+    scb, scn, sch, N, HEADS, GROUP, ALWAYS, SEQUENCES, ROWS, MOST, MOST_Q,
+    BLOCK: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BMQ: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Where the rows of a sequence come from and go to.
 
     Starts: its first row. Origins: of a row, (b N + n) h + head. Slots, of each (b, key/value head, n, query head): its row, or,
-    for pairs that are not chosen, -1 - the next row of the sequence.
+    for pairs that are not chosen, -1 - the next row of the sequence. Tiles: see `_list_tiles`, of two sizes, one after the other.
     """
     s = tl.program_id(0)
     b, hk = (s // HEADS).to(tl.int64), s % HEADS
     each = tl.arange(0, BS)
-    before = tl.sum(tl.load(Counts + each, mask=each < s, other=0), 0)
-    before = tl.minimum(before, ROWS)
-    tl.store(Starts + s, before)
+    counts = tl.load(Counts + each, mask=each < SEQUENCES, other=0)
+    begin = tl.minimum(tl.sum(tl.where(each < s, counts, 0), 0), ROWS)
+    count = tl.minimum(tl.sum(tl.where(each == s, counts, 0), 0), ROWS - begin)
+    tl.store(Starts + s, begin)
+    last = s == SEQUENCES - 1
+    _list_tiles(Tiles, counts, each, s, begin, count, last, MOST, BM, CAUSAL)
+    _list_tiles(Tiles + MOST, counts, each, s, begin, count, last, MOST_Q, BMQ, CAUSAL)
+    before = begin
     for start in range(0, N * GROUP, BLOCK):
         at = start + tl.arange(0, BLOCK)
         n, h, chosen = _load_choice(Chosen, at, b, hk, scb, scn, sch, N, GROUP, ALWAYS)
@@ -69,8 +93,8 @@ def _list_kernel(
         tl.store(Slots + s.to(tl.int64) * N * GROUP + at, tl.where(is_row, row, -1 - tl.minimum(row, ROWS)), mask=at < N * GROUP)
         tl.store(Origins + row, (b * N + n) * (HEADS * GROUP) + h, mask=is_row)
         before += tl.sum(chosen, 0)
-    if s == SEQUENCES - 1:
-        end = tl.minimum(before, ROWS)
+    if last:
+        end = begin + count
         tl.store(Starts + SEQUENCES, end)
         for start in range(end, ROWS, BLOCK):  # fewer than K to a token: rows that are not there read something of ours
             row = start + tl.arange(0, BLOCK)
@@ -223,22 +247,18 @@ def _hold(x, one, HELD: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    Q, K, V, Out, Lse, Starts, Origins, sqb, sqh, sqn,
+    Q, K, V, Out, Lse, Starts, Origins, Tiles, sqb, sqh, sqn,
     scale,  # of the logits, times log2 e; positive
     offset,  # causal: the query of token n sees the keys up to n + offset
     one,  # 1.0, which the compiler does not know, for `_hold`
-    N, M, HEADS, GROUP, D, DV, PITCH, TILES,
+    N, M, HEADS, GROUP, D, DV, PITCH,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    s, t = pid // TILES, pid % TILES
-    b, hk = s // HEADS, s % HEADS
-    begin, end = tl.load(Starts + s), tl.load(Starts + s + 1)
-    if CAUSAL:
-        t = tl.cdiv(end - begin, BM) - 1 - t  # the longest first
-    row0 = begin + t * BM
-    if (t >= 0) & (row0 < end):
+    entry = tl.load(Tiles + tl.program_id(0))
+    if entry >= 0:
+        s, row0 = (entry >> 32).to(tl.int32), (entry & 0xFFFFFFFF).to(tl.int32)
+        b, hk, end = s // HEADS, s % HEADS, tl.load(Starts + s + 1)
         row, dv = row0 + tl.arange(0, BM), tl.arange(0, BDV)
         real = row < end
         d = tl.arange(0, BD)
@@ -289,19 +309,15 @@ def _query_tiles(
 
 @triton.jit
 def _query_gradient_kernel(
-    Q, K, V, Grad, Lse, Delta, DQ, Starts, Origins,
-    scale, offset, N, M, HEADS, GROUP, D, PITCH, TILES,
+    Q, K, V, Grad, Lse, Delta, DQ, Starts, Origins, Tiles,
+    scale, offset, N, M, HEADS, GROUP, D, PITCH,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    s, t = pid // TILES, pid % TILES
-    b, hk = s // HEADS, s % HEADS
-    begin, end = tl.load(Starts + s), tl.load(Starts + s + 1)
-    if CAUSAL:
-        t = tl.cdiv(end - begin, BM) - 1 - t
-    row0 = begin + t * BM
-    if (t >= 0) & (row0 < end):
+    entry = tl.load(Tiles + tl.program_id(0))
+    if entry >= 0:
+        s, row0 = (entry >> 32).to(tl.int32), (entry & 0xFFFFFFFF).to(tl.int32)
+        b, hk, end = s // HEADS, s % HEADS, tl.load(Starts + s + 1)
         row, d = row0 + tl.arange(0, BM), tl.arange(0, BD)
         real = row < end
         q, grad = Q.load([row0, 0]), Grad.load([row0, 0])
@@ -415,24 +431,33 @@ class _Plan(NamedTuple):
     slots: Tensor
     origins: Tensor
     starts: Tensor
+    tiles: Tensor
 
 
-def _plan(chosen: Tensor, kv_heads: int, heads: int, always: int, rows: int) -> _Plan:
+def _most_tiles(rows: int, sequences: int, *sizes: int) -> tuple[int, ...]:
+    """How many tiles of each size there can be, whatever was chosen."""
+    return tuple(rows // size + sequences for size in sizes)
+
+
+def _plan(chosen: Tensor, kv_heads: int, heads: int, always: int, rows: int, sizes: tuple[int, int], is_causal: bool) -> _Plan:
+    """The tables; `sizes`: rows to a tile of the forward kernel and of that of queries' gradients."""
     batch, tokens = chosen.shape[:2]
-    sequences = batch * kv_heads
+    sequences, group = batch * kv_heads, heads // kv_heads
     if chosen.dtype == torch.bool:
         chosen = chosen.to(torch.uint8)
-    group = heads // kv_heads
+    most = _most_tiles(rows, sequences, *sizes)
     table = functools.partial(torch.empty, dtype=torch.int32, device=chosen.device)
     slots, origins = table((batch, kv_heads, tokens, group)), table((rows,))
-    starts, counts = table((sequences + 1,)), table((sequences,))
-    sizes = (*chosen.stride(), tokens, kv_heads, group, always)
-    block = tile(tokens * group, 2048)
-    _count_kernel[(sequences,)](chosen, counts, *sizes, BLOCK=block, num_warps=4)
-    _list_kernel[(sequences,)](
-        chosen, counts, starts, slots, origins, *sizes, sequences, rows, BLOCK=block, BS=tile(sequences, 1 << 30), num_warps=4
-    )
-    return _Plan(slots, origins, starts)
+    starts, counts, tiles = table((sequences + 1,)), table((sequences,)), table((sum(most),), dtype=torch.int64)
+    shared = (*chosen.stride(), tokens, kv_heads, group, always)
+    block = tile(tokens * group, 4096)
+    if sequences:
+        _count_kernel[(sequences,)](chosen, counts, *shared, BLOCK=block, num_warps=8)
+        _list_kernel[(sequences,)](
+            chosen, counts, starts, slots, origins, tiles, *shared, sequences, rows, *most,
+            BLOCK=block, BS=tile(sequences, 1 << 30), BM=sizes[0], BMQ=sizes[1], CAUSAL=is_causal, num_warps=8,
+        )  # fmt: skip
+    return _Plan(slots, origins, starts, tiles)
 
 
 def _pitch(x: Tensor) -> int:
@@ -446,21 +471,25 @@ def _rows_of(x: Tensor, dim: int, length: int) -> TensorDescriptor:
     return TensorDescriptor(x, [x.shape[0], dim], [x.shape[1], 1], [length, tile(dim, 256)])
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """x (B, H, M, D) as the copy engine can read it: rows without gaps between channels, steps of 16 bytes."""
+    one, two, three, four = x.stride()
+    unit = 16 // x.element_size()
+    if four == 1 and one and two and three and not (one % unit or two % unit or three % unit or x.data_ptr() % 16):
+        return x
+    own = x.new_empty((*x.shape[:3], _pitch(x)))[..., : x.shape[3]]
+    return own.copy_(x)
+
+
 def _keys_of(x: Tensor, length: int) -> TensorDescriptor:
-    """(B, H, M, D), read as tiles of `length` keys of one head."""
-    dim = x.shape[-1]
-    steps = [step * x.element_size() % 16 for step, size in zip(x.stride()[:3], x.shape[:3], strict=True) if size > 1]
-    if x.stride(-1) != 1 or any(steps) or 0 in x.stride() or x.data_ptr() % 16 or any(s % 8 for s in x.stride()[:3]):
-        own = x.new_empty((*x.shape[:3], _pitch(x)))
-        own[..., :dim] = x
-        x = own
-    return TensorDescriptor(x, [*x.shape[:3], dim], list(x.stride()), [1, 1, length, tile(dim, 256)])
+    """(B, H, M, D), aligned, read as tiles of `length` keys of one head."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, length, tile(x.shape[3], 256)])
 
 
 @torch.library.custom_op("attention_zoo::mixture_forward", mutates_args=())
 def _mixture_forward(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, chosen: Tensor, topk: int, apart: int, scale: float, is_causal: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Out (B, H, N, D_v); for the gradient: packed outputs and normalisers, the plan, the same of the shared heads that are apart.
 
     apart: how many of the heads that every token uses are computed by cuDNN's dense kernel, whole groups of them.
@@ -470,29 +499,30 @@ def _mixture_forward(
     kv_heads, keys, dim_v = v.shape[1:]
     group, every = heads // kv_heads, heads - chosen.shape[-1]
     out = _heads_last(q, dim_v)
-    own_q, own_k, own_v = q[:, apart:], k[:, apart // group :], v[:, apart // group :]
+    own_q, own_k, own_v = q[:, apart:], _aligned(k[:, apart // group :]), _aligned(v[:, apart // group :])
     rows = batch * tokens * (every - apart + topk)
-    plan = _plan(chosen, kv_heads - apart // group, heads - apart, every - apart, rows)
+    own = settings("forward", max(dim, dim_v), q.dtype)
+    sizes = own.bm, settings("query", max(dim, dim_v), q.dtype).bm
+    plan = _plan(chosen, own_k.shape[1], heads - apart, every - apart, rows, sizes, is_causal)
     packed, lse = v.new_empty((rows, _pitch(v))), q.new_empty((rows,), dtype=torch.float32)
     if rows == 0 or keys == 0:
         packed.zero_()
         lse.fill_(float("-inf"))
     else:
-        own = settings("forward", max(dim, dim_v), q.dtype)
-        tiles = triton.cdiv(tokens * group, own.bm)
-        _forward_kernel[(batch * own_k.shape[1] * tiles,)](
-            own_q, _keys_of(own_k, own.bn), _keys_of(own_v, own.bn), packed, lse, plan.starts, plan.origins, *own_q.stride()[:3],
-            scale * LOG2E, keys - tokens, 1.0, tokens, keys, own_k.shape[1], group, dim, dim_v, packed.shape[1], tiles,
+        _forward_kernel[_most_tiles(rows, batch * own_k.shape[1], own.bm)](
+            own_q, _keys_of(own_k, own.bn), _keys_of(own_v, own.bn), packed, lse, plan.starts, plan.origins, plan.tiles,
+            *own_q.stride()[:3], scale * LOG2E, keys - tokens, 1.0,
+            tokens, keys, own_k.shape[1], group, dim, dim_v, packed.shape[1],
             CAUSAL=is_causal, PRECISION=precision(q), STAGES=own.stages, HELD=own.held,
             BM=own.bm, BN=own.bn, BD=tile(dim, 256), BDV=tile(dim_v, 256),
             num_warps=own.warps, num_stages=own.stages, maxnreg=own.registers,
         )  # fmt: skip
     shared, shared_lse = _dense_forward(q, k, v, apart, scale, is_causal)
     if out.numel():
-        bt, tiles = _tokens_to_a_tile(tokens, dim_v)
-        _mix_kernel[(batch * tiles * heads,)](
+        bt, parts = _tokens_to_a_tile(tokens, dim_v)
+        _mix_kernel[(batch * parts * heads,)](
             out, shared, packed, gates, plan.slots, *shared.stride()[:3], *gates.stride(),
-            tokens, heads, apart, own_k.shape[1], group, dim_v, packed.shape[1], tiles, BT=bt, BD=tile(dim_v, 256), num_warps=4,
+            tokens, heads, apart, own_k.shape[1], group, dim_v, packed.shape[1], parts, BT=bt, BD=tile(dim_v, 256), num_warps=4,
         )  # fmt: skip
     return out, packed, lse, *plan, shared, shared_lse
 
@@ -528,7 +558,7 @@ def _heads_last(x: Tensor, channels: int | None = None) -> Tensor:
 def _tokens_to_a_tile(tokens: int, dim: int) -> tuple[int, int]:
     """For what only moves rows: how many tokens a program has, and how many programs a head."""
     size = 2048 // tile(dim, 256)
-    return size, triton.cdiv(tokens, size)
+    return size, ceil_div(tokens, size)
 
 
 @_mixture_forward.register_fake
@@ -540,14 +570,17 @@ def _(
     rows, kv_heads = batch * tokens * (heads - chosen.shape[-1] - apart + topk), k.shape[1] - apart // group
     slots = q.new_empty((batch, kv_heads, tokens, group), dtype=torch.int32)
     origins, starts = (q.new_empty((size,), dtype=torch.int32) for size in (rows, batch * kv_heads + 1))
+    sizes = (settings(kernel, max(q.shape[-1], dim_v), q.dtype).bm for kernel in ("forward", "query"))
+    tiles = q.new_empty((sum(_most_tiles(rows, batch * kv_heads, *sizes)),), dtype=torch.int64)
     packed, lse = v.new_empty((rows, _pitch(v))), q.new_empty((rows,), dtype=torch.float32)
-    return _heads_last(q, dim_v), packed, lse, slots, origins, starts, *_dense_forward(q, k, v, apart, scale, is_causal)
+    return _heads_last(q, dim_v), packed, lse, slots, origins, starts, tiles, *_dense_forward(q, k, v, apart, scale, is_causal)
 
 
 @torch.library.custom_op("attention_zoo::mixture_backward", mutates_args=())
 def _mixture_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, packed: Tensor, lse: Tensor,
-    slots: Tensor, origins: Tensor, starts: Tensor, shared: Tensor, shared_lse: Tensor, scale: float, is_causal: bool,
+    slots: Tensor, origins: Tensor, starts: Tensor, tiles: Tensor, shared: Tensor, shared_lse: Tensor,
+    scale: float, is_causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and gates."""
     grad, q = last_contiguous(grad), last_contiguous(q)
@@ -559,17 +592,17 @@ def _mixture_backward(
     dshared = v.new_empty((batch, tokens, apart, dim_v)).permute(0, 2, 1, 3)
     dpacked, delta = torch.empty_like(packed), torch.empty((rows,), dtype=torch.float32, device=q.device)
     if grad.numel():
-        bt, tiles = _tokens_to_a_tile(tokens, dim_v)
-        _unmix_kernel[(batch * tiles * heads,)](
+        bt, parts = _tokens_to_a_tile(tokens, dim_v)
+        _unmix_kernel[(batch * parts * heads,)](
             grad, shared, packed, gates, slots, dshared, dpacked, dgates, delta,
             *grad.stride()[:3], *shared.stride()[:3], *gates.stride(),
-            tokens, heads, apart, packed_heads, group, dim_v, packed.shape[1], tiles, BT=bt, BD=tile(dim_v, 256), num_warps=4,
+            tokens, heads, apart, packed_heads, group, dim_v, packed.shape[1], parts, BT=bt, BD=tile(dim_v, 256), num_warps=4,
         )  # fmt: skip
     dq, dk, dv = _heads_last(q), _heads_last(k), _heads_last(v)
     dpacked_q = q.new_empty((rows, _pitch(q)))
     if rows and keys:
-        own = (k[:, some:], v[:, some:], dk[:, some:], dv[:, some:])
-        _flash_backward(q[:, apart:], *own, dpacked, lse, delta, dpacked_q, slots, origins, starts, scale, is_causal)
+        own = (_aligned(k[:, some:]), _aligned(v[:, some:]), dk[:, some:], dv[:, some:])
+        _flash_backward(q[:, apart:], *own, dpacked, lse, delta, dpacked_q, _Plan(slots, origins, starts, tiles), scale, is_causal)
     else:
         for t in (dpacked_q, dk, dv):
             t.zero_()
@@ -579,39 +612,51 @@ def _mixture_backward(
         dk[:, :some].copy_(dshared_k)
         dv[:, :some].copy_(dshared_v)
     if dq.numel():
-        bt, tiles = _tokens_to_a_tile(tokens, dim)
-        _spread_kernel[(batch * tiles * heads,)](
+        bt, parts = _tokens_to_a_tile(tokens, dim)
+        _spread_kernel[(batch * parts * heads,)](
             dq, dshared_q, dpacked_q, slots, *dshared_q.stride()[:3],
-            tokens, heads, apart, packed_heads, group, dim, dpacked_q.shape[1], tiles, BT=bt, BD=tile(dim, 256), num_warps=4,
+            tokens, heads, apart, packed_heads, group, dim, dpacked_q.shape[1], parts, BT=bt, BD=tile(dim, 256), num_warps=4,
         )  # fmt: skip
     return dq, dk, dv, dgates.permute(0, 2, 1)
 
 
 def _flash_backward(
     q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, dq: Tensor,
-    slots: Tensor, origins: Tensor, starts: Tensor, scale: float, is_causal: bool,
+    plan: _Plan, scale: float, is_causal: bool,
 ) -> None:  # fmt: skip
     """Fill dq, packed as `grad` is, dk and dv."""
     batch, kv_heads, keys, dim = k.shape
     heads, tokens, dim_v, rows = q.shape[1], q.shape[2], v.shape[-1], grad.shape[0]
     group, offset = heads // kv_heads, keys - tokens
     packed_q = torch.empty_like(dq)
-    _pack_kernel[(triton.cdiv(rows, 32),)](
-        q, packed_q, origins, *q.stride()[:3], tokens, heads, rows, dim, packed_q.shape[1], BR=32, BD=tile(dim, 256), num_warps=4
+    _pack_kernel[(ceil_div(rows, 32),)](
+        q,
+        packed_q,
+        plan.origins,
+        *q.stride()[:3],
+        tokens,
+        heads,
+        rows,
+        dim,
+        packed_q.shape[1],
+        BR=32,
+        BD=tile(dim, 256),
+        num_warps=4,
     )
     common = {"CAUSAL": is_causal, "PRECISION": precision(q), "BD": tile(dim, 256), "BDV": tile(dim_v, 256)}
     own = settings("query", max(dim, dim_v), q.dtype)
-    tiles = triton.cdiv(tokens * group, own.bm)
-    _query_gradient_kernel[(batch * kv_heads * tiles,)](
+    first, most = _most_tiles(rows, batch * kv_heads, settings("forward", max(dim, dim_v), q.dtype).bm, own.bm)
+    _query_gradient_kernel[(most,)](
         _rows_of(packed_q, dim, own.bm), _keys_of(k, own.bn), _keys_of(v, own.bn), _rows_of(grad, dim_v, own.bm),
-        lse, delta, dq, starts, origins, scale * LOG2E, offset, tokens, keys, kv_heads, group, dim, dq.shape[1], tiles,
+        lse, delta, dq, plan.starts, plan.origins, plan.tiles[first:],
+        scale * LOG2E, offset, tokens, keys, kv_heads, group, dim, dq.shape[1],
         BM=own.bm, BN=own.bn, STAGES=own.stages, num_warps=own.warps, num_stages=own.stages, maxnreg=own.registers, **common,
     )  # fmt: skip
     own = settings("key", max(dim, dim_v), q.dtype)
-    tiles = triton.cdiv(keys, own.bn)
+    tiles = ceil_div(keys, own.bn)
     _key_gradient_kernel[(batch * kv_heads * tiles,)](
         _rows_of(packed_q, dim, own.bm), _keys_of(k, own.bn), _keys_of(v, own.bn), _rows_of(grad, dim_v, own.bm),
-        lse, delta, dk, dv, starts, slots, origins,
+        lse, delta, dk, dv, plan.starts, plan.slots, plan.origins,
         scale * LOG2E, offset, 1.0, *dk.stride()[:3], *dv.stride()[:3], tokens, keys, kv_heads, group, dim, dim_v, tiles,
         BM=own.bm, BN=own.bn, STAGES=own.stages, HELD=own.held, ORDER=own.order,
         num_warps=own.warps, num_stages=own.stages, maxnreg=own.registers, **common,
