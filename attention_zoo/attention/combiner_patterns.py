@@ -93,14 +93,27 @@ def fixed(plan: Plan, new: State, real: Tensor | None, past: State, seen: int) -
     value = _region_values(query, ended["k"], ended["v"], grid.real_ended, plan.dropout)
     state = {"summary_key": _extend(past, "summary_key", key, 2), "summary_value": _extend(past, "summary_value", value, 2)}
 
+    visible = grid.visible(plan)
+    if plan.is_causal and seen == 0 and grid.real is None and _kernel_of_parts(new["q"], key, value, None, plan.dropout):
+        summaries = (state[name][:, :, :visible] for name in ("summary_key", "summary_value"))
+        return _fixed_in_one(plan, new, *summaries), {**grid.running_row(plan), **state}
     parts = [grid.own_rows(plan)]
-    if visible := grid.visible(plan):
+    if visible:
         mask = None if grid.real is None else grid.real[:, None, None, :visible].any(-1)
         if not plan.is_causal and plan.exclusive:
             mask = _both(mask, ~torch.eye(visible, dtype=torch.bool, device=key.device)[None, None])
         key, value = (state[name][:, :, :visible] for name in ("summary_key", "summary_value"))
         parts.append(_over_segments(grid.q, key, value, mask, plan.is_causal))
     return grid.join(parts), {**grid.running_row(plan), **state}
+
+
+def _fixed_in_one(plan: Plan, new: State, key: Tensor, value: Tensor) -> Tensor:
+    """The own segment and those before it are the window and the core tokens of core-context attention, which has kernels."""
+    sizes: dict[str, Any] = {"window_size": 1, "group_size": plan.window_size, "scale": 1.0}
+    with ops.no_autocast(new["q"]):
+        out = core_context_attention(new["q"], new["k"], new["v"], key, value, **sizes)
+    assert isinstance(out, Tensor)  # no log-normaliser was asked for
+    return out
 
 
 def axial(plan: Plan, new: State, real: Tensor | None, past: State, seen: int) -> tuple[Tensor, State]:

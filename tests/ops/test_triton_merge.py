@@ -115,6 +115,16 @@ def test_a_mixture_without_masks(length: int, window: int, pool: str, monkeypatc
     torch.testing.assert_close([(y := module(x)), torch.autograd.grad(y.square().sum(), x)[0]], found)
 
 
+@pytest.mark.parametrize(("length", "window"), [(16, 4), (23, 5), (9, 9), (20, 1), (7, 16)])
+def test_segments_and_their_summaries_in_one(length: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The own segment as a window, those before it as core tokens: what two parts give when they are merged."""
+    module = az.create_attention("combiner", 16, 2, pattern="fixed", is_causal=True, window_size=window).double()
+    x = torch.randn(2, length, 16, dtype=torch.float64, requires_grad=True)
+    found = [(y := module(x)), torch.autograd.grad(y.square().sum(), x)[0]]
+    monkeypatch.setattr(combiner_patterns, "_kernel_of_parts", lambda *_: True)
+    torch.testing.assert_close([(y := module(x)), torch.autograd.grad(y.square().sum(), x)[0]], found)
+
+
 @pytest.mark.parametrize(("queries", "keys", "is_causal"), [(5, 5, True), (5, 4, True), (3, 6, True), (6, 5, False), (1, 7, False)])
 def test_parts_by_the_kernel(queries: int, keys: int, is_causal: bool) -> None:
     q = torch.randn(2, 4, queries, 16, device=DEVICE, requires_grad=True)

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from attention_zoo.ops.triton._common import LOG2E, last_contiguous, precision, tile
 
@@ -368,8 +369,7 @@ def attend_by_map(q: Tensor, k: Tensor, v: Tensor, head_map: Tensor, scale: floa
 # --- copies ----------------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("attention_zoo::copy_heads", mutates_args=())
-def _copy_heads(k: Tensor, v: Tensor, head_map: Tensor) -> tuple[Tensor, Tensor]:
+def _copy(k: Tensor, v: Tensor, head_map: Tensor) -> tuple[Tensor, Tensor]:
     k, v = last_contiguous(k), last_contiguous(v)
     heads, length = head_map.shape[-1], k.shape[2]
     out_k, out_v = _copies(k, v, head_map)
@@ -381,14 +381,12 @@ def _copy_heads(k: Tensor, v: Tensor, head_map: Tensor) -> tuple[Tensor, Tensor]
     return out_k, out_v
 
 
-@_copy_heads.register_fake
 def _copies(k: Tensor, v: Tensor, head_map: Tensor) -> tuple[Tensor, Tensor]:
     lead = k.shape[0], head_map.shape[-1], k.shape[2]
     return k.new_empty((*lead, k.shape[3])), v.new_empty((*lead, v.shape[3]))
 
 
-@torch.library.custom_op("attention_zoo::add_up_heads", mutates_args=())
-def _add_up_heads(dk: Tensor, dv: Tensor, head_map: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+def _add_up(dk: Tensor, dv: Tensor, head_map: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
     dk, dv = last_contiguous(dk), last_contiguous(dv)
     length = dk.shape[2]
     out_k, out_v = _merged(dk, kv_heads, dk.shape[3]), _merged(dv, kv_heads, dv.shape[3])
@@ -398,6 +396,11 @@ def _add_up_heads(dk: Tensor, dv: Tensor, head_map: Tensor, kv_heads: int) -> tu
             kv_heads, length, dk.shape[3], dv.shape[3], HEADS=dk.shape[1], BN=32, BD=_power(dk.shape[3]), BDV=_power(dv.shape[3]),
         )  # fmt: skip
     return out_k, out_v
+
+
+_copy_heads = torch.library.custom_op("attention_zoo::copy_heads", _copy, mutates_args=())
+_copy_heads.register_fake(_copies)
+_add_up_heads = torch.library.custom_op("attention_zoo::add_up_heads", _add_up, mutates_args=())
 
 
 @_add_up_heads.register_fake
@@ -410,14 +413,24 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.kv_heads = inputs[0].shape[1]
 
 
-def _backward(ctx: Any, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
-    return *_add_up_heads(dk, dv, ctx.saved_tensors[0], ctx.kv_heads), None
+def _backward(ctx: Any, *grad_outputs: Any) -> Any:
+    dk, dv = grad_outputs
+    add_up = _add_up if _stands_alone(dk) else _add_up_heads
+    return *add_up(dk, dv, ctx.saved_tensors[0], ctx.kv_heads), None
 
 
 _copy_heads.register_autograd(_backward, setup_context=_setup)
 
 
+class _Copies(torch.autograd.Function):
+    """The operator without the dispatcher."""
+
+    forward = staticmethod(_copy)
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
+
+
 def copy_heads(k: Tensor, v: Tensor, head_map: Tensor) -> tuple[Tensor, Tensor]:
     """The named heads of k and v, (B, H, N, D) and (B, H, N, D_v)."""
-    copies: tuple[Tensor, Tensor] = _copy_heads(k, v, head_map)
+    copies: tuple[Tensor, Tensor] = (_Copies.apply if _stands_alone(k) else _copy_heads)(k, v, head_map)
     return copies
