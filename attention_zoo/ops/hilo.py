@@ -13,7 +13,7 @@ from attention_zoo.ops.windows import too_large, window_attention
 
 __all__ = ["hilo_attention", "pool_windows", "takes_kernel", "with_window_means"]
 
-_MOST_KEYS = 512  # of Lo-Fi: more are faster on the dense engines
+_MOST_CHANNELS = 2**17  # of all Lo-Fi keys of a head together: more are faster on the dense engines
 _MOST_BYTES = 512  # of a query, key or value
 
 
@@ -60,7 +60,8 @@ def hilo_attention(
     dim = kv.shape[-1] // (2 * heads[1])
     some = qkv[..., :dim], kv[..., :dim]  # the channels of a head, which is what the choice goes by
     missing = _too_large(window_size, dim, qkv.dtype)
-    if (kv.shape[1] <= _MOST_KEYS or wanted_backend(backend) == "triton") and use_kernel(backend, some, missing=missing):
+    few = kv.shape[1] * dim <= _MOST_CHANNELS
+    if (few or wanted_backend(backend) == "triton") and use_kernel(backend, some, missing=missing):
         from attention_zoo.ops.triton.hilo import hilo_attention_triton
 
         return hilo_attention_triton(qkv, kv, grid_size, window_size, heads, scale, mask_padding)

@@ -29,7 +29,7 @@ from attention_zoo.ops.triton.windows import launch_backward, launch_forward
 
 __all__ = ["hilo_attention_triton", "with_window_means_triton"]
 
-_ONE_PASS = 64
+_ONE_PASS = 64  # all tiles of a loop of 64 rows: on Hopper, loops that mix its products with older ones have been seen to race
 _PROGRAMS = 512  # that keep a GPU busy
 
 
@@ -247,7 +247,7 @@ def _low_tiling(row_bytes: int) -> dict[str, int]:
 
 
 def _one_pass_tiling(row_bytes: int) -> dict[str, int]:
-    return {"BM": 64 if row_bytes <= 128 else 32, "num_warps": 4 if row_bytes <= 128 else 8}
+    return {"BM": 64, "num_warps": 4 if row_bytes <= 128 else 8}
 
 
 def _query_gradient_tiling(row_bytes: int) -> dict[str, int]:
@@ -329,7 +329,7 @@ def _low_backward(
     common = {"PRECISION": precision(q), "BD": tile(dim, 256)}
     sizes = (heads, queries, keys, dim)
     one_pass = keys <= _ONE_PASS and width <= 256
-    constants = _one_pass_tiling(width) | {"BN": tile(keys)} if one_pass else _key_gradient_tiling(width)
+    constants = _one_pass_tiling(width) | {"BN": _ONE_PASS} if one_pass else _key_gradient_tiling(width)
     tiles = 1 if one_pass else triton.cdiv(keys, constants["BN"])
     parts = min(triton.cdiv(queries, constants["BM"]), max(1, _PROGRAMS // (batch * heads * tiles)))
     share = triton.cdiv(triton.cdiv(queries, parts), constants["BM"]) * constants["BM"]
