@@ -1,7 +1,9 @@
 """Pooling groups of tokens into core tokens as Triton kernels: one pass over keys and values, each read once.
 
 A program has some groups of one key/value head and serves all query heads of it, whose queries are read where they stand among all
-others. Nothing is multiplied as matrices: the bytes are what takes time. Gradients stay within a group, so there are no atomics.
+others. The groups' tokens are the columns of one matrix product, of which each row needs those of its own group only: computing the
+others and masking them is still far cheaper than sums along vectors, and the bytes are what takes time. Gradients stay within a
+group, so there are no atomics.
 """
 
 from __future__ import annotations
@@ -13,18 +15,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_zoo.ops.triton._common import LOG2E, last_contiguous, per_logit, tile
+from attention_zoo.ops.triton._common import LOG2E, last_contiguous, per_logit, precision, tile
 
 __all__ = ["pool_core_tokens_triton"]
 
 
 @triton.jit
-def _group_weights(q, k, member, scale):
-    """Softmax over the tokens of each group: q (groups, channels) float32, k (groups, tokens, channels) -> (groups, tokens)."""
-    x = tl.sum(k.to(tl.float32) * q[:, None, :], 2) * scale
-    x = tl.where(member[None, :], x, float("-inf"))
-    p = tl.exp2(x - tl.max(x, 1)[:, None])
-    return p / tl.sum(p, 1)[:, None]
+def _lay_out(base, GROUPS, SIZE, SHARE: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr):
+    """Rows are a group's query heads, groups one after the other; columns its tokens.
+
+    Returns: of each row its group, its head and whether it is one; of each column its place among the tokens and whether it is one;
+    which columns are of a row's group.
+    """
+    row, column = tl.arange(0, BR), tl.arange(0, BG * BP)
+    group, member = row // SHARE, column // BP
+    real = (group < BG) & (group < GROUPS - base)
+    there = (column % BP < SIZE) & (member < GROUPS - base)
+    own = (group[:, None] == member[None, :]) & real[:, None] & there[None, :]
+    return group, row % SHARE, real, member * SIZE + column % BP, there, own
+
+
+@triton.jit
+def _group_weights(q, k, own, scale, PRECISION: tl.constexpr):
+    """Softmax of each row over the tokens of its group, float32; 0 elsewhere. q (rows, channels), k (tokens, channels)."""
+    x = tl.where(own, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, float("-inf"))
+    highest = tl.max(x, 1)
+    p = tl.exp2(x - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
+    total = tl.sum(p, 1)
+    return p / tl.where(total == 0.0, 1.0, total)[:, None]
 
 
 @triton.jit
@@ -33,36 +51,35 @@ def _forward_kernel(
     scale,
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sckb, sckh, sckn, scvb, scvh, scvn,
     BATCH, KV_HEADS, GROUPS, SIZE, D, DV,
-    SHARE: tl.constexpr, MEAN: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    SHARE: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    BG: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     heads = BATCH * KV_HEADS  # neighbours take the heads of the same tokens, which projections lay side by side
     b, g, base = (pid % heads // KV_HEADS).to(tl.int64), pid % heads % KV_HEADS, (pid // heads).to(tl.int64) * BG
-    j, t, d, dv = tl.arange(0, BG), tl.arange(0, BP), tl.arange(0, BD), tl.arange(0, BDV)
-    real, member = j < GROUPS - base, t < SIZE
-    there = (real[:, None] & member[None, :])[:, :, None]
-    token = (j[:, None] * SIZE + t[None, :])[:, :, None]
-    k = tl.load(K + b * skb + g * skh + base * SIZE * skn + token * skn + d[None, None, :], mask=there & (d < D), other=0.0)
-    v = tl.load(V + b * svb + g * svh + base * SIZE * svn + token * svn + dv[None, None, :], mask=there & (dv < DV), other=0.0)
+    CORE: tl.constexpr = 1 if MEAN else SHARE  # rows of a group
+    group, one, real, token, there, own = _lay_out(base, GROUPS, SIZE, CORE, BG, BP, BR)
+    d, dv = tl.arange(0, BD), tl.arange(0, BDV)
+    at_k, at_v = K + b * skb + g * skh + base * SIZE * skn, V + b * svb + g * svh + base * SIZE * svn
+    k = tl.load(at_k + token[:, None] * skn + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+    v = tl.load(at_v + token[:, None] * svn + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0.0)
     wanted, wanted_v = real[:, None] & (d < D)[None, :], real[:, None] & (dv < DV)[None, :]
-    Q += b * sqb + base * sqn
-    CoreK += b * sckb + base * sckn
-    CoreV += b * scvb + base * scvn
-    mean = tl.zeros([BG, BP], tl.float32)
-    for one in range(SHARE):
-        h = g * SHARE + one
-        q = tl.load(Q + h * sqh + j[:, None] * sqn + d[None, :], mask=wanted, other=0.0).to(tl.float32)
-        weights = _group_weights(q, k, member, scale)
-        if MEAN:
-            mean += weights / SHARE
-        else:
-            core_k, core_v = tl.sum(weights[:, :, None] * k.to(tl.float32), 1), tl.sum(weights[:, :, None] * v.to(tl.float32), 1)
-            tl.store(CoreK + h * sckh + j[:, None] * sckn + d[None, :], core_k.to(CoreK.dtype.element_ty), mask=wanted)
-            tl.store(CoreV + h * scvh + j[:, None] * scvn + dv[None, :], core_v.to(CoreV.dtype.element_ty), mask=wanted_v)
+    at_q = Q + b * sqb + base * sqn + group[:, None] * sqn + d[None, :]
     if MEAN:
-        core_k, core_v = tl.sum(mean[:, :, None] * k.to(tl.float32), 1), tl.sum(mean[:, :, None] * v.to(tl.float32), 1)
-        tl.store(CoreK + g * sckh + j[:, None] * sckn + d[None, :], core_k.to(CoreK.dtype.element_ty), mask=wanted)
-        tl.store(CoreV + g * scvh + j[:, None] * scvn + dv[None, :], core_v.to(CoreV.dtype.element_ty), mask=wanted_v)
+        weights = tl.zeros([BR, BG * BP], tl.float32)
+        for other in range(SHARE):
+            q = tl.load(at_q + (g * SHARE + other) * sqh, mask=wanted, other=0.0)
+            weights += _group_weights(q, k, own, scale, PRECISION) / SHARE
+    else:
+        q = tl.load(at_q + (g * SHARE + one)[:, None] * sqh, mask=wanted, other=0.0)
+        weights = _group_weights(q, k, own, scale, PRECISION)
+    core_k = tl.dot(weights.to(k.dtype), k, input_precision=PRECISION)
+    core_v = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+    h = g * CORE + one
+    at_k, at_v = CoreK + b * sckb + base * sckn, CoreV + b * scvb + base * scvn
+    place, place_v = h[:, None] * sckh + group[:, None] * sckn + d[None, :], h[:, None] * scvh + group[:, None] * scvn + dv[None, :]
+    tl.store(at_k + place, core_k.to(CoreK.dtype.element_ty), mask=wanted)
+    tl.store(at_v + place_v, core_v.to(CoreV.dtype.element_ty), mask=wanted_v)
 
 
 @triton.jit
@@ -72,60 +89,56 @@ def _backward_kernel(
     sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, sckb, sckh, sckn, scvb, scvh, scvn, sdqb, sdqh, sdqn, sdkb, sdkh, sdkn,
     sdvb, sdvh, sdvn,
     BATCH, KV_HEADS, GROUPS, SIZE, D, DV,
-    SHARE: tl.constexpr, MEAN: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    SHARE: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    BG: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     heads = BATCH * KV_HEADS
     b, g, base = (pid % heads // KV_HEADS).to(tl.int64), pid % heads % KV_HEADS, (pid // heads).to(tl.int64) * BG
-    j, t, d, dv = tl.arange(0, BG), tl.arange(0, BP), tl.arange(0, BD), tl.arange(0, BDV)
-    real, member = j < GROUPS - base, t < SIZE
-    there = (real[:, None] & member[None, :])[:, :, None]
-    token = (j[:, None] * SIZE + t[None, :])[:, :, None]
-    k = tl.load(K + b * skb + g * skh + base * SIZE * skn + token * skn + d[None, None, :], mask=there & (d < D), other=0.0)
-    v = tl.load(V + b * svb + g * svh + base * SIZE * svn + token * svn + dv[None, None, :], mask=there & (dv < DV), other=0.0)
+    group, one, real, token, there, own = _lay_out(base, GROUPS, SIZE, SHARE, BG, BP, BR)
+    d, dv = tl.arange(0, BD), tl.arange(0, BDV)
+    of_k, of_v = there[:, None] & (d < D)[None, :], there[:, None] & (dv < DV)[None, :]
+    at_k, at_v = K + b * skb + g * skh + base * SIZE * skn, V + b * svb + g * svh + base * SIZE * svn
+    k = tl.load(at_k + token[:, None] * skn + d[None, :], mask=of_k, other=0.0)
+    v = tl.load(at_v + token[:, None] * svn + dv[None, :], mask=of_v, other=0.0)
     wanted, wanted_v = real[:, None] & (d < D)[None, :], real[:, None] & (dv < DV)[None, :]
-    Q += b * sqb + base * sqn
-    DQ += b * sdqb + base * sdqn
-    DCoreK += b * sckb + base * sckn
-    DCoreV += b * scvb + base * scvn
-    dk = tl.zeros([BG, BP, BD], tl.float32)
-    dv_sum = tl.zeros([BG, BP, BDV], tl.float32)
-    for one in range(SHARE):
-        h = g * SHARE + one
-        core = g if MEAN else h  # a mean over the query heads hands each its share
-        q = tl.load(Q + h * sqh + j[:, None] * sqn + d[None, :], mask=wanted, other=0.0).to(tl.float32)
-        gk = tl.load(DCoreK + core * sckh + j[:, None] * sckn + d[None, :], mask=wanted, other=0.0).to(tl.float32)
-        gv = tl.load(DCoreV + core * scvh + j[:, None] * scvn + dv[None, :], mask=wanted_v, other=0.0).to(tl.float32)
-        if MEAN:
-            gk, gv = gk / SHARE, gv / SHARE
-        weights = _group_weights(q, k, member, scale)
-        slope = tl.sum(k.to(tl.float32) * gk[:, None, :], 2) + tl.sum(v.to(tl.float32) * gv[:, None, :], 2)
-        slope = weights * (slope - tl.sum(weights * slope, 1)[:, None]) * per_logit(scale)
-        dq = tl.sum(slope[:, :, None] * k.to(tl.float32), 1)
-        tl.store(DQ + h * sdqh + j[:, None] * sdqn + d[None, :], dq.to(DQ.dtype.element_ty), mask=wanted)
-        dk += weights[:, :, None] * gk[:, None, :] + slope[:, :, None] * q[:, None, :]
-        dv_sum += weights[:, :, None] * gv[:, None, :]
-    at_k = DK + b * sdkb + g * sdkh + base * SIZE * sdkn
-    at_v = DV_ + b * sdvb + g * sdvh + base * SIZE * sdvn
-    tl.store(at_k + token * sdkn + d[None, None, :], dk.to(DK.dtype.element_ty), mask=there & (d < D))
-    tl.store(at_v + token * sdvn + dv[None, None, :], dv_sum.to(DV_.dtype.element_ty), mask=there & (dv < DV))
+    h = g * SHARE + one
+    core = g + one * 0 if MEAN else h  # a mean over the query heads hands each its share
+    at_q, at_gk, at_gv = Q + b * sqb + base * sqn, DCoreK + b * sckb + base * sckn, DCoreV + b * scvb + base * scvn
+    q = tl.load(at_q + h[:, None] * sqh + group[:, None] * sqn + d[None, :], mask=wanted, other=0.0)
+    gk = tl.load(at_gk + core[:, None] * sckh + group[:, None] * sckn + d[None, :], mask=wanted, other=0.0)
+    gv = tl.load(at_gv + core[:, None] * scvh + group[:, None] * scvn + dv[None, :], mask=wanted_v, other=0.0)
+    weights = _group_weights(q, k, own, scale, PRECISION)
+    slope = tl.dot(gk, tl.trans(k), input_precision=PRECISION) + tl.dot(gv, tl.trans(v), input_precision=PRECISION)
+    part = 1.0 / SHARE if MEAN else 1.0
+    slope = weights * (slope - tl.sum(weights * slope, 1)[:, None]) * (per_logit(scale) * part)
+    weights = tl.trans((weights * part).to(k.dtype))
+    at_dv = DV_ + b * sdvb + g * sdvh + base * SIZE * sdvn
+    dv_sum = tl.dot(weights, gv, input_precision=PRECISION)
+    tl.store(at_dv + token[:, None] * sdvn + dv[None, :], dv_sum.to(DV_.dtype.element_ty), mask=of_v)
+    slope = slope.to(k.dtype)
+    dk = tl.dot(weights, gk, input_precision=PRECISION) + tl.dot(tl.trans(slope), q, input_precision=PRECISION)
+    at_dk = DK + b * sdkb + g * sdkh + base * SIZE * sdkn
+    tl.store(at_dk + token[:, None] * sdkn + d[None, :], dk.to(DK.dtype.element_ty), mask=of_k)
+    dq = tl.dot(slope, k, input_precision=PRECISION)
+    at_dq = DQ + b * sdqb + base * sdqn
+    tl.store(at_dq + h[:, None] * sdqh + group[:, None] * sdqn + d[None, :], dq.to(DQ.dtype.element_ty), mask=wanted)
 
 
-_FORWARD, _BACKWARD = 8192, 4096  # numbers of k that a program has, if a group has not more
+_TOKENS, _WARPS = 64, 4  # of a program
 
 
-def _launch(kernel: Any, tensors: tuple[Tensor, ...], size: int, mean: bool, scale: float, most: int) -> None:
-    """Run a kernel on q, k, v, ..."""
+def _launch(kernel: Any, tensors: tuple[Tensor, ...], size: int, mean: bool, scale: float, rows: int) -> None:
+    """Run a kernel on q, k, v, ...; each group has that many `rows` in it."""
     q, k, v = tensors[:3]
     (batch, kv_heads), (groups, dim), dim_v = k.shape[:2], q.shape[2:], v.shape[-1]
-    members, channels, channels_v = triton.next_power_of_2(size), tile(dim, 256), tile(dim_v, 256)
-    whole = members * max(channels, channels_v)
-    block = max(1, min(most // whole, triton.next_power_of_2(groups)))
+    members = triton.next_power_of_2(size)
+    block = max(1, 16 // members, min(_TOKENS // members, _TOKENS // rows))  # a matrix product takes 16 tokens at least
     strides = [s for t in tensors for s in t.stride()[:3]]
     kernel[(triton.cdiv(groups, block) * batch * kv_heads,)](
         *tensors, scale * LOG2E, *strides, batch, kv_heads, groups, size, dim, dim_v,
-        SHARE=q.shape[1] // kv_heads, MEAN=mean, BG=block, BP=members, BD=channels, BDV=channels_v,
-        num_warps=min(16, max(4, whole // 1024)),
+        SHARE=q.shape[1] // kv_heads, MEAN=mean, PRECISION=precision(q), BG=block, BP=members, BR=tile(block * rows, 1024),
+        BD=tile(dim, 256), BDV=tile(dim_v, 256), num_warps=_WARPS,
     )  # fmt: skip
 
 
@@ -134,7 +147,7 @@ def _pooling_forward(q: Tensor, k: Tensor, v: Tensor, size: int, mean: bool, sca
     core_k, core_v = _core_tokens(q, k, v, mean)
     if core_k.numel():
         q, k, v = (last_contiguous(t) for t in (q, k, v))
-        _launch(_forward_kernel, (q, k, v, core_k, core_v), size, mean, scale, _FORWARD)
+        _launch(_forward_kernel, (q, k, v, core_k, core_v), size, mean, scale, 1 if mean else q.shape[1] // k.shape[1])
     return core_k, core_v
 
 
@@ -156,7 +169,7 @@ def _pooling_backward(
     gradients = _like(q), _like(k), _like(v)
     if q.numel():
         tensors = tuple(last_contiguous(t) for t in (q, k, v, grad_k, grad_v))
-        _launch(_backward_kernel, (*tensors, *gradients), size, mean, scale, _BACKWARD)
+        _launch(_backward_kernel, (*tensors, *gradients), size, mean, scale, q.shape[1] // k.shape[1])
     return gradients
 
 
