@@ -80,6 +80,12 @@ def _vision(scale: str, create_model: Create) -> Iterator[Case]:
         )
 
 
+def _on(device: str, dtype: torch.dtype, create: Callable[[], nn.Module]) -> nn.Module:
+    """Made there, where random weights take no time."""
+    with torch.device(device):
+        return create().to(device, dtype)
+
+
 def _timm(name: str, **options: Any) -> nn.Module:
     import timm
 
@@ -88,7 +94,7 @@ def _timm(name: str, **options: Any) -> nn.Module:
 
 def _image_model(create: Callable[[], nn.Module], shape: tuple[int, ...]) -> Build:
     def build(device: str, dtype: torch.dtype, wrap: Wrap) -> Task:
-        return module_task(create().to(device, dtype), normal(*shape, device=device, dtype=dtype), wrap)
+        return module_task(_on(device, dtype, create), normal(*shape, device=device, dtype=dtype), wrap)
 
     return build
 
@@ -147,7 +153,7 @@ def _llama(**settings: Any) -> nn.Module:
 def _language_model(create: Callable[[], nn.Module], batch: int, length: int) -> Build:
     def build(device: str, dtype: torch.dtype, wrap: Wrap) -> Task:
         ids = torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
-        return module_task(create().to(device, dtype), ids, wrap)
+        return module_task(_on(device, dtype, create), ids, wrap)
 
     return build
 

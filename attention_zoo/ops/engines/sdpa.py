@@ -46,7 +46,8 @@ class TorchEngine(Engine):
 
 
 def _unmasked(q: Tensor, k: Tensor, v: Tensor, problem: Problem, is_causal: bool) -> Tensor:
-    prefer_cudnn = q.is_cuda and q.dtype in HALF and compute_capability(q.device) >= 90
+    # cuDNN makes a plan for every new number of keys, 50 to 65 ms each: not for one token, whose keys grow at every step.
+    prefer_cudnn = q.shape[2] > 1 and q.is_cuda and q.dtype in HALF and compute_capability(q.device) >= 90
     with cudnn_first() if prefer_cudnn else nullcontext():
         return F.scaled_dot_product_attention(
             q, k, v, dropout_p=problem.dropout_p, is_causal=is_causal, scale=problem.scale, enable_gqa=is_grouped(q, k)
