@@ -21,7 +21,7 @@ from attention_zoo.ops.engines.base import HALF, compute_capability
 __all__ = ["mixture_attention", "mixture_gates", "top_k_mask"]
 
 _MOST_ACTIVE = 0.85  # share of the heads up to which skipping the others pays for packing
-_FEWEST_TOKENS = 2048
+_LEAST_WORK = 2**35  # B H N M D, halved by causality, of the dense call; below, what launches the kernels takes longer
 _MOST_COMPARED = 64  # heads that the kernels of the router compare with each other
 
 
@@ -75,7 +75,9 @@ def mixture_attention(
     missing = None if attn_mask is None else "the kernels take no mask"
     if factor <= 0:
         missing = "the kernels need a positive scale"
-    if _skips_enough(q, k, chosen, topk, backend) and use_kernel(backend, (q, k, v), dropout_p=dropout_p, missing=missing):
+    if _skips_enough(q, k, chosen, topk, is_causal, backend) and use_kernel(
+        backend, (q, k, v), dropout_p=dropout_p, missing=missing
+    ):
         return _run_kernel(q, k, v, gates, chosen, topk, is_causal, factor)
     out = attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p, backend=backend)
     assert isinstance(out, Tensor)  # no log-normaliser was asked for
@@ -139,16 +141,15 @@ def top_k_mask(scores: Tensor, k: int, *, backend: str = "auto") -> Tensor:
     return torch.zeros_like(scores).scatter(-1, order[..., :k], 1.0)
 
 
-def _skips_enough(q: Tensor, k: Tensor, chosen: Tensor | None, topk: int, backend: str) -> bool:
+def _skips_enough(q: Tensor, k: Tensor, chosen: Tensor | None, topk: int, is_causal: bool, backend: str) -> bool:
     """Whether the kernels are faster than the dense engines, as measured on an H200; yes if they are asked for."""
     if wanted_backend(backend) != "auto":
         return True
-    if chosen is None:
+    if chosen is None or not q.is_cuda or q.dtype not in HALF:
         return False
-    heads = q.shape[1]
-    active = heads - chosen.shape[-1] + topk
-    long_enough = q.shape[2] >= _FEWEST_TOKENS and k.shape[2] >= _FEWEST_TOKENS
-    return q.is_cuda and q.dtype in HALF and long_enough and active <= _MOST_ACTIVE * heads
+    batch, heads, tokens, dim = q.shape
+    work = batch * heads * tokens * k.shape[2] * dim // (2 if is_causal else 1)
+    return heads - chosen.shape[-1] + topk <= _MOST_ACTIVE * heads and bool(work >= _LEAST_WORK)
 
 
 def _run_kernel(
