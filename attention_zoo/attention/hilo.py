@@ -29,7 +29,8 @@ from attention_zoo.attention.base import (
     split_heads,
 )
 from attention_zoo.attention.conversion import load_converted, projection_settings, source_heads, source_settings, split_projections
-from attention_zoo.ops.hilo import hilo_attention, pool_windows, takes_kernel, with_window_means
+from attention_zoo.ops.hilo import hilo_attention, pool_windows, too_wide, with_window_means
+from attention_zoo.ops.windows import takes_windows
 from attention_zoo.registry import register_attention
 
 __all__ = ["HiLoAttention"]
@@ -278,7 +279,8 @@ class HiLoAttention(AttentionModule):
             return False
         if not self._is_bare():
             return False
-        return takes_kernel(x, self.window_size, self.head_dim, self.attn_drop if self.training else 0.0)
+        dropout_p = self.attn_drop if self.training else 0.0
+        return takes_windows(x, self.window_size, self.head_dim, dropout_p, too_wide(self.head_dim, x.dtype))
 
     def _is_bare(self) -> bool:
         """Whether the layers are their weights and biases: none is adapted or quantised, and nobody waits for its own forward."""

@@ -11,20 +11,10 @@ from attention_zoo.ops.attention import attention
 from attention_zoo.ops.dispatch import wanted_backend
 from attention_zoo.ops.windows import too_large, window_attention
 
-__all__ = ["hilo_attention", "pool_windows", "takes_kernel", "with_window_means"]
+__all__ = ["hilo_attention", "pool_windows", "too_wide", "with_window_means"]
 
 _MOST_CHANNELS = 2**17  # of all Lo-Fi keys of a head together: more are faster on the dense engines
 _MOST_BYTES = 512  # of a query, key or value
-
-
-def takes_kernel(x: Tensor, window_size: int, head_dim: int, dropout_p: float = 0.0) -> bool:
-    """Whether tokens like `x` are for `hilo_attention` and `with_window_means`: what they fuse is wasted on the plain code.
-
-    Raises:
-        BackendError: "triton" is asked for, by `use_backend` or the environment, and cannot serve them.
-    """
-    missing = _too_large(window_size, head_dim, x.dtype)
-    return use_kernel("auto", (x[..., :1],), dropout_p=dropout_p, missing=missing)
 
 
 def hilo_attention(
@@ -59,7 +49,7 @@ def hilo_attention(
     _check(qkv, kv, grid_size, heads)
     dim = kv.shape[-1] // (2 * heads[1])
     some = qkv[..., :dim], kv[..., :dim]  # the channels of a head, which is what the choice goes by
-    missing = _too_large(window_size, dim, qkv.dtype)
+    missing = too_wide(dim, qkv.dtype) or too_large(window_size, dim, qkv.dtype)
     few = kv.shape[1] * dim <= _MOST_CHANNELS
     if (few or wanted_backend(backend) == "triton") and use_kernel(backend, some, missing=missing):
         from attention_zoo.ops.triton.hilo import hilo_attention_triton
@@ -104,11 +94,9 @@ def pool_windows(x: Tensor, window_size: int) -> Tensor:
     return F.avg_pool2d(x.permute(0, 3, 1, 2), window_size).flatten(2).transpose(1, 2)
 
 
-def _too_large(window_size: int, channels: int, dtype: torch.dtype) -> str | None:
-    """Why the kernels do not serve windows of this size or heads of this width; None if they do."""
-    if channels * dtype.itemsize > _MOST_BYTES:
-        return f"heads of more than {_MOST_BYTES} bytes: {channels} channels"
-    return too_large(window_size, channels, dtype)
+def too_wide(channels: int, dtype: torch.dtype) -> str | None:
+    """Why the kernels do not serve heads of this width; None if they do."""
+    return f"heads of more than {_MOST_BYTES} bytes: {channels} channels" if channels * dtype.itemsize > _MOST_BYTES else None
 
 
 def _check(qkv: Tensor, kv: Tensor, grid_size: tuple[int, int], heads: tuple[int, int]) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from attention_zoo.ops._autocast import no_autocast
 from attention_zoo.ops._kernels import use_kernel
 from attention_zoo.ops._tap import tapped
+from attention_zoo.ops.dispatch import wanted_backend
 
 __all__ = ["takes_windows", "too_large", "window_attention"]
 
@@ -90,13 +91,26 @@ def window_attention(
         return _from_windows(out, window_size, height, width).to(q.dtype)
 
 
-def takes_windows(x: Tensor, window_size: int, channels: int, dropout_p: float = 0.0) -> bool:
-    """Whether `window_attention` takes its kernel for heads of so many channels, projected from tensors like `x`.
+def takes_windows(x: Tensor, window_size: int, channels: int, dropout_p: float = 0.0, missing: str | None = None) -> bool:
+    """Whether to call the kernel for heads of so many channels, projected from tensors like `x`, where a library could serve too.
+
+    "auto" prefers it in half precision only, in which it was measured.
+
+    Args:
+        x: a tensor of the device and, but for autocast, of the dtype.
+        window_size, dropout_p: of the call.
+        channels: of a head.
+        missing: what else is asked for that the kernel does not have; None: nothing.
 
     Raises:
-        BackendError: "triton" is asked for, by `use_backend` or the environment, and cannot serve them.
+        BackendError: "triton" is asked for, by `use_backend` or the environment, and cannot serve it.
     """
-    return use_kernel("auto", (x[..., :1],), dropout_p=dropout_p, missing=too_large(window_size, channels, x.dtype))
+    device = x.device.type
+    cast = device == "cuda" and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if cast else x.dtype
+    if dtype not in (torch.float16, torch.bfloat16) and wanted_backend("auto") != "triton":
+        return False
+    return use_kernel("auto", (x[..., :1],), dropout_p=dropout_p, missing=missing or too_large(window_size, channels, dtype))
 
 
 def too_large(window_size: int, channels: int, dtype: torch.dtype) -> str | None:

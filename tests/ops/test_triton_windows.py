@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from kernel_case import DEVICE, Case
 from torch import Tensor
 
+import attention_zoo as az
 from attention_zoo import ops
 from attention_zoo.attention.window import WindowAttention, from_windows, shift_mask, to_windows
 from attention_zoo.ops._tap import Call, add_tap, remove_tap
-from attention_zoo.ops.hilo import hilo_attention, takes_kernel, with_window_means
+from attention_zoo.ops.hilo import hilo_attention, with_window_means
+from attention_zoo.ops.windows import takes_windows
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -169,13 +171,22 @@ def test_what_the_kernels_of_hilo_refuse() -> None:
     with pytest.raises(ops.BackendError, match="160"):
         case.run("triton")
     case.run("auto")
-    x = torch.randn(1, 4, 8, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_when_layers_take_the_kernels_by_themselves(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 4, 8, device=DEVICE, dtype=dtype)
     with ops.use_backend("triton"):
-        assert takes_kernel(x, 2, 32)
+        assert takes_windows(x, 2, 32)
         with pytest.raises(ops.BackendError, match="dropout"):
-            takes_kernel(x, 2, 32, 0.1)
-    assert takes_kernel(x, 2, 32) == (DEVICE == "cuda")
-    assert not takes_kernel(x, 2, 320)
+            takes_windows(x, 2, 32, 0.1)
+        with pytest.raises(ops.BackendError, match="too wide"):
+            takes_windows(x, 2, 32, missing="too wide")
+    on_cuda = DEVICE == "cuda"
+    assert takes_windows(x, 2, 32) == (on_cuda and dtype == torch.bfloat16)
+    assert not takes_windows(x, 12, 32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert takes_windows(x, 2, 32) == on_cuda
 
 
 @pytest.mark.parametrize(
@@ -258,3 +269,53 @@ def test_windows_of_a_swin(shift: int) -> None:
         results.append((out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])))
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+PAPERS: dict[str, Callable[[], Case]] = {
+    "14x14": lambda: hilo(4, (2, 10), 14, 14, keys=49, dim=64),
+    "28x28": lambda: hilo(2, (2, 10), 28, 28, keys=196, dim=32),
+    "56x56": lambda: hilo(1, (1, 2), 56, 56, keys=784, dim=32),
+    "odd": lambda: hilo(2, (1, 3), 13, 15, side=3, keys=200, dim=40, masked=True),
+    "wide": lambda: hilo(1, (1, 1), 21, 21, side=4, keys=25, dim=256),
+    "many queries": lambda: hilo(1, (1, 1), 60, 60, keys=17, dim=128),
+    "swin": lambda: windows(2, 3, 28, 28, side=7, dim=32, value_dim=32, bias=2),
+    "large windows": lambda: windows(1, 2, 24, 32, side=8, dim=80, value_dim=80),
+    "means": lambda: means(4, 14, 14, channels=768),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", PAPERS.values(), ids=list(PAPERS))
+def test_sizes_of_papers(make: Callable[[], Case]) -> None:
+    """In half precision, where the tensor cores multiply, and the same every time."""
+    case = make()
+    kernels.check_half_precision(case)
+    runs = [case.run("triton", torch.bfloat16) for _ in range(4)]
+    assert all(torch.equal(run[name], runs[0][name]) for run in runs for name in run)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("options", "compiled"),
+    [({"alpha": 0.9}, False), ({"alpha": 0.9}, True), ({"qkv_bias": True, "window_size": 3}, False)],
+    ids=["paper", "paper, compiled", "padded"],
+)
+def test_layers_on_cuda(options: dict[str, Any], compiled: bool) -> None:
+    """A whole layer in bfloat16, by itself and under autocast, against the plain code in float32."""
+    layer = az.create_attention("hilo", 384, 12, device="cuda", **options)
+    x = torch.randn(2, 196, 384, device="cuda", requires_grad=True)
+
+    def run(function: Any, x: Tensor) -> tuple[Tensor, ...]:
+        out = function(x, grid_size=(14, 14))
+        return out, *torch.autograd.grad(out.float().square().sum(), [x, *layer.parameters()])
+
+    with ops.use_backend("torch"):
+        exact = run(layer, x)
+    with torch.autocast("cuda", torch.bfloat16):
+        cast = run(layer, x)
+    layer.bfloat16()
+    torch._dynamo.reset()
+    half = run(torch.compile(layer, fullgraph=True) if compiled else layer, x.detach().bfloat16().requires_grad_())
+    for found in (cast, half):
+        for got, want in zip(found, exact, strict=True):
+            assert (got.float() - want).norm() < 0.05 * want.norm()
