@@ -5,6 +5,7 @@ Without a GPU they run under TRITON_INTERPRET=1, which conftest.py sets.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention_zoo import ops
+from attention_zoo.attention import DiffAttention
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LARGE = 40 if DEVICE == "cuda" else 1  # times as many tokens where kernels are not run in Python
-FEW = settings(max_examples=3 if DEVICE == "cpu" else 12)
+LARGE = 12 if DEVICE == "cuda" else 1  # times as many tokens where kernels are not run in Python
+FEW = settings(max_examples=3 if DEVICE == "cpu" else 5)
 
 
 @dataclass
@@ -61,7 +63,7 @@ def difference(
     return Problem(
         ops.subtract_noise,
         tensors,
-        {"groups": groups, **({"eps": 1e-5, "gain": 0.8} if norm else {}), **({"noise": None} if joint else {})},
+        {"groups": groups, **({"eps": 1e-2, "gain": 0.8} if norm else {}), **({"noise": None} if joint else {})},
     )
 
 
@@ -90,14 +92,15 @@ def both_maps(
 def compare(problem: Problem) -> None:
     want, got = problem.run("reference"), problem.run("triton")
     for name, right in want.items():
-        size = max(1.0, right.abs().max().item())
+        terms = want["out"].numel() / max(right.numel(), 1)  # lambda and the weight have gradients from all tokens, which cancel
+        size = max(1.0, right.abs().max().item()) * max(1.0, terms**0.5)
         torch.testing.assert_close(got[name], right, atol=2e-5 * size, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @FEW
 @given(
     batch=st.integers(1, 2), groups=st.integers(1, 3), group=st.integers(1, 3), tokens=st.sampled_from([1, 5, 37 * LARGE]),
-    dim=st.sampled_from([1, 8, 24, 130]), joint=st.booleans(), per_token=st.booleans(), norm=st.booleans(), weighted=st.booleans(),
+    dim=st.sampled_from([8, 24, 130]), joint=st.booleans(), per_token=st.booleans(), norm=st.booleans(), weighted=st.booleans(),
 )  # fmt: skip
 def test_subtract_noise(**sizes: Any) -> None:
     compare(difference(**sizes))
@@ -139,7 +142,7 @@ def test_several_tiles(make: Callable[[], Problem]) -> None:
 
 MAKERS: dict[str, Callable[[], Problem]] = {
     "difference": difference,
-    "maps": lambda: both_maps(queries=7 * LARGE, keys=9 * LARGE, dim=64 if DEVICE == "cuda" else 8),
+    "maps": lambda: both_maps(queries=7 * LARGE, keys=9 * LARGE, dim=64 if DEVICE == "cuda" else 8, per_token=True),
 }
 
 
@@ -287,3 +290,34 @@ def test_what_one_pass_refuses(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(ops.BackendError, match=match):
         problem.operation(**given, **settings, backend="triton")
     problem.operation(**given, **settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share", [1, 2])
+@pytest.mark.parametrize(("dim", "value_dim"), [(64, 128), (128, 256)], ids=str)
+def test_the_fastest_way(dim: int, value_dim: int, share: int) -> None:
+    """What "auto" chooses on a GPU: heads that share keys, and values that go in halves."""
+    problem = both_maps(2, 2, share, 520, 520, dim, value_dim, per_token=True)
+    exact, got = problem.run("reference"), problem.run("auto", torch.bfloat16)
+    for name, right in exact.items():
+        error = (got[name].float() - right).norm() / right.norm()
+        assert error < 6 * torch.finfo(torch.bfloat16).eps, f"{name}: {error}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2}, {"version": "v2"}, {"head_dim": 128, "num_heads": 4}], ids=str)
+def test_a_whole_module(options: dict[str, Any]) -> None:
+    """Eager and as one graph, as the plain code on the same weights."""
+    module = DiffAttention(512, **{"num_heads": 4, "is_causal": True, "device": DEVICE, "dtype": torch.bfloat16, **options})
+    x = torch.randn(2, 300, 512, device=DEVICE, dtype=torch.bfloat16)
+    exact, leaf = copy.deepcopy(module).float(), x.float().requires_grad_()
+    with ops.use_backend("reference"):
+        want = exact(leaf)
+        (slope,) = torch.autograd.grad(want.square().sum(), leaf)
+    torch._dynamo.reset()
+    for run in (module, torch.compile(module, fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        out = run(leaf)
+        (got,) = torch.autograd.grad(out.float().square().sum(), leaf)
+        for a, b in ((out, want), (got, slope)):
+            assert (a.float() - b).norm() / b.norm() < 0.04

@@ -21,8 +21,7 @@ from attention_zoo.ops.triton._common import LOG2E, conclude, last_contiguous, p
 
 __all__ = ["differential_attention_triton", "subtract_noise_triton"]
 
-_FORWARD, _BACKWARD = 4096, 2048  # numbers of each tensor that a program of the difference holds at a time
-_TOKENS = 64  # that a program of its backward goes through, adding up what is common to them
+_TOKENS = 64  # that a program of the difference's backward goes through, adding up what is common to them
 
 
 # --- the difference ---------------------------------------------------------------------------------------------------------------
@@ -158,10 +157,10 @@ def _sizes(signal: Tensor, noise: Tensor, groups: int) -> tuple[int, int, int, i
     return batch, heads // groups - (noise.ndim == 1), tokens, channels
 
 
-def _rows(tokens: int, channels: int, most: int) -> dict[str, int]:
-    """Tokens and channels that a program of the difference holds at a time, `most` numbers of each tensor."""
+def _rows(tokens: int, channels: int) -> dict[str, int]:
+    """Tokens and channels that a program of the difference holds at a time."""
     wide = triton.next_power_of_2(channels)
-    return {"BM": min(triton.next_power_of_2(tokens), max(most // wide, 1)), "BDV": wide}
+    return {"BM": min(triton.next_power_of_2(tokens), max(4096 // wide, 1)), "BDV": wide}
 
 
 @torch.library.custom_op("attention_zoo::subtract_noise_forward", mutates_args=())
@@ -174,7 +173,7 @@ def _subtract_forward(
     out = new_heads(signal, groups * group, channels)
     if not out.numel():
         return out
-    tiles = _rows(tokens, channels, _FORWARD)
+    tiles = _rows(tokens, channels)
     strides, noise_strides = _place(signal, noise, groups)
     _subtract_kernel[(triton.cdiv(tokens, tiles["BM"]) * batch * groups,)](
         signal, _noise_of(signal, noise, groups), factor, factor if weight is None else weight, out, gain, eps,
@@ -219,7 +218,7 @@ def _launch_subtract_gradient(
     dfactor, dweight = _gradients_of_settings(factor, weight, (batch, groups * group, tokens))
     if not grad.numel():
         return dfactor.zero_(), dweight.zero_()
-    tiles = _rows(tokens, channels, _BACKWARD)
+    tiles = _rows(tokens, channels)
     steps = max(1, min(_TOKENS // tiles["BM"], triton.cdiv(tokens, tiles["BM"])))
     programs = triton.cdiv(tokens, tiles["BM"] * steps) * batch * groups
     parts = [factor.new_empty(programs if not factor.ndim else 0, dtype=torch.float32),
