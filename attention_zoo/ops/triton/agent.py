@@ -22,6 +22,7 @@ __all__ = ["MOST_AGENTS", "few_keys_triton", "few_queries_triton"]
 
 MOST_AGENTS = 128  # that a tile takes
 _PROGRAMS = 1024  # that a call is shared out to, where it has that much work: a few for each processor of any card
+_FEW = 8  # agents of a program that adds up shares
 
 
 @triton.jit
@@ -214,6 +215,32 @@ def _gradient_kernel(
 
 
 @triton.jit
+def _add_shares_kernel(
+    Sums, DA, DF, sdab, sdah, sdan, sdfb, sdfh, sdfn, HEADS, N, D, DV, SHARES, TILES,
+    HAS_DF: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a few agents of one head, from what each share of the tokens adds to them."""
+    pid = tl.program_id(0)
+    bh, portion = pid // TILES, pid % TILES
+    b, h = (bh // HEADS).to(tl.int64), bh % HEADS
+    i, s, d, dv = portion * BN + tl.arange(0, BN), tl.arange(0, BS), tl.arange(0, BD), tl.arange(0, BDV)
+    Sums += bh.to(tl.int64) * SHARES * N * (D + DV)
+    da = tl.zeros([BN, BD], tl.float32)
+    df = tl.zeros([BN, BDV], tl.float32)
+    for start in range(0, SHARES, BS):
+        at = Sums + ((start + s)[:, None] * N + i[None, :])[:, :, None] * (D + DV)
+        there = ((start + s < SHARES)[:, None] & (i < N)[None, :])[:, :, None]
+        da += tl.sum(tl.load(at + d[None, None, :], mask=there & (d < D)[None, None, :], other=0.0), 0)
+        if HAS_DF:
+            df += tl.sum(tl.load(at + D + dv[None, None, :], mask=there & (dv < DV)[None, None, :], other=0.0), 0)
+    at = DA + b * sdab + h * sdah + i[:, None] * sdan + d[None, :]
+    tl.store(at, da.to(DA.dtype.element_ty), mask=(i < N)[:, None] & (d < D)[None, :])
+    if HAS_DF:
+        at = DF + b * sdfb + h * sdfh + i[:, None] * sdfn + dv[None, :]
+        tl.store(at, df.to(DF.dtype.element_ty), mask=(i < N)[:, None] & (dv < DV)[None, :])
+
+
+@triton.jit
 def _add_samples_kernel(X, Out, SAMPLES, SIZE, BLOCK: tl.constexpr):
     """(samples, size) -> (size,)."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -291,11 +318,10 @@ def _agents_read_forward(
         num_stages=tiles.stages, **tiles.constants(),
     )  # fmt: skip
     if shares > 1:
-        few = 8
-        portions = triton.cdiv(number, few)
+        portions = triton.cdiv(number, _FEW)
         _join_kernel[(batch * heads * portions,)](
             sums, peaks, out, lse, *out.stride()[:3], heads, number, dim_v, shares, portions,
-            BS=8, BN=few, BDV=tiles.channels_v, num_warps=4,
+            BS=8, BN=_FEW, BDV=tiles.channels_v, num_warps=4,
         )  # fmt: skip
     return out, lse
 
@@ -313,11 +339,11 @@ def _agents_read_backward(
     scale: float, wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of agents, keys, values and (else empty) the bias."""
-    dx, dy, dbias, sums = _gradients(k, v, agents, grad, bias, mask, out, lse, scale, wants_bias)
+    dx, dy, da, _, dbias = _gradients(k, v, agents, grad, bias, mask, out, lse, scale, wants_bias)
     group = agents.shape[1] // k.shape[1]
     if group > 1:
         dx, dy = (t.unflatten(1, (k.shape[1], group)).sum(2) for t in (dx, dy))
-    return sums[..., : agents.shape[-1]].to(agents.dtype, copy=True), dx, dy, dbias
+    return da, dx, dy, dbias
 
 
 @_agents_read_backward.register_fake
@@ -325,10 +351,10 @@ def _(
     agents: Tensor, k: Tensor, v: Tensor, bias: Any, mask: Any, out: Tensor, lse: Tensor, grad: Tensor, scale: float,
     wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dx, dy, dbias, sums = _empty_gradients(k, v, agents, bias, wants_bias)
+    dx, dy, da, _, dbias = _empty_gradients(k, v, agents, grad, bias, wants_bias)
     if agents.shape[1] > k.shape[1]:
         dx, dy = (t.unflatten(1, (k.shape[1], -1)).sum(2) for t in (dx, dy))
-    return sums[..., : agents.shape[-1]].to(agents.dtype, copy=True), dx, dy, dbias
+    return da, dx, dy, dbias
 
 
 @torch.library.custom_op("attention_zoo::tokens_read_forward", mutates_args=())
@@ -360,8 +386,7 @@ def _tokens_read_backward(
     q: Tensor, agents: Tensor, read: Tensor, bias: Tensor | None, grad: Tensor, scale: float, wants_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of queries, agents, what they say, and (else empty) the bias."""
-    dx, _, dbias, sums = _gradients(q, grad, agents, read, bias, None, None, None, scale, wants_bias)
-    da, df = (t.to(q.dtype, copy=True) for t in sums.split([q.shape[-1], read.shape[-1]], -1))
+    dx, _, da, df, dbias = _gradients(q, grad, agents, read, bias, None, None, None, scale, wants_bias)
     return dx, da, df, dbias
 
 
@@ -369,47 +394,57 @@ def _tokens_read_backward(
 def _(
     q: Tensor, agents: Tensor, read: Tensor, bias: Any, grad: Tensor, scale: float, wants_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, _, dbias, sums = _empty_gradients(q, grad, agents, bias, wants_bias)
-    da, df = (t.to(q.dtype, copy=True) for t in sums.split([q.shape[-1], read.shape[-1]], -1))
+    dx, _, da, df, dbias = _empty_gradients(q, grad, agents, read, bias, wants_bias)
     return dx, da, df, dbias
 
 
-def _empty_gradients(x: Tensor, y: Tensor, agents: Tensor, bias: Tensor | None, wants_bias: bool) -> tuple[Tensor, ...]:
-    """Room for what `_gradients` returns; DY and the bias' only where they are asked for."""
+def _empty_gradients(
+    x: Tensor, y: Tensor, agents: Tensor, f: Tensor, bias: Tensor | None, wants_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for what `_gradients` returns."""
     (batch, heads, number, dim), tokens, dim_v = agents.shape, x.shape[2], y.shape[-1]
     dx, dy = _empty(batch, heads, tokens, dim, x), _empty(batch, heads, tokens, dim_v, y)
-    dbias = x.new_empty(bias.shape if bias is not None and wants_bias else (0,), dtype=x.dtype if bias is None else bias.dtype)
-    return dx, dy, dbias, x.new_empty((batch, heads, number, dim + dim_v), dtype=torch.float32)
+    da, df = _empty(batch, heads, number, dim, agents), _empty(batch, heads, number, dim_v, f)
+    of_bias = (0,) if bias is None or not wants_bias else bias.shape
+    return dx, dy, da, df, x.new_empty(of_bias, dtype=x.dtype if bias is None else bias.dtype)
 
 
 def _gradients(
     x: Tensor, y: Tensor, agents: Tensor, f: Tensor, bias: Tensor | None, mask: Tensor | None, out: Tensor | None,
     lse: Tensor | None, scale: float, wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """What `_gradient_kernel` says, with the letters that it has: gradients of x, y and the bias, and the sums of the agents."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What `_gradient_kernel` says, with the letters that it has: gradients of x, y, a, f and the bias.
+
+    Those of y where agents read, those of f where tokens do; the others of the two are not filled.
+    """
     x, y, agents, f = last_contiguous(x), last_contiguous(y), last_contiguous(agents), last_contiguous(f)
     (batch, heads, number, dim), tokens, dim_v = agents.shape, x.shape[2], y.shape[-1]
     tokens_read = out is None
     shape = (batch, heads, number, tokens)
-    dx = _empty(batch, heads, tokens, dim, x)
+    dx, da = _empty(batch, heads, tokens, dim, x), _empty(batch, heads, number, dim, agents)
     dy = dx if tokens_read else _empty(batch, heads, tokens, dim_v, y)
-    dbias = x.new_empty(shape if wants_bias else (0,))
+    df = _empty(batch, heads, number, dim_v, f) if tokens_read else da
+    dlogits = x.new_empty(shape if wants_bias else (0,))
     if not x.numel() or not agents.numel():
-        empty = torch.zeros((batch, heads, number, dim + dim_v), dtype=torch.float32, device=x.device)
-        return dx, dy, _of_bias(dbias, bias), empty
+        return dx.zero_(), dy.zero_(), da.zero_(), df.zero_(), _of_bias(dlogits, bias)
     tiles = _Tiles.of(agents, tokens, dim_v)
     shares, share = _shares(batch * heads, tokens, tiles.tokens)
     sums = x.new_empty((batch, heads, shares, number, dim + dim_v), dtype=torch.float32)
     _gradient_kernel[(batch * heads * shares,)](
         x, y, agents, f, f if out is None else out, f if lse is None else lse, x if bias is None else bias,
-        x if mask is None else mask, dx, dy, dbias, sums, scale * LOG2E,
+        x if mask is None else mask, dx, dy, dlogits, sums, scale * LOG2E,
         *x.stride()[:3], *y.stride()[:3], *agents.stride()[:3], *f.stride()[:3], *(f if out is None else out).stride()[:3],
         *_bias_strides(bias, shape), 0 if mask is None else mask.stride(0), *dx.stride()[:3], *dy.stride()[:3],
         heads, heads // x.shape[1], number, tokens, dim, dim_v, shares, share,
         TOKENS_READ=tokens_read, HAS_BIAS=bias is not None, HAS_DBIAS=wants_bias, HAS_MASK=mask is not None, PRECISION=precision(x),
         num_stages=tiles.stages, **tiles.constants(),
     )  # fmt: skip
-    return dx, dy, _of_bias(dbias, bias), sums.sum(2) if shares > 1 else sums[:, :, 0]
+    portions = triton.cdiv(number, _FEW)
+    _add_shares_kernel[(batch * heads * portions,)](
+        sums, da, df, *da.stride()[:3], *df.stride()[:3], heads, number, dim, dim_v, shares, portions,
+        HAS_DF=tokens_read, BS=8 if max(dim, dim_v) <= 64 else 2, BN=_FEW, BD=tiles.channels, BDV=tiles.channels_v, num_warps=4,
+    )  # fmt: skip
+    return dx, dy, da, df, _of_bias(dlogits, bias)
 
 
 def _of_bias(dlogits: Tensor, bias: Tensor | None) -> Tensor:
@@ -525,12 +560,12 @@ def _grid_bias_gradient_kernel(
         y = start + tl.arange(0, BY)
         grad = tl.load(Grad + y[:, None] * W + x[None, :], mask=(y < H)[:, None] & (x < W)[None, :], other=0.0).to(tl.float32)
         columns += tl.sum(grad, 0)
-        tl.store(DRows + hn.to(tl.int64) * H + y, tl.sum(grad, 1), mask=y < H)
+        tl.store(DRows + hn.to(tl.int64) * H + y, tl.sum(grad, 1).to(DRows.dtype.element_ty), mask=y < H)
         down = tl.where((y < H)[None, :] & (cell < SH)[:, None], _weight(y[None, :], cell[:, None], H, SH), 0.0)
         square += tl.dot(down, tl.dot(grad, across, input_precision="ieee"), input_precision="ieee")
-    tl.store(DColumns + hn.to(tl.int64) * W + x, columns, mask=x < W)
+    tl.store(DColumns + hn.to(tl.int64) * W + x, columns.to(DColumns.dtype.element_ty), mask=x < W)
     at = DSquare + hn.to(tl.int64) * SH * SW + cell[:, None] * SW + cell[None, :]
-    tl.store(at, square, mask=(cell < SH)[:, None] & (cell < SW)[None, :])
+    tl.store(at, square.to(DSquare.dtype.element_ty), mask=(cell < SH)[:, None] & (cell < SW)[None, :])
 
 
 @torch.library.custom_op("attention_zoo::grid_bias_forward", mutates_args=())
@@ -560,12 +595,12 @@ def _(square: Tensor, rows: Tensor, columns: Tensor, prefix: Tensor | None, heig
 
 @torch.library.custom_op("attention_zoo::grid_bias_backward", mutates_args=())
 def _grid_bias_backward(
-    grad: Tensor, before: int, height: int, width: int, side_y: int, side_x: int
+    grad: Tensor, before: int, height: int, width: int, side_y: int, side_x: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the square, row and column tables, float32."""
+    """Gradients of the square, row and column tables."""
     grad = last_contiguous(grad)
     heads, number = grad.shape[:2]
-    square, rows, columns = _empty_tables(grad, height, width, side_y, side_x)
+    square, rows, columns = _empty_tables(grad, height, width, side_y, side_x, dtype)
     if grad.numel():
         bx = max(16, triton.next_power_of_2(width))
         _grid_bias_gradient_kernel[(heads * number,)](
@@ -576,20 +611,24 @@ def _grid_bias_backward(
 
 
 @_grid_bias_backward.register_fake
-def _(grad: Tensor, before: int, height: int, width: int, side_y: int, side_x: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_tables(grad, height, width, side_y, side_x)
+def _(
+    grad: Tensor, before: int, height: int, width: int, side_y: int, side_x: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_tables(grad, height, width, side_y, side_x, dtype)
 
 
-def _empty_tables(grad: Tensor, height: int, width: int, side_y: int, side_x: int) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_tables(
+    grad: Tensor, height: int, width: int, side_y: int, side_x: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     sizes = ((side_y, side_x), (height,), (width,))
-    square, rows, columns = (grad.new_empty((*grad.shape[:2], *size), dtype=torch.float32) for size in sizes)
+    square, rows, columns = (grad.new_empty((*grad.shape[:2], *size), dtype=dtype) for size in sizes)
     return square, rows, columns
 
 
 def _setup_grid_bias(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     square, rows, columns, prefix, height, width, _ = inputs
     ctx.dtypes = [None if t is None else t.dtype for t in (square, rows, columns, prefix)]
-    ctx.sizes = (0 if prefix is None else prefix.shape[2], height, width, *square.shape[2:])
+    ctx.sizes = (0 if prefix is None else prefix.shape[2], height, width, *square.shape[2:], square.dtype)
 
 
 def _backward_grid_bias(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
