@@ -138,3 +138,21 @@ def test_parts_by_the_kernel(queries: int, keys: int, is_causal: bool) -> None:
         gradients.append(torch.autograd.grad(objective, (q, k, v)))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", ["fixed", "axial", "mixture", "logsparse"])
+def test_patterns_on_the_device(pattern: str) -> None:
+    """As its default there, on kernels, against the CPU."""
+    module = az.create_attention(
+        "combiner", 64, 2, pattern=pattern, is_causal=True, window_size=None if pattern == "logsparse" else 23
+    )
+    x = torch.randn(2, 300, 64)
+    found = []
+    for device in ("cpu", "cuda"):
+        tokens = x.to(device).requires_grad_()
+        y = module.to(device)(tokens)
+        objective = (y * torch.linspace(-1, 1, y.numel(), device=device).view_as(y)).sum()
+        found.append([t.cpu() for t in (y.detach(), *torch.autograd.grad(objective, (tokens, module.qkv.weight)))])
+    for got, want in zip(found[1], found[0], strict=True):
+        assert (got - want).norm() / want.norm() < 1e-3

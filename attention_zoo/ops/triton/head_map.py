@@ -189,7 +189,7 @@ def _allocate_kernel(
     _store_map(Allocation + row * KV_HEADS, Map + row * HEADS, allocation, KV_HEADS, HEADS, BG, BH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("given", "window"))
 def _evolve_kernel(
     Squares, Cache, Stored, Step, Allocation, Map, BATCH, PARTS, KV_HEADS, HEADS, beta, rest, window, given,
     EMA: tl.constexpr, TRAINING: tl.constexpr,
@@ -205,7 +205,7 @@ def _evolve_kernel(
     kept = norms
     if TRAINING:
         step = tl.load(Step)
-        due = (given if given >= 0 else step) % window == 0
+        due = tl.where(given >= 0, given.to(tl.int64), step) % window == 0
         kept = tl.where(due, tl.div_rn(cache + norms, tl.zeros([BG], tl.float32) + window), cache)
         allocation = tl.where(due, allocation, tl.load(Stored + g, mask=real, other=0).to(tl.int32))
         tl.store(Step, step + 1)
