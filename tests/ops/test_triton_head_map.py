@@ -200,7 +200,8 @@ def test_cuda_graphs() -> None:
     with torch.no_grad():
         x.copy_(torch.randn_like(x))
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(got, once(), strict=True))
+    for a, b in zip(got, once(), strict=True):
+        assert (a.float() - b.float()).norm() <= 0.02 * b.float().norm()
 
 
 def test_maps_that_do_not_fit() -> None:
