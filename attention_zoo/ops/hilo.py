@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from attention_zoo.ops._kernels import use_kernel
 from attention_zoo.ops.attention import attention
 from attention_zoo.ops.dispatch import wanted_backend
+from attention_zoo.ops.engines import GRID_LIMIT
 from attention_zoo.ops.windows import too_large, window_attention
 
 __all__ = ["hilo_attention", "pool_windows", "too_wide", "with_window_means"]
@@ -51,6 +52,8 @@ def hilo_attention(
     some = qkv[..., :dim], kv[..., :dim]  # the channels of a head, which is what the choice goes by
     missing = too_wide(dim, qkv.dtype) or too_large(window_size, dim, qkv.dtype)
     few = kv.shape[1] * dim <= _MOST_CHANNELS
+    if kv.shape[0] * heads[1] > GRID_LIMIT:
+        missing = f"more than {GRID_LIMIT} heads of all samples together: {kv.shape[0] * heads[1]}"
     if (few or wanted_backend(backend) == "triton") and use_kernel(backend, some, missing=missing):
         from attention_zoo.ops.triton.hilo import hilo_attention_triton
 

@@ -167,10 +167,10 @@ def test_what_the_kernel_of_windows_refuses(changes: dict[str, Any], options: di
 
 
 def test_what_the_kernels_of_hilo_refuse() -> None:
-    case = hilo(dim=160)
-    with pytest.raises(ops.BackendError, match="160"):
-        case.run("triton")
-    case.run("auto")
+    for case, match in ((hilo(dim=160), "160"), (hilo(32_768, (1, 2), 1, 1, dim=1, keys=1), "65536")):
+        with pytest.raises(ops.BackendError, match=match):
+            case.run("triton")
+        case.run("auto")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
