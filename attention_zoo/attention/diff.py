@@ -41,7 +41,7 @@ PAIRINGS = ("interleaved", "halves")
     patterns=PATTERNS,
     kv_cache=True,
     cost="O(N^2 d h)",
-    engines=("torch", "flash", "flex", "xformers"),
+    engines=("torch", "triton", "flash", "flex", "xformers"),
 )
 class DiffAttention(DifferentialAttention):
     """Differential attention: each head subtracts a second softmax map from its first.

@@ -43,7 +43,7 @@ BEST_RATIO = 4  # the paper's best ratios are 3 and 4 signal heads for each nois
     patterns=PATTERNS,
     kv_cache=True,
     cost="O(N^2 d (S + M))",
-    engines=("torch", "flash", "flex", "xformers"),
+    engines=("torch", "triton", "flash", "flex", "xformers"),
 )
 class GroupedDiffAttention(DifferentialAttention):
     """Grouped differential attention: G = S / M signal heads subtract the map of one noise head, which is computed once for all.
