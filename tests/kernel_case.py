@@ -32,18 +32,22 @@ class Case:
             for name, t in self.tensors.items()
         }
         leaves = {name: t for name, t in given.items() if t.is_floating_point()}
-        out = (function or self.operation)(**given, **self.settings, backend=backend)
-        objective = (out.float() * torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)).sum()
-        return {"out": out.detach(), **dict(zip(leaves, torch.autograd.grad(objective, list(leaves.values())), strict=True))}
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # PyTorch's convolutions, too, are to be exact
+            out = (function or self.operation)(**given, **self.settings, backend=backend)
+            weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+            gradients = torch.autograd.grad((out.float() * weights).sum(), list(leaves.values()))
+        return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
 
     def of(self, **changed: Tensor) -> Case:
         return Case(self.operation, {**self.tensors, **changed}, self.settings)
 
 
 def check_against_plain_code(case: Case) -> None:
+    """But for rounding: sums over many tokens are as exact as the largest of them lets them be."""
     got = case.run("triton")
     for name, right in case.run("reference").items():
-        torch.testing.assert_close(got[name], right, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        atol = 2e-5 * max(1.0, float(right.abs().max())) if right.numel() else 0.0
+        torch.testing.assert_close(got[name], right, atol=atol, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def check_half_precision(case: Case) -> None:
@@ -95,7 +99,7 @@ def check_cuda_graph(case: Case) -> None:
 
     def run() -> tuple[Tensor, ...]:
         out = case.operation(**given, **case.settings, backend="triton")
-        return out, *torch.autograd.grad(out.square().sum(), leaves)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -108,7 +108,7 @@ def test_pool_tokens(**sizes: Any) -> None:
 
 
 LARGE: dict[str, Callable[[], Case]] = {
-    "many agents": lambda: agent(1, number=81, queries=70, keys=70, dim=40),
+    "many agents": lambda: agent(1, number=81, queries=70, keys=70),
     "long": lambda: agent(1, 1, 1, queries=130, keys=700),
     "bias": lambda: bias(1, grid=(33, 40)),
     "pool": lambda: pool(1, (20, 19), (3, 3), 70),
