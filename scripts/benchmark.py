@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +27,7 @@ from rich.table import Table
 
 import attention_zoo as az
 from attention_zoo.benchmarks import decode, engines, mechanisms, models, papers, report
-from attention_zoo.benchmarks.cases import Case, measure
+from attention_zoo.benchmarks.cases import Case, measure, warm_up
 from attention_zoo.benchmarks.roofline import KNOWN, device_peaks
 from attention_zoo.benchmarks.timing import Clock
 
@@ -54,6 +57,8 @@ Seconds = Annotated[float, typer.Option(help="Time of each measurement, about.")
 Budget = Annotated[
     float, typer.Option(help="Seconds after which what is optional (torch.compile above all) is left out; 0: always.")
 ]
+Workers = Annotated[int, typer.Option(help="Processes that compile all kernels first, at the same time.")]
+Share = Annotated[str, typer.Option(hidden=True, help="i/n: only compile what each n-th case from the i-th on needs.")]
 Dry = Annotated[bool, typer.Option("--dry-run", help="Say what would run, with FLOPs, bytes and the roofline's bound.")]
 
 
@@ -64,6 +69,8 @@ def _command(suite: str) -> Callable[..., None]:
         only: Only = "*",
         seconds: Seconds = 0.05,
         budget: Budget = 100.0,
+        workers: Workers = 0,
+        share: Share = "",
         dry_run: Dry = False,
     ) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,7 +81,11 @@ def _command(suite: str) -> Callable[..., None]:
         chosen = [case for case in SUITES[suite](scale, device) if fnmatch.fnmatchcase(case.name, only)]
         if dry_run:
             show_plan(suite, chosen, device)
+        elif share:
+            index, number = (int(part) for part in share.split("/"))
+            warm_up(chosen[index::number], device=device, dtype=_dtype(device), optional=budget > 0)
         else:
+            compile_first(suite, workers, ("--scale", scale, "--only", only, "--budget", str(budget)))
             clock = Clock(seconds, most=5 if scale == "quick" else 50)
             extras = measure_extras(suite, scale, device, only)
             run(suite, chosen, device, scale=scale, clock=clock, budget=budget, out=out, extras=extras)
@@ -87,11 +98,32 @@ for _suite in SUITES:
     app.command(_suite)(_command(_suite))
 
 
+def compile_first(suite: str, workers: int, options: tuple[str, ...], seconds: float = 75.0) -> None:
+    """Fill the compilers' caches on disk: processes that each run a share of the cases once. Those not done by then are ended."""
+    if workers < 1:
+        return
+    program = [sys.executable, str(Path(__file__).resolve()), suite, *options]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    start = time.perf_counter()
+    started = [subprocess.Popen([*program, "--share", f"{i}/{workers}"], env=alone, **silent) for i in range(workers)]  # type: ignore[call-overload]
+    for process in started:
+        try:
+            process.wait(max(0.0, start + seconds - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    console.print(f"compiled in {time.perf_counter() - start:.0f} s")
+
+
+def _dtype(device: str) -> torch.dtype:
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
 def measure_extras(suite: str, scale: str, device: str, only: str) -> dict[str, Any]:
     """What the results of a suite hold besides rows."""
     if suite == "engines":
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        times = engines.host_times(device, dtype, 2000 if scale == "full" else 100)
+        times = engines.host_times(device, _dtype(device), 2000 if scale == "full" else 100)
         return {"explain": engines.explanations(scale, device), "host": times}
     if suite != "papers":
         return {}
@@ -105,7 +137,7 @@ def run(
     suite: str, cases: list[Case], device: str, *, scale: str, clock: Clock, budget: float, out: Path | None, extras: dict[str, Any]
 ) -> None:
     """Measure these cases, print their tables and write them."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = _dtype(device)
     peaks = device_peaks(device, dtype, quick=scale == "quick")
     results: dict[str, Any] = {"suite": suite, "where": report.where(), "scale": scale, "dtype": str(dtype).removeprefix("torch.")}
     results |= {"peaks": peaks.as_dict(), **extras, "rows": []}

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attention_zoo import ops
 from attention_zoo.benchmarks.roofline import FORWARD, TRAIN, Peaks, Work
-from attention_zoo.benchmarks.timing import Clock, captured, estimate_ms, interleaved_ms, peak_mib, time_call
+from attention_zoo.benchmarks.timing import Clock, captured, estimate_ms, interleaved_ms, peak_mib, synchronize, time_call
 from attention_zoo.registry import create_attention
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "operation_task",
     "plain",
     "unique",
+    "warm_up",
 ]
 
 Row = dict[str, Any]
@@ -131,6 +132,8 @@ def measure(
         done: called with the rows so far after each case: a run that is cut short leaves what it has.
     """
     start = time.perf_counter()
+    gc.collect()
+    gc.freeze()  # what is imported need not be searched again each time that memory is given back
     rows: list[Row] = []
     shared: dict[str, Row] = {}
     for case in cases:
@@ -142,7 +145,29 @@ def measure(
             continue
         row["measured"][name] = _measure_contender(contender, device, dtype, clock)
         done(rows)
+    gc.unfreeze()
     return rows
+
+
+def warm_up(cases: Sequence[Case], *, device: str, dtype: torch.dtype, optional: bool = True) -> None:
+    """Run what is no baseline once, so that kernels are compiled and kept on disk; what fails will say so when it is measured."""
+    for late in (False, True) if optional else (False,):
+        for case in cases:
+            for name, contender in case.contenders.items():
+                if contender.optional != late or name == case.baseline:
+                    continue
+                for context in list(contender.ways.values())[:1]:  # the others are libraries, compiled already
+                    try:
+                        with context():
+                            task = contender.build(device, dtype, contender.wrap)
+                            for _, run in task.directions():
+                                run()
+                        synchronize()
+                    except Exception:
+                        continue
+                    finally:
+                        task = None  # type: ignore[assignment]
+                        _release()
 
 
 def measure_case(

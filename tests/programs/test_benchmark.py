@@ -121,6 +121,21 @@ def test_results_that_are_kept_can_be_read(path: Path) -> None:
         assert path.with_name(f"{path.stem}_{picture}.png").exists()
 
 
+def test_a_share_is_only_compiled(program: Any, tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    quick = ("--scale", "quick", "--only", "GQA*", "--out", str(out))
+    assert invoke(program, "decode", *quick, "--share", "0/2") == ""
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_workers_compile_first(program: Any, tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    output = invoke(program, "decode", "--scale", "quick", "--only", "GQA*", "--workers", "2", "--out", str(out))
+    assert "compiled in" in output
+    assert report.read(out)["rows"]
+
+
 def test_a_scale_that_is_none(program: Any) -> None:
     done = CliRunner().invoke(program.app, ["papers", "--scale", "tiny"])
     assert done.exit_code == 2
