@@ -98,7 +98,7 @@ for _suite in SUITES:
     app.command(_suite)(_command(_suite))
 
 
-def compile_first(suite: str, workers: int, options: tuple[str, ...], seconds: float = 75.0) -> None:
+def compile_first(suite: str, workers: int, options: tuple[str, ...], seconds: float = 60.0) -> None:
     """Fill the compilers' caches on disk: processes that each run a share of the cases once. Those not done by then are ended."""
     if workers < 1:
         return

@@ -60,7 +60,7 @@ CLAIMS = {
     "Combiner, fixed": "Combiner, 2107.05768: full attention in O(N sqrt N).",
     "Combiner, logsparse": "The same in O(N log N).",
 }
-# Group -> exponent of N that its time should grow with, to 0.1; N log N between 4K and 64K is N^1.1.
+# Group -> exponent of N that its time should grow with, at most 0.1 above it; N log N between 4K and 64K is N^1.1.
 GROWTH = {"agent, growth": 1.0, "Combiner, fixed": 1.5, "Combiner, logsparse": 1.1}
 
 ON_CPU = "HiLo, CPU: layers of 14x14 tokens"  # measured apart: always on the CPU

@@ -178,7 +178,7 @@ def _papers(rows: Sequence[Row], results: Mapping[str, Any]) -> list[str]:
         head = f"**{group}.** {claims.get(group, '')}".rstrip()
         if group in growth and group in grown:
             said = [f"{value:.2f} ({'met' if value <= growth[group] + 0.1 else 'missed'})" for value in grown[group].values()]
-            head += f" Exponent of N between the two largest: {' | '.join(said)}; aimed at: {growth[group]:g}, to 0.1."
+            head += f" Exponent of N between the two largest: {' | '.join(said)}; aimed at: {growth[group]:g}, at most 0.1 above."
         parts += [head, _judged(members)]
     if on_cpu := results.get("hilo_on_cpu"):
         from attention_zoo.benchmarks.hilo_cpu import render_hilo_on_cpu

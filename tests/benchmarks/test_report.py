@@ -86,7 +86,7 @@ def test_exponents() -> None:
     assert report.fits(rows) == {"g": {FORWARD: pytest.approx(1.0)}}
     assert report.fits(rows, "dense")["g"][FORWARD] == pytest.approx(2.0)
     text = report.render(results("papers", rows, growth={"g": 0.5}))
-    assert "1.00 (missed); aimed at: 0.5, to 0.1" in text
+    assert "1.00 (missed); aimed at: 0.5, at most 0.1 above" in text
 
 
 def test_the_table_of_papers_judges() -> None:
