@@ -133,7 +133,8 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], size: int, mean: bool, sca
     q, k, v = tensors[:3]
     (batch, kv_heads), (groups, dim), dim_v = k.shape[:2], q.shape[2:], v.shape[-1]
     members = triton.next_power_of_2(size)
-    block = max(1, 16 // members, min(_TOKENS // members, _TOKENS // rows))  # a matrix product takes 16 tokens at least
+    most = min(_TOKENS // members, _TOKENS // triton.next_power_of_2(rows))
+    block = max(1, 16 // members, most)  # a power of two, and a matrix product takes 16 tokens at least
     strides = [s for t in tensors for s in t.stride()[:3]]
     kernel[(triton.cdiv(groups, block) * batch * kv_heads,)](
         *tensors, scale * LOG2E, *strides, batch, kv_heads, groups, size, dim, dim_v,
