@@ -156,7 +156,8 @@ def test_empty() -> None:
     keyless = case.of(**{name: case.tensors[name][:, :, :0] for name in ("k", "v")}, key_bias=case.tensors["key_bias"][..., :0])
     for name, found in keyless.run("triton").items():
         assert not found.any(), name
-    kernels.check_against_plain_code(pool(batch=0))
+    found = pool(batch=0).run("triton")
+    assert (found["out"].shape, found["x"].shape) == ((0, 6, 20), (0, 35, 60))
 
 
 @pytest.mark.parametrize(
