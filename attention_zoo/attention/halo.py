@@ -226,8 +226,9 @@ class HaloAttention(AttentionModule):
             raise ValueError(
                 f"the output is averaged over 2 x 2 pixels: both sides must be at least 2, got {tuple(image.shape[2:])}"
             )
-        q = _split_map(self.q(image), self.num_heads)
-        k, v = _split_map(self.kv(image), self.num_heads).split([self.head_dim, self.value_dim], -1)
+        cells = project_map(self.q, image).unflatten(-1, (self.num_heads, -1))
+        pairs = project_map(self.kv, image).unflatten(-1, (self.num_heads, -1)).split([self.head_dim, self.value_dim], -1)
+        q, k, v = (t.permute(0, 3, 1, 2, 4) for t in (cells, *pairs))  # the split comes first: its gradient is one plain copy then
         result = ops.halo_attention(
             q,
             k,
@@ -280,9 +281,23 @@ class HaloAttention(AttentionModule):
         return text + (f", num_prefix_tokens={self.num_prefix_tokens}" if self.num_prefix_tokens else "")
 
 
-def _split_map(x: Tensor, num_heads: int) -> Tensor:
-    """(B, heads * d, H, W) -> (B, heads, H, W, d)."""
-    return x.unflatten(1, (num_heads, -1)).permute(0, 1, 3, 4, 2)
+def project_map(layer: nn.Module, image: Tensor) -> Tensor:
+    """A 1 x 1 convolution of (B, C, H, W), with its stride -> (B, H', W', C').
+
+    On CUDA as a matrix product over the cells, which leaves the channels of a cell side by side, where the kernel reads them: a
+    convolution may transpose the map on either side, each way about as long as the attention takes.
+    """
+    plain = type(layer) is nn.Conv2d and layer.kernel_size == (1, 1) and layer.groups == 1 and layer.padding == (0, 0)
+    if not (image.is_cuda and plain) or layer._forward_hooks or layer._forward_pre_hooks:
+        result: Tensor = layer(image).movedim(1, -1)
+        return result
+    return project_cells(layer, image)  # type: ignore[arg-type]
+
+
+def project_cells(layer: nn.Conv2d, image: Tensor) -> Tensor:
+    """What `project_map` does on CUDA."""
+    rows, columns = layer.stride
+    return F.linear(image[:, :, ::rows, ::columns].movedim(1, -1), layer.weight.flatten(1), layer.bias)
 
 
 def _resolve_query_dim(dim_out: int, num_heads: int, head_dim: int | None, qk_ratio: float) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import attention_zoo as az
 from attention_zoo import ops
 from attention_zoo.attention import GroupedQueryAttention, HaloAttention, MultiHeadAttention
+from attention_zoo.attention.halo import project_cells
 
 F64 = torch.float64
 
@@ -409,3 +410,18 @@ def test_conversion_refusals() -> None:
         convert(layer)
     with pytest.raises(ValueError, match=r"without a place: .*q_norm\.weight"):
         convert(Attention(12, num_heads=4, qk_norm=True, norm_layer=nn.LayerNorm))
+
+
+@pytest.mark.parametrize(("stride", "bias"), [(1, True), (2, False)])
+def test_products_over_cells_are_the_convolution(stride: int, bias: bool) -> None:
+    """What stands in for it on CUDA, on maps of either layout."""
+    layer = nn.Conv2d(6, 8, 1, stride=stride, bias=bias)
+    tokens = torch.randn(2, 35, 6, requires_grad=True)
+    for image in (tokens.transpose(1, 2).unflatten(2, (5, 7)), tokens.transpose(1, 2).unflatten(2, (5, 7)).contiguous()):
+        want, got = layer(image).movedim(1, -1), project_cells(layer, image)
+        torch.testing.assert_close(got, want)
+        leaves = [tokens, *layer.parameters()]
+        gradients = (torch.autograd.grad(y.square().sum(), leaves, retain_graph=True) for y in (got, want))
+        for left, right in zip(*gradients, strict=True):
+            torch.testing.assert_close(left, right)
+    assert got.stride(-1) == 1
