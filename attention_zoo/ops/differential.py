@@ -66,6 +66,8 @@ def differential_attention(
     q, k, v = follow_autocast(q, k, v)
     noise_q, noise_k, _ = follow_autocast(noise_q, k if noise_k is None else noise_k, v)
     _check_inputs(q, k, v, noise_q, noise_k)
+    signal_shape, noise_shape = ((*t.shape[:3], v.shape[3]) for t in (q, noise_q))
+    _check_outputs(signal_shape, noise_shape, factor, None, weight, eps)
     name = wanted_backend(backend)
     if name == "triton" or (name == "auto" and q.is_cuda and _is_faster_in_one_pass(q, v)):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -73,8 +75,6 @@ def differential_attention(
         if use_kernel(name, (q, k, v, noise_q, noise_k), dropout_p=dropout_p, missing=missing):
             from attention_zoo.ops.triton.differential import differential_attention_triton
 
-            signal_shape, noise_shape = ((*t.shape[:3], v.shape[3]) for t in (q, noise_q))
-            _check_outputs(signal_shape, noise_shape, factor, None, weight, eps)
             return differential_attention_triton(
                 q, noise_q, k, noise_k, v, _per_head(factor), weight, is_causal=is_causal, scale=scale, gain=gain, eps=eps
             )
