@@ -246,10 +246,11 @@ def _gradient_tiles(q: Tensor, v: Tensor) -> tuple[dict[str, Any], dict[str, Any
 
     With two stages two programs fit on a multiprocessor. The kernel of keys has square tiles, however few the queries are: where
     Triton 3.6 compiles some of a loop's products for Hopper's asynchronous units (64 rows and more) and some not, tiles that are
-    still read get overwritten.
+    still read get overwritten. In float32, which those units do not multiply, the tiles are smaller: four products take registers.
     """
     tiles = {**_tiles(q, v), "BM": tile(q.shape[2]), "num_warps": 4, "num_stages": 2}
-    return tiles, {**tiles, "BM": tiles["BN"]}
+    side = min(tiles["BN"], 32) if q.element_size() == 4 else tiles["BN"]
+    return tiles, {**tiles, "BM": side, "BN": side}
 
 
 @torch.library.custom_op("attention_zoo::core_context_forward", mutates_args=())
