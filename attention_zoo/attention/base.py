@@ -233,9 +233,9 @@ def attend(
     if past_key_values is not None:
         k, v, static = extend_cache(module, past_key_values, k, v)
     mask, is_causal = resolve_visibility(module, attention_mask, static, q.shape[2], k.shape[2])
-    out = (operation or ops.attention)(
-        q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, dropout_p=module.attn_drop if module.training else 0.0
-    )
+    # Not `operation or ...`: torch.compile of torch 2.11 asks no partial function for its truth.
+    compute = ops.attention if operation is None else operation
+    out = compute(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, dropout_p=module.attn_drop if module.training else 0.0)
     assert isinstance(out, Tensor)  # no log-normaliser was asked for
     return out
 
