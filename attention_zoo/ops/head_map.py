@@ -15,7 +15,8 @@ from attention_zoo.ops.attention import attention
 
 __all__ = ["attention_by_head_map", "select_heads"]
 
-_MOST_KEYS = (4096, 512)  # of heads up to 64 channels, of wider ones: beyond, copies cost less than the libraries' kernels win
+_MOST_KEYS = 4096  # beyond, copies cost less than the libraries' kernels win
+_MOST_KEYS_OF_WIDE = 512  # of heads of more than 64 channels
 
 
 def select_heads(x: Tensor, head_map: Tensor) -> Tensor:
@@ -54,7 +55,8 @@ def attention_by_head_map(
 
         recorded = is_observed() or (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)))
         plain = attn_mask is None and not is_causal and dropout_p == 0.0 and factor > 0
-        if plain and not recorded and q.numel() and 0 < k.shape[2] <= _MOST_KEYS[max(q.shape[3], v.shape[3]) > 64]:
+        most = _MOST_KEYS if max(q.shape[3], v.shape[3]) <= 64 else _MOST_KEYS_OF_WIDE
+        if plain and not recorded and q.numel() and 0 < k.shape[2] <= most:
             return attend_by_map(q, k, v, head_map, factor)
         k, v = copy_heads(k, v, head_map)
     else:
