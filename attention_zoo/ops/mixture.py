@@ -21,6 +21,7 @@ from attention_zoo.ops.engines.base import HALF, compute_capability
 __all__ = ["mixture_attention", "mixture_gates", "top_k_mask"]
 
 _MOST_ACTIVE = 0.85  # share of the heads up to which skipping the others pays for packing
+_MOST_MEASURED = 128  # channels of a head
 _LEAST_WORK = 2**35  # B H N M D, halved by causality, of the dense call; below, what launches the kernels takes longer
 _MOST_COMPARED = 64  # heads that the kernels of the router compare with each other
 
@@ -145,7 +146,7 @@ def _skips_enough(q: Tensor, k: Tensor, chosen: Tensor | None, topk: int, is_cau
     """Whether the kernels are faster than the dense engines, as measured on an H200; yes if they are asked for."""
     if wanted_backend(backend) != "auto":
         return True
-    if chosen is None or not q.is_cuda or q.dtype not in HALF:
+    if chosen is None or not q.is_cuda or q.dtype not in HALF or q.shape[-1] > _MOST_MEASURED:
         return False
     batch, heads, tokens, dim = q.shape
     work = batch * heads * tokens * k.shape[2] * dim // (2 if is_causal else 1)

@@ -238,21 +238,12 @@ def _absorb_tiles(
 
 
 @triton.jit
-def _hold(x, one, HELD: tl.constexpr):
-    """An operand of products that stays in registers: one that came from memory as it is would be read there every time."""
-    if HELD:
-        x = (x.to(tl.float32) * one).to(x.dtype)
-    return x
-
-
-@triton.jit
 def _forward_kernel(
     Q, K, V, Out, Lse, Starts, Origins, Tiles, sqb, sqh, sqn,
     scale,  # of the logits, times log2 e; positive
     offset,  # causal: the query of token n sees the keys up to n + offset
-    one,  # 1.0, which the compiler does not know, for `_hold`
     N, M, HEADS, GROUP, D, DV, PITCH,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     entry = tl.load(Tiles + tl.program_id(0))
@@ -265,7 +256,7 @@ def _forward_kernel(
         origin = tl.load(Origins + row, mask=real, other=0)
         n, h = origin // (HEADS * GROUP) % N, origin % (HEADS * GROUP)
         at = Q + b.to(tl.int64) * sqb + h.to(tl.int64) * sqh + n.to(tl.int64) * sqn
-        q = _hold(tl.load(at[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0), one, HELD)
+        q = tl.load(at[:, None] + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
         highest = tl.full([BM], float("-inf"), tl.float32)
         total = tl.zeros([BM], tl.float32)
         acc = tl.zeros([BM, BDV], tl.float32)
@@ -337,23 +328,27 @@ def _query_gradient_kernel(
 @triton.jit
 def _key_tiles(
     k, v, Q, Grad, Lse, Delta, Origins, dk, dv, keys, offset, scale, first, last, end, N, HEADS,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BM: tl.constexpr, ORDER: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, BM: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Rows from `first` to before `last`, in whole tiles, add to the gradients of the keys and values; `end` ends the sequence."""
+    """Rows from `first` to before `last`, in whole tiles, add to the gradients of the keys and values; `end` ends the sequence.
+
+    EARLY: the product of gradient and values before the softmax, so that what follows it runs beside the next product; more
+    registers.
+    """
     for start in tl.range(first, last, BM, num_stages=STAGES):
         row = start + tl.arange(0, BM)
         real = row < end
         q, grad = Q.load([start, 0]), Grad.load([start, 0])
         lse = read_lse(Lse, row, real)
         delta = tl.load(Delta + row, mask=real, other=0.0)
-        if ORDER:
+        if EARLY:
             slope = tl.dot(v, grad.T, input_precision=PRECISION) - delta[None, :]  # (keys, queries)
         p = tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * scale - lse[None, :])
         if MASKED:
             bound = _places(Origins, row, real, N, HEADS) + offset
             p = tl.where(keys[:, None] <= bound[None, :], p, 0.0)
         dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
-        if ORDER:
+        if EARLY:
             slope *= p
         else:
             slope = p * (tl.dot(v, grad.T, input_precision=PRECISION) - delta[None, :])
@@ -364,8 +359,8 @@ def _key_tiles(
 @triton.jit
 def _key_gradient_kernel(
     Q, K, V, Grad, Lse, Delta, DK, DV_, Starts, Slots, Origins,
-    scale, offset, one, sdb, sdh, sdn, svb, svh, svn, N, M, HEADS, GROUP, D, DV, TILES,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, ORDER: tl.constexpr,
+    scale, offset, sdb, sdh, sdn, svb, svh, svn, N, M, HEADS, GROUP, D, DV, TILES,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -374,8 +369,8 @@ def _key_gradient_kernel(
     key0 = t * BN
     keys, d, d_v = key0 + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
     begin, end = tl.load(Starts + s), tl.load(Starts + s + 1)
-    k = _hold(K.load([b, hk, key0, 0]).reshape(BN, BD), one, HELD)
-    v = _hold(V.load([b, hk, key0, 0]).reshape(BN, BDV), one, HELD)
+    k = K.load([b, hk, key0, 0]).reshape(BN, BD)
+    v = V.load([b, hk, key0, 0]).reshape(BN, BDV)
     dk, dv = tl.zeros([BN, BD], tl.float32), tl.zeros([BN, BDV], tl.float32)
     first, free = begin, begin
     if CAUSAL:  # the first row that sees any of the keys, and the first that sees them all
@@ -388,11 +383,11 @@ def _key_gradient_kernel(
         free = first + tl.cdiv(tl.where(slot < 0, -1 - slot, slot) - first, BM) * BM
         dk, dv = _key_tiles(
             k, v, Q, Grad, Lse, Delta, Origins, dk, dv, keys, offset, scale, first, free, end, N, HEADS * GROUP,
-            True, PRECISION, STAGES, BM, ORDER,
+            True, PRECISION, STAGES, BM, EARLY,
         )  # fmt: skip
     dk, dv = _key_tiles(
         k, v, Q, Grad, Lse, Delta, Origins, dk, dv, keys, offset, scale, free, end, end, N, HEADS * GROUP,
-        False, PRECISION, STAGES, BM, ORDER,
+        False, PRECISION, STAGES, BM, EARLY,
     )  # fmt: skip
     real, wide, key = (keys < M)[:, None], b.to(tl.int64), keys.to(tl.int64)[:, None]
     dk *= per_logit(scale)
@@ -401,28 +396,26 @@ def _key_gradient_kernel(
 
 
 class Settings(NamedTuple):
-    """Tile sizes (queries, keys), warps, stages of the pipeline, see `_hold`."""
+    """Tile sizes (queries, keys), warps, stages of the pipeline; of keys' gradients, see `_key_tiles`."""
 
     bm: int
     bn: int
     warps: int
     stages: int
-    held: bool = False
-    registers: int | None = None
-    order: int = 1
+    early: bool = True
 
 
 def settings(kernel: str, dim: int, dtype: torch.dtype) -> Settings:
-    """For "forward", "query" or "key" gradients of heads of `dim` channels, as measured on an H200."""
+    """For "forward", "query" or "key" gradients of heads of `dim` channels; half precision up to 128 was measured, on an H200."""
     if dtype == torch.float32:
-        return Settings(32, 32, 4, 1) if dim > 128 else Settings(64, 32, 4, 2)
+        return Settings(32, 32, 4, 1, early=False)
     if dim > 128:
         return Settings(64, 64, 8, 1) if kernel != "forward" else Settings(128, 64, 8, 2)
     if kernel == "forward":
         return Settings(64, 64, 4, 3)
     if kernel == "query":
         return Settings(128, 64, 8, 3)
-    return Settings(64, 64, 4, 2)
+    return Settings(64, 64, 4, 2) if dim > 64 else Settings(128, 64, 4, 2, early=False)
 
 
 class _Plan(NamedTuple):
@@ -511,11 +504,11 @@ def _mixture_forward(
     else:
         _forward_kernel[_most_tiles(rows, batch * own_k.shape[1], own.bm)](
             own_q, _keys_of(own_k, own.bn), _keys_of(own_v, own.bn), packed, lse, plan.starts, plan.origins, plan.tiles,
-            *own_q.stride()[:3], scale * LOG2E, keys - tokens, 1.0,
+            *own_q.stride()[:3], scale * LOG2E, keys - tokens,
             tokens, keys, own_k.shape[1], group, dim, dim_v, packed.shape[1],
-            CAUSAL=is_causal, PRECISION=precision(q), STAGES=own.stages, HELD=own.held,
+            CAUSAL=is_causal, PRECISION=precision(q), STAGES=own.stages,
             BM=own.bm, BN=own.bn, BD=tile(dim, 256), BDV=tile(dim_v, 256),
-            num_warps=own.warps, num_stages=own.stages, maxnreg=own.registers,
+            num_warps=own.warps, num_stages=own.stages,
         )  # fmt: skip
     shared, shared_lse = _dense_forward(q, k, v, apart, scale, is_causal)
     if out.numel():
@@ -644,22 +637,22 @@ def _flash_backward(
         num_warps=4,
     )
     common = {"CAUSAL": is_causal, "PRECISION": precision(q), "BD": tile(dim, 256), "BDV": tile(dim_v, 256)}
-    own = settings("query", max(dim, dim_v), q.dtype)
-    first, most = _most_tiles(rows, batch * kv_heads, settings("forward", max(dim, dim_v), q.dtype).bm, own.bm)
+    ahead, own, other = (settings(kernel, max(dim, dim_v), q.dtype) for kernel in ("forward", "query", "key"))
+    rows_by = {size: (_rows_of(packed_q, dim, size), _rows_of(grad, dim_v, size)) for size in {own.bm, other.bm}}
+    keys_by = {size: (_keys_of(k, size), _keys_of(v, size)) for size in {own.bn, other.bn}}
+    first, most = _most_tiles(rows, batch * kv_heads, ahead.bm, own.bm)
     _query_gradient_kernel[(most,)](
-        _rows_of(packed_q, dim, own.bm), _keys_of(k, own.bn), _keys_of(v, own.bn), _rows_of(grad, dim_v, own.bm),
-        lse, delta, dq, plan.starts, plan.origins, plan.tiles[first:],
+        rows_by[own.bm][0], *keys_by[own.bn], rows_by[own.bm][1], lse, delta, dq, plan.starts, plan.origins, plan.tiles[first:],
         scale * LOG2E, offset, tokens, keys, kv_heads, group, dim, dq.shape[1],
-        BM=own.bm, BN=own.bn, STAGES=own.stages, num_warps=own.warps, num_stages=own.stages, maxnreg=own.registers, **common,
+        BM=own.bm, BN=own.bn, STAGES=own.stages, num_warps=own.warps, num_stages=own.stages, **common,
     )  # fmt: skip
-    own = settings("key", max(dim, dim_v), q.dtype)
-    tiles = ceil_div(keys, own.bn)
+    tiles = ceil_div(keys, other.bn)
     _key_gradient_kernel[(batch * kv_heads * tiles,)](
-        _rows_of(packed_q, dim, own.bm), _keys_of(k, own.bn), _keys_of(v, own.bn), _rows_of(grad, dim_v, own.bm),
+        rows_by[other.bm][0], *keys_by[other.bn], rows_by[other.bm][1],
         lse, delta, dk, dv, plan.starts, plan.slots, plan.origins,
-        scale * LOG2E, offset, 1.0, *dk.stride()[:3], *dv.stride()[:3], tokens, keys, kv_heads, group, dim, dim_v, tiles,
-        BM=own.bm, BN=own.bn, STAGES=own.stages, HELD=own.held, ORDER=own.order,
-        num_warps=own.warps, num_stages=own.stages, maxnreg=own.registers, **common,
+        scale * LOG2E, offset, *dk.stride()[:3], *dv.stride()[:3], tokens, keys, kv_heads, group, dim, dim_v, tiles,
+        BM=other.bm, BN=other.bn, STAGES=other.stages, EARLY=other.early,
+        num_warps=other.warps, num_stages=other.stages, **common,
     )  # fmt: skip
 
 
