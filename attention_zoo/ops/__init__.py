@@ -36,8 +36,8 @@ __all__ = [
     "pool_tokens",
     "resize_grid",
     "routed_attention",
-    "subtract_noise",
     "span_attention",
+    "subtract_noise",
     "use_backend",
     "window_attention",
 ]

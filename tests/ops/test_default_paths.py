@@ -32,7 +32,7 @@ SPATIAL_MODELS = {
     "litv2_s": "hilo_forward",
 }
 SWAPPED_IN_VIT = ("bra", "halo", "hilo", "agent", "diff")
-SWAPPED_IN_LLAMA = ("cca", "moh")
+SWAPPED_IN_LLAMA = {"cca": 2048, "moh": 16384}  # lengths from which the kernels pay
 
 
 class Called(TorchDispatchMode):
@@ -54,12 +54,12 @@ def called(module: nn.Module, x: Tensor, **inputs: Any) -> set[str]:
     return calls.names
 
 
-def layer_calls(name: str, device: str, side: int, dim: int) -> set[str]:
+def layer_calls(name: str, device: str, side: int, dim: int, batch: int = 1) -> set[str]:
     options = KERNELS[name][1] | ({"window_size": (side, side)} if name == "agent" else {})
     half: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     layer = az.create_attention(name, dim, 4, **options, **half)
     grid = {"grid_size": (side, side)} if attention_info(name).spatial else {}
-    return called(layer, torch.randn(1, side * side, dim, **half), **grid)
+    return called(layer, torch.randn(batch, side * side, dim, **half), **grid)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,8 @@ def _small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", KERNELS)
 def test_layers_take_kernels_on_cuda(name: str) -> None:
-    assert KERNELS[name][0] <= layer_calls(name, "cuda", 64, 256)
+    side = 28 if name == "hilo" else 64  # more window means go to the engines
+    assert KERNELS[name][0] <= layer_calls(name, "cuda", side, 256, batch=8)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -106,4 +107,5 @@ def test_swapped_decoders_take_kernels_on_cuda(name: str) -> None:
     model = LlamaForCausalLM(config)
     az.swap_attention(model, name, **KERNELS[name][1])
     model = model.to("cuda", torch.bfloat16).eval()
-    assert KERNELS[name][0] <= called(model, torch.randint(64, (1, 2048), device="cuda"), use_cache=False)
+    tokens = torch.randint(64, (1, SWAPPED_IN_LLAMA[name]), device="cuda")
+    assert KERNELS[name][0] <= called(model, tokens, use_cache=False)

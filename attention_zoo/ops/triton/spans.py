@@ -414,7 +414,14 @@ def _tiles(q: Tensor, v: Tensor) -> dict[str, Any]:
     """Sides of the tiles of the kernels that multiply, and their warps."""
     dim, dim_v = tile(q.shape[-1], 256), tile(v.shape[-1], 256)
     warps = 4 if max(dim, dim_v) <= 64 else 8
-    return {"PRECISION": precision(q), "C": _CHUNKS[q.element_size()], "BD": dim, "BDV": dim_v, "LEVELS": _LEVELS, "num_warps": warps}
+    return {
+        "PRECISION": precision(q),
+        "C": _CHUNKS[q.element_size()],
+        "BD": dim,
+        "BDV": dim_v,
+        "LEVELS": _LEVELS,
+        "num_warps": warps,
+    }
 
 
 # What the forward kernels leave for the backward: slots (queries, keys, values, log-normalisers), the same of outer slots, and
