@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from hypothesis import settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Each example takes seconds: in the interpreter, or for the compiler.
+FEW = settings(max_examples=2 if DEVICE == "cpu" else 4)
 HALVES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)  # numbers of numpy's interpret it
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from kernel_case import FEW
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -130,7 +131,6 @@ def compare(problem: Problem) -> None:
 
 
 DIMS = st.sampled_from([(8, 16), (16, 16), (24, 40), (40, 24)])
-FEW = settings(max_examples=4)  # each takes seconds: in the interpreter, or for the compiler
 
 
 @FEW

@@ -9,9 +9,9 @@ from typing import Any
 import kernel_case as kernels
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from kernel_case import DEVICE, Case
+from kernel_case import DEVICE, FEW, Case
 from torch import Tensor
 
 import attention_zoo as az
@@ -72,7 +72,6 @@ def _pool_part(x: Tensor, **settings: Any) -> Tensor:
 
 
 MAKERS: dict[str, Callable[[], Case]] = {"agent": lambda: agent(masked=True), "bias": bias, "pool": pool}
-FEW = settings(max_examples=4)
 SIDES = st.integers(1, 9 * LARGER)
 every = pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from kernel_case import FEW
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,7 +23,6 @@ from tests.ops.test_triton import DEVICE, DIMS, Problem, compare, core_context
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-FEW = settings(max_examples=3)
 SCALE_UP = 8 if DEVICE == "cuda" else 1  # the interpreter is slow
 
 

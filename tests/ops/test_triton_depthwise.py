@@ -8,9 +8,9 @@ from typing import Any
 import kernel_case as kernels
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from kernel_case import DEVICE, Case
+from kernel_case import DEVICE, FEW, Case
 from torch import Tensor
 
 from attention_zoo import ops
@@ -31,7 +31,7 @@ def _convolve_part(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, bac
     return ops.depthwise_conv2d(x.chunk(3, -1)[1], weight, bias, backend=backend)
 
 
-@settings(max_examples=4)
+@FEW
 @given(
     batch=st.integers(1, 3), height=st.integers(1, 9 * LARGER), width=st.integers(1, 20 * LARGER),
     dim=st.sampled_from([1, 16, 70]), side=st.sampled_from([1, 3, 5]), bias=st.booleans(),

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from kernel_case import FEW
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,7 +26,6 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LARGE = 12 if DEVICE == "cuda" else 1  # times as many tokens where kernels are not run in Python
-FEW = settings(max_examples=3 if DEVICE == "cpu" else 5)
 
 
 @dataclass

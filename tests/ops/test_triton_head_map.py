@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from kernel_case import FEW
 from torch import Tensor
 
 import attention_zoo as az
@@ -22,7 +23,6 @@ from attention_zoo.ops.head_map import select_heads
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FEW = settings(max_examples=4)
 LENGTHS = [1, 3, 18] if DEVICE == "cpu" else [1, 18, 197, 1000]
 
 

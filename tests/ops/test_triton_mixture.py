@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from kernel_case import FEW
 from torch import Tensor, nn
 
 import attention_zoo as az
@@ -77,7 +78,7 @@ def compare(problem: Problem, function: Any = ops.mixture_attention) -> None:
         torch.testing.assert_close(got[name], right, atol=atol, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@settings(max_examples=4)
+@FEW
 @given(
     batch=st.integers(1, 2), kv_heads=st.integers(1, 3), group=st.integers(1, 3), shared=st.integers(0, 4), topk=st.integers(0, 4),
     tokens=st.sampled_from([1, 5, 33 * LONG]), more=st.sampled_from([0, 0, -3, 7]), is_causal=st.booleans(),
@@ -236,7 +237,7 @@ def test_by_default_on_a_gpu(options: dict[str, int], is_causal: bool, monkeypat
     assert (out.float() - right).norm() / right.norm() < 2e-2
 
 
-@settings(max_examples=4)
+@FEW
 @given(
     batch=st.integers(1, 2), tokens=st.integers(1, 40), routed=st.integers(1, 20), shared=st.integers(0, 5),
     topk=st.integers(1, 20), balanced=st.booleans(), ties=st.booleans(), seed=st.integers(0, 2**16),

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from kernel_case import FEW
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,7 +23,6 @@ from attention_zoo import ops
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FEW = settings(max_examples=2 if DEVICE == "cpu" else 4)  # each takes seconds: in the interpreter, or for the compiler
 
 
 def make(batch: int = 1, heads: int = 2, length: int = 37, dim: int = 8, value_dim: int = 16, pools: int = 0) -> dict[str, Tensor]:

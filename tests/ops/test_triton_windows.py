@@ -9,9 +9,9 @@ from typing import Any
 import kernel_case as kernels
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from kernel_case import DEVICE, Case
+from kernel_case import DEVICE, FEW, Case
 from torch import Tensor
 
 import attention_zoo as az
@@ -24,7 +24,6 @@ from attention_zoo.ops.windows import takes_windows
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 LARGER = 6 if DEVICE == "cuda" else 1  # the interpreter is slow
-FEW = settings(max_examples=4)
 SIDES = st.integers(1, 7 * LARGER)
 
 
