@@ -407,7 +407,7 @@ def test_swapped_layers_keep_names_and_numbers() -> None:
     assert after.layers == before.layers
     assert torch.equal(before[0], after[0])
     close(before[1], after[1])  # converted so that it computes the same
-    assert (before.calls(1)[0].name, after.calls(1)[0].name) == ("attention", "mixture_attention")
+    assert (before.calls(1)[0].name, after.calls(1)[0].name) == ("scaled_dot_product_attention", "mixture_attention")
     with torch.no_grad():
         assert torch.equal(model(IMAGES), out)
 
