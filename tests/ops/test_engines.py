@@ -91,7 +91,7 @@ def test_shared_heads_are_folded_where_all_rows_have_one_mask() -> None:
     assert (out[1] == 0).all()
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_in_one_graph_equals_eager(dynamic: bool | None) -> None:
     torch._dynamo.reset()
 

@@ -52,6 +52,7 @@ def test_registration() -> None:
     kernels.check_registration(depthwise())
 
 
+@pytest.mark.gpu  # in the interpreter a run is one thread
 def test_every_time_the_same() -> None:
     kernels.check_every_time_the_same(depthwise())
 

@@ -188,6 +188,7 @@ def test_registration(make: Callable[[], Problem]) -> None:
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
+@pytest.mark.gpu  # in the interpreter a run is one thread
 def test_every_time_the_same(make: Callable[[], Problem]) -> None:
     problem = make()
     first, second = problem.run("triton"), problem.run("triton")

@@ -133,6 +133,7 @@ def test_half_precision(dtype: torch.dtype, is_causal: bool) -> None:
         assert error < 2e-2, f"{name}: {error}"
 
 
+@pytest.mark.gpu  # in the interpreter a run is one thread
 def test_same_result_every_time() -> None:
     torch.manual_seed(0)
     problem = mixture(tokens=33 * LONG)

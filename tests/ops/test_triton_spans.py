@@ -125,6 +125,7 @@ def test_registration(pools: int) -> None:
         torch.library.opcheck(func, copy(list(args)), test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.gpu  # in the interpreter a run is one thread
 def test_every_time_the_same() -> None:
     tensors = make(1, 1, length=40 if DEVICE == "cpu" else 2000)
     first, second = run(tensors, "triton"), run(tensors, "triton")

@@ -126,6 +126,7 @@ def test_registration(make: Callable[[], Case]) -> None:
 
 
 @every
+@pytest.mark.gpu  # in the interpreter a run is one thread
 def test_every_time_the_same(make: Callable[[], Case]) -> None:
     kernels.check_every_time_the_same(make())
 
