@@ -29,6 +29,7 @@ __all__ = [
     "check_head_split",
     "check_tokens",
     "extend_cache",
+    "has_hooks",
     "merge_heads",
     "project_qkv",
     "read_padding",
@@ -179,6 +180,11 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """(B, H, N, D) -> (B, N, H * D)."""
     return x.transpose(1, 2).flatten(2)
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether somebody waits for the layer's own forward or backward, so that its weights may not be used past it."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def reset_children(module: nn.Module) -> None:

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_zoo import ops
-from attention_zoo.attention.base import AttentionModule, check_grid, check_tokens, merge_heads, resolve_head_dim, split_heads
+from attention_zoo.attention.base import (
+    AttentionModule,
+    check_grid,
+    check_tokens,
+    has_hooks,
+    merge_heads,
+    resolve_head_dim,
+    split_heads,
+)
 from attention_zoo.attention.conversion import load_converted, projection_settings, source_heads, source_settings, split_projections
 from attention_zoo.attention.functional import pure_function
 from attention_zoo.registry import register_attention
@@ -288,7 +296,7 @@ def project_map(layer: nn.Module, image: Tensor) -> Tensor:
     convolution may transpose the map on either side, each way about as long as the attention takes.
     """
     plain = type(layer) is nn.Conv2d and layer.kernel_size == (1, 1) and layer.groups == 1 and layer.padding == (0, 0)
-    if not (image.is_cuda and plain) or layer._forward_hooks or layer._forward_pre_hooks:
+    if not (image.is_cuda and plain) or has_hooks(layer):
         result: Tensor = layer(image).movedim(1, -1)
         return result
     return project_cells(layer, image)  # type: ignore[arg-type]

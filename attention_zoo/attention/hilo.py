@@ -24,6 +24,7 @@ from attention_zoo.attention.base import (
     check_choice,
     check_grid,
     check_tokens,
+    has_hooks,
     merge_heads,
     resolve_head_dim,
     split_heads,
@@ -285,7 +286,7 @@ class HiLoAttention(AttentionModule):
     def _is_bare(self) -> bool:
         """Whether the layers are their weights and biases: none is adapted or quantised, and nobody waits for its own forward."""
         layers = [getattr(self, name) for name in _LAYERS if hasattr(self, name)]
-        return all(type(layer) is nn.Linear and not _has_hooks(layer) for layer in layers)
+        return all(type(layer) is nn.Linear and not has_hooks(layer) for layer in layers)
 
     def _attend_fused(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """The same with one matrix product for all that is projected from the tokens, and one for the outputs of both branches."""
@@ -354,10 +355,6 @@ class HiLoAttention(AttentionModule):
 
 def _join(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return None if first is None or second is None else torch.cat([first, second])
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def _to_windows(image: Tensor, size: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attention_zoo import ops
 from attention_zoo.attention.combiner import combine
+from attention_zoo.benchmarks.report import exponent
 from attention_zoo.benchmarks.timing import Clock, peak_mib, time_call
 from attention_zoo.registry import create_attention
 
@@ -143,11 +144,7 @@ def theory_of_combiner(pattern: str, length: int, window_size: int | None = None
 
 def fit_exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
     """The slope of log(time) over log(size), by least squares; nan for less than two sizes."""
-    if len(sizes) < 2:
-        return math.nan
-    x, y = ([math.log(value) for value in values] for values in (sizes, times))
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+    return exponent(sizes, times) if len(sizes) > 1 else math.nan
 
 
 def _tokens(batch: int, length: int, dim: int, device: str) -> Tensor:

@@ -13,7 +13,7 @@ from attention_zoo.ops._kernels import use_kernel
 from attention_zoo.ops._problem import Problem, make_problem
 from attention_zoo.ops._reference import reference_weights
 from attention_zoo.ops._tap import tapped
-from attention_zoo.ops.dispatch import follow_autocast, select, wanted_backend
+from attention_zoo.ops.dispatch import follow_autocast, select
 from attention_zoo.ops.engines import GRID_LIMIT, Engine, describe
 
 __all__ = ["attention", "attention_weights", "merge_attention"]
@@ -160,7 +160,7 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
 def _merges_in_one_pass(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> bool:
     """Whether our kernel merges: on CUDA, by itself."""
     fits = len(outputs) <= 6 and outputs[0].ndim in (4, 5) and all(lse.dtype == torch.float32 for lse in lses)
-    return outputs[0].is_cuda and fits and wanted_backend("auto") in ("auto", "triton") and use_kernel("auto", tuple(outputs))
+    return outputs[0].is_cuda and fits and use_kernel("auto", tuple(outputs))
 
 
 def _merge_in_one_pass(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from attention_zoo.ops._autocast import no_autocast
 from attention_zoo.ops._kernels import use_kernel
 from attention_zoo.ops._tap import tapped
 from attention_zoo.ops.dispatch import wanted_backend
+from attention_zoo.ops.engines.base import HALF
 
 __all__ = ["takes_windows", "too_large", "window_attention"]
 
@@ -108,7 +109,7 @@ def takes_windows(x: Tensor, window_size: int, channels: int, dropout_p: float =
     device = x.device.type
     cast = device == "cuda" and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if cast else x.dtype
-    if dtype not in (torch.float16, torch.bfloat16) and wanted_backend("auto") != "triton":
+    if dtype not in HALF and wanted_backend("auto") != "triton":
         return False
     return use_kernel("auto", (x[..., :1],), dropout_p=dropout_p, missing=missing or too_large(window_size, channels, dtype))
 

@@ -10,29 +10,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import kernel_case as kernels
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_case import FEW
+from kernel_case import DEVICE, FEW, Case
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention_zoo import ops
 from attention_zoo.ops.core_context import core_context_attention
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
 
 @dataclass
-class Problem:
-    """A call: the operation, its tensors (those of floating point get gradients), its other arguments."""
+class Problem(Case):
+    """A call whose log-normaliser is looked at too."""
 
-    operation: Callable[..., Any]
-    tensors: dict[str, Tensor]
-    settings: dict[str, Any]
+    single: tuple[str, ...] = ("lse",)
 
     def run(self, backend: str, dtype: torch.dtype = torch.float32, function: Any = None) -> dict[str, Tensor]:
         """Output, log-normaliser, and gradients of a fixed functional of both, by name."""
@@ -178,83 +174,37 @@ def test_several_tiles(make: Callable[[], Problem]) -> None:
 
 
 MAKERS = {"routed": lambda: routed(1, weights=True, mask=1), "halo": halo, "core_context": core_context}
+every = pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
+@every
 def test_half_precision(make: Callable[[], Problem]) -> None:
-    """Within what a plain computation in the same dtype may err."""
-    problem = make()
-    exact = problem.run("reference")
-    for dtype in (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,):  # numbers of numpy's interpret it
-        got, spacing = problem.run("triton", dtype), torch.finfo(dtype).eps
-        for name, right in exact.items():
-            finite = right.isfinite()
-            error = (got[name].float() - right)[finite].norm() / right[finite].norm().clamp_min(1e-6)
-            assert error < 6 * spacing, f"{name} {dtype}: {error}"
+    kernels.check_half_precision(make())
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
+@every
 def test_in_one_graph(make: Callable[[], Problem]) -> None:
-    problem = make()
-    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
-    torch._dynamo.reset()
-    compiled = problem.run("triton", function=torch.compile(problem.operation, fullgraph=True, backend=backend))
-    for name, right in problem.run("triton").items():
-        torch.testing.assert_close(compiled[name], right, atol=1e-5, rtol=1e-5)
+    kernels.check_in_one_graph(make())
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
+@every
 def test_registration(make: Callable[[], Problem]) -> None:
-    """What the operators tell the compiler (shapes, strides, aliases, gradients) is what they do."""
-    problem, calls = make(), []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "attention_zoo":
-                calls.append((func, args))
-            return func(*args, **(kwargs or {}))
-
-    with Record():
-        problem.run("triton")
-    assert len({func for func, _ in calls}) == 2
-    for func, args in calls:
-        copies = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
-        torch.library.opcheck(func, copies, test_utils=("test_schema", "test_faketensor"))
+    assert len(kernels.check_registration(make())) == 2  # forward and backward
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
+@every
 @pytest.mark.gpu  # in the interpreter a run is one thread
 def test_every_time_the_same(make: Callable[[], Problem]) -> None:
-    problem = make()
-    first, second = problem.run("triton"), problem.run("triton")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    kernels.check_every_time_the_same(make())
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
+@every
 def test_cuda_graphs(make: Callable[[], Problem]) -> None:
-    problem = make()
-    tensors = {name: t.to(DEVICE) for name, t in problem.tensors.items()}
-    given = {name: t.bfloat16().requires_grad_() if t.is_floating_point() else t for name, t in tensors.items()}
-    leaves = [t for t in given.values() if t.is_floating_point()]
-
-    def run() -> tuple[Tensor, ...]:
-        out = problem.operation(**given, **problem.settings, backend="triton")
-        return out, *torch.autograd.grad(out.square().sum(), leaves)
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            want = run()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = run()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    kernels.check_cuda_graph(make())
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
+@every
 def test_empty_batches(make: Callable[[], Problem]) -> None:
     problem = make()
     batched = {"q", "k", "v", "routes", "route_weights", "core_k", "core_v"}
@@ -267,7 +217,7 @@ def test_empty_batches(make: Callable[[], Problem]) -> None:
 WIDE = ("q", "k", "core_k", "height_rel", "width_rel")  # what has the channels of queries
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
+@every
 @pytest.mark.parametrize(
     ("changes", "match"),
     [({"dropout_p": 0.5}, "dropout"), ({}, "float64"), ({"dim": 320}, "256")],

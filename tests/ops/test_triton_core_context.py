@@ -9,17 +9,17 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import kernel_case as kernels
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_case import FEW
+from kernel_case import DEVICE, FEW
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention_zoo import ops
 from attention_zoo.ops.core_context import core_context_attention, pool_core_tokens
-from tests.ops.test_triton import DEVICE, DIMS, Problem, compare, core_context
+from tests.ops.test_triton import DIMS, Problem, compare, core_context
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -44,7 +44,7 @@ def pooling(
         "k": torch.randn(batch, length, kv_heads, dim).transpose(1, 2),
         "v": torch.randn(batch, kv_heads, length, value_dim),
     }
-    return Problem(pool_in_place, tensors, {"group_size": size, "core_per": per, "scale": 0.3})
+    return Problem(pool_in_place, tensors, {"group_size": size, "core_per": per, "scale": 0.3}, single=())
 
 
 def at_places(
@@ -103,45 +103,22 @@ each_kind = pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
 
 @each_kind
 def test_half_precision(make: Callable[[], Problem]) -> None:
-    problem = make()
-    exact = problem.run("reference")
-    for dtype in (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,):
-        got = problem.run("triton", dtype)
-        for name, right in exact.items():
-            finite = right.isfinite()
-            error = (got[name].float() - right)[finite].norm() / right[finite].norm().clamp_min(1e-6)
-            assert error < 6 * torch.finfo(dtype).eps, f"{name} {dtype}: {error}"
+    kernels.check_half_precision(make())
 
 
 @each_kind
 def test_in_one_graph(make: Callable[[], Problem]) -> None:
-    problem = make()
-    torch._dynamo.reset()
-    compiled = torch.compile(problem.operation, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
-    want = problem.run("triton")
-    for name, got in problem.run("triton", function=compiled).items():
-        torch.testing.assert_close(got, want[name], atol=1e-5, rtol=1e-5)
+    kernels.check_in_one_graph(make())
 
 
 @each_kind
 def test_registration(make: Callable[[], Problem]) -> None:
-    """What the operators tell the compiler is what they do; and the same call gives the same bits."""
-    problem, calls = make(), []
+    assert len(kernels.check_registration(make())) == 2  # forward and backward
 
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "attention_zoo":
-                calls.append((func, args))
-            return func(*args, **(kwargs or {}))
 
-    with Record():
-        first = problem.run("triton")
-    assert len({func for func, _ in calls}) == 2
-    for func, args in calls:
-        copies = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
-        torch.library.opcheck(func, copies, test_utils=("test_schema", "test_faketensor"))
-    second = problem.run("triton")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+@each_kind
+def test_every_time_the_same(make: Callable[[], Problem]) -> None:
+    kernels.check_every_time_the_same(make())
 
 
 @pytest.mark.gpu

@@ -8,50 +8,31 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+import kernel_case as kernels
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_case import FEW
+from kernel_case import DEVICE, FEW, Case
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention_zoo import ops
 from attention_zoo.attention import DiffAttention
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LARGE = 12 if DEVICE == "cuda" else 1  # times as many tokens where kernels are not run in Python
 
 
-@dataclass
-class Problem:
-    """A call: the operation, its tensors (each gets a gradient), its other arguments."""
-
-    operation: Callable[..., Tensor]
-    tensors: dict[str, Tensor]
-    settings: dict[str, Any]
-
-    def run(self, backend: str, dtype: torch.dtype = torch.float32, function: Any = None) -> dict[str, Tensor]:
-        """The output and the gradients of a fixed functional of it, by name; lambda and the norm's weight stay float32."""
-        given = {
-            name: t.to(DEVICE, torch.float32 if name in ("factor", "weight") else dtype).requires_grad_()
-            for name, t in self.tensors.items()
-        }
-        out = (function or self.operation)(**given, **self.settings, backend=backend)
-        objective = (out.float() * torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)).sum()
-        gradients = torch.autograd.grad(objective, list(given.values()))
-        return {"out": out.detach(), **dict(zip(given, gradients, strict=True))}
+KEPT = ("factor", "weight")  # lambda and the norm's weight stay float32
 
 
 def difference(
     batch: int = 2, groups: int = 2, group: int = 2, tokens: int = 5, dim: int = 8, joint: bool = False, per_token: bool = True,
     norm: bool = True, weighted: bool = True,
-) -> Problem:  # fmt: skip
+) -> Case:  # fmt: skip
     """Outputs of signal heads and of noise heads, apart or each group's together."""
     heads = groups * group
     tensors = {"signal": torch.randn(batch, tokens, heads + groups * joint, dim).transpose(1, 2)}
@@ -60,17 +41,18 @@ def difference(
     tensors["factor"] = torch.rand(batch, tokens, heads) if per_token else torch.tensor(0.4)
     if norm and weighted:
         tensors["weight"] = torch.rand(dim) + 0.5
-    return Problem(
+    return Case(
         ops.subtract_noise,
         tensors,
         {"groups": groups, **({"eps": 1e-2, "gain": 0.8} if norm else {}), **({"noise": None} if joint else {})},
+        KEPT,
     )
 
 
 def both_maps(
     batch: int = 1, kv_heads: int = 1, share: int = 2, queries: int = 7, keys: int = 9, dim: int = 8, value_dim: int = 16,
     is_causal: bool = True, same_keys: bool = False, per_token: bool = False, norm: bool = True, weighted: bool = True,
-) -> Problem:  # fmt: skip
+) -> Case:  # fmt: skip
     """As many noise heads as signal heads."""
     heads = kv_heads * share
     tensors = {
@@ -86,10 +68,10 @@ def both_maps(
         tensors["weight"] = torch.rand(value_dim) + 0.5
     # a large epsilon: where both maps see one key the difference is small, and its norm is as exact as the difference is
     settings = {"is_causal": is_causal, "scale": 0.3, **({"eps": 1e-2, "gain": 0.8} if norm else {})}
-    return Problem(ops.differential_attention, tensors, settings)
+    return Case(ops.differential_attention, tensors, settings, KEPT)
 
 
-def compare(problem: Problem) -> None:
+def compare(problem: Case) -> None:
     want, got = problem.run("reference"), problem.run("triton")
     for name, right in want.items():
         terms = want["out"].numel() / max(right.numel(), 1)  # lambda and the weight have gradients from all tokens, which cancel
@@ -128,7 +110,7 @@ def test_grouped_noise_is_two_attentions() -> None:
         ops.differential_attention(q, k, v, factor, noise_q=noise_q, backend="triton")
 
 
-SEVERAL: dict[str, Callable[[], Problem]] = {
+SEVERAL: dict[str, Callable[[], Case]] = {
     "difference": lambda: difference(1, 1, 2, 70 * LARGE, 72, joint=True, per_token=False),
     "maps": lambda: both_maps(queries=70 * LARGE, keys=75 * LARGE, share=1),
     "maps-full": lambda: both_maps(queries=40 * LARGE, keys=50 * LARGE, dim=64, value_dim=128, is_causal=False, per_token=True),
@@ -136,92 +118,49 @@ SEVERAL: dict[str, Callable[[], Problem]] = {
 
 
 @pytest.mark.parametrize("make", SEVERAL.values(), ids=list(SEVERAL))
-def test_several_tiles(make: Callable[[], Problem]) -> None:
+def test_several_tiles(make: Callable[[], Case]) -> None:
     compare(make())
 
 
-MAKERS: dict[str, Callable[[], Problem]] = {
+MAKERS: dict[str, Callable[[], Case]] = {
     "difference": difference,
     "maps": lambda: both_maps(queries=7 * LARGE, keys=9 * LARGE, dim=64 if DEVICE == "cuda" else 8, per_token=True),
 }
+every = pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
-def test_half_precision(make: Callable[[], Problem]) -> None:
-    """Within what a plain computation in the same dtype may err."""
-    problem = make()
-    exact = problem.run("reference")
-    for dtype in (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,):  # numbers of numpy's interpret it
-        got, spacing = problem.run("triton", dtype), torch.finfo(dtype).eps
-        for name, right in exact.items():
-            error = (got[name].float() - right).norm() / right.norm().clamp_min(1e-6)
-            assert error < 6 * spacing, f"{name} {dtype}: {error}"
+@every
+def test_half_precision(make: Callable[[], Case]) -> None:
+    kernels.check_half_precision(make())
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
-def test_in_one_graph(make: Callable[[], Problem]) -> None:
-    problem = make()
-    torch._dynamo.reset()
-    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
-    compiled = problem.run("triton", function=torch.compile(problem.operation, fullgraph=True, backend=backend))
-    for name, right in problem.run("triton").items():
-        torch.testing.assert_close(compiled[name], right, atol=1e-5, rtol=1e-5)
+@every
+def test_in_one_graph(make: Callable[[], Case]) -> None:
+    kernels.check_in_one_graph(make())
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
-def test_registration(make: Callable[[], Problem]) -> None:
-    """What the operators tell the compiler (shapes, strides, aliases, gradients) is what they do."""
-    problem, calls = make(), []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "attention_zoo":
-                calls.append((func, args))
-            return func(*args, **(kwargs or {}))
-
-    with Record():
-        problem.run("triton")
-    assert len({func for func, _ in calls}) == 2
-    for func, args in calls:
-        copies = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
-        torch.library.opcheck(func, copies, test_utils=("test_schema", "test_faketensor"))
+@every
+def test_registration(make: Callable[[], Case]) -> None:
+    assert len(kernels.check_registration(make())) == 2  # forward and backward
 
 
-@pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
+@every
 @pytest.mark.gpu  # in the interpreter a run is one thread
-def test_every_time_the_same(make: Callable[[], Problem]) -> None:
-    problem = make()
-    first, second = problem.run("triton"), problem.run("triton")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def test_every_time_the_same(make: Callable[[], Case]) -> None:
+    kernels.check_every_time_the_same(make())
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
-def test_cuda_graphs(make: Callable[[], Problem]) -> None:
-    problem = make()
-    given = {name: t.to(DEVICE, torch.bfloat16).requires_grad_() for name, t in problem.tensors.items()}
-
-    def run() -> tuple[Tensor, ...]:
-        out = problem.operation(**given, **problem.settings, backend="triton")
-        return out, *torch.autograd.grad(out.square().sum(), list(given.values()))
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            want = run()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = run()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+@every
+def test_cuda_graphs(make: Callable[[], Case]) -> None:
+    kernels.check_cuda_graph(make())
 
 
 @pytest.mark.parametrize(
     "make",
     [lambda: difference(0), lambda: difference(0, per_token=False), lambda: both_maps(0), lambda: both_maps(0, weighted=False)],
 )
-def test_empty_batches(make: Callable[[], Problem]) -> None:
+def test_empty_batches(make: Callable[[], Case]) -> None:
     problem = make()
     got = problem.run("triton")
     assert got["out"].shape[0] == 0
@@ -274,7 +213,7 @@ def test_maps_that_do_not_fit(changes: dict[str, tuple[int, ...]], backend: str)
 
 @pytest.mark.parametrize("make", [difference, both_maps])
 @pytest.mark.parametrize(("dtype", "dim", "match"), [(torch.float64, 8, "float64"), (torch.float32, 320, "256")], ids=str)
-def test_what_the_kernels_refuse(make: Callable[..., Problem], dtype: torch.dtype, dim: int, match: str) -> None:
+def test_what_the_kernels_refuse(make: Callable[..., Case], dtype: torch.dtype, dim: int, match: str) -> None:
     problem = make(dim=dim)
     tensors = {name: t.to(DEVICE, dtype) for name, t in problem.tensors.items()}
     with pytest.raises(ops.BackendError, match=match):

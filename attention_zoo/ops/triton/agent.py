@@ -16,7 +16,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_zoo.ops.triton._common import LOG2E, absorb, conclude, last_contiguous, per_logit, precision, read_lse, tile
+from attention_zoo.ops.triton._common import (
+    LOG2E,
+    absorb,
+    ceil_div,
+    conclude,
+    last_contiguous,
+    per_logit,
+    power_of_2,
+    precision,
+    read_lse,
+    tile,
+)
 
 __all__ = ["MOST_AGENTS", "few_keys_triton", "few_queries_triton"]
 
@@ -280,9 +291,9 @@ class _Tiles(NamedTuple):
 
 def _shares(pairs: int, tokens: int, bt: int, least: int = 2) -> tuple[int, int]:
     """How many programs share the tokens of a head, and how many tokens each has: whole tiles, some `least` tiles."""
-    tiles = triton.cdiv(tokens, bt)
-    share = max(least, triton.cdiv(tiles * pairs, _PROGRAMS))
-    return triton.cdiv(tiles, share), share * bt
+    tiles = ceil_div(tokens, bt)
+    share = max(least, ceil_div(tiles * pairs, _PROGRAMS))
+    return ceil_div(tiles, share), share * bt
 
 
 def _bias_strides(bias: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
@@ -318,7 +329,7 @@ def _agents_read_forward(
         num_stages=tiles.stages, **tiles.constants(),
     )  # fmt: skip
     if shares > 1:
-        portions = triton.cdiv(number, _FEW)
+        portions = ceil_div(number, _FEW)
         _join_kernel[(batch * heads * portions,)](
             sums, peaks, out, lse, *out.stride()[:3], heads, number, dim_v, shares, portions,
             BS=8, BN=_FEW, BDV=tiles.channels_v, num_warps=4,
@@ -439,7 +450,7 @@ def _gradients(
         TOKENS_READ=tokens_read, HAS_BIAS=bias is not None, HAS_DBIAS=wants_bias, HAS_MASK=mask is not None, PRECISION=precision(x),
         num_stages=tiles.stages, **tiles.constants(),
     )  # fmt: skip
-    portions = triton.cdiv(number, _FEW)
+    portions = ceil_div(number, _FEW)
     _add_shares_kernel[(batch * heads * portions,)](
         sums, da, df, *da.stride()[:3], *df.stride()[:3], heads, number, dim, dim_v, shares, portions,
         HAS_DF=tokens_read, BS=8 if max(dim, dim_v) <= 64 else 2, BN=_FEW, BD=tiles.channels, BDV=tiles.channels_v, num_warps=4,
@@ -454,7 +465,7 @@ def _of_bias(dlogits: Tensor, bias: Tensor | None) -> Tensor:
     if bias.shape[0] == 1 < dlogits.shape[0]:
         samples, size = dlogits.shape[0], dlogits[0].numel()
         dlogits, parts = dlogits.new_empty((1, *dlogits.shape[1:]), dtype=bias.dtype), dlogits
-        _add_samples_kernel[(triton.cdiv(size, 1024),)](parts, dlogits, samples, size, BLOCK=1024, num_warps=4)
+        _add_samples_kernel[(ceil_div(size, 1024),)](parts, dlogits, samples, size, BLOCK=1024, num_warps=4)
     return dlogits.sum_to_size(bias.shape).to(bias.dtype)
 
 
@@ -577,8 +588,8 @@ def _grid_bias_forward(
     out = square.new_empty((heads, number, before + height * width), dtype=dtype)
     if not out.numel():
         return out
-    bt = min(1024, max(128, triton.next_power_of_2(out.shape[2])))
-    tiles = triton.cdiv(out.shape[2], bt)
+    bt = min(1024, max(128, power_of_2(out.shape[2])))
+    tiles = ceil_div(out.shape[2], bt)
     _grid_bias_kernel[(heads * number * tiles,)](
         square, rows, columns, square if prefix is None else prefix, out, *square.stride(), *rows.stride(), *columns.stride(),
         *((0, 0, 0) if prefix is None else prefix.stride()), number, before, height, width, *square.shape[2:], tiles,
@@ -602,7 +613,7 @@ def _grid_bias_backward(
     heads, number = grad.shape[:2]
     square, rows, columns = _empty_tables(grad, height, width, side_y, side_x, dtype)
     if grad.numel():
-        bx = max(16, triton.next_power_of_2(width))
+        bx = max(16, power_of_2(width))
         _grid_bias_gradient_kernel[(heads * number,)](
             grad, square, rows, columns, grad.stride(0), grad.stride(1), number, before, height, width, side_y, side_x,
             BY=16, BX=bx, BS=tile(max(side_y, side_x), 64), num_warps=4 if bx <= 128 else 8,
@@ -702,7 +713,7 @@ def _pool_forward(x: Tensor, height: int, width: int, bins_y: int, bins_x: int) 
     batch, _, channels = x.shape
     out = x.new_empty((batch, bins_y * bins_x, channels))
     bc = tile(channels)
-    tiles = triton.cdiv(channels, bc)
+    tiles = ceil_div(channels, bc)
     if out.numel():
         _pool_kernel[(batch * bins_y * bins_x * tiles,)](
             x, out, x.stride(0), x.stride(1), height, width, bins_y, bins_x, channels, tiles, BT=64, BC=bc, num_warps=4
@@ -721,7 +732,7 @@ def _pool_backward(grad: Tensor, height: int, width: int, bins_y: int, bins_x: i
     batch, _, channels = grad.shape
     dx = grad.new_empty((batch, height * width, channels))
     bc = tile(channels)
-    tiles, tiles_c = triton.cdiv(height * width, 64), triton.cdiv(channels, bc)
+    tiles, tiles_c = ceil_div(height * width, 64), ceil_div(channels, bc)
     if dx.numel():
         most = [
             1 if not size % bins else 2 if size >= bins else -(-bins // size) + 1

@@ -17,6 +17,7 @@ from torch import Tensor
 from attention_zoo.ops.triton._common import (
     LN2,
     LOG2E,
+    ceil_div,
     conclude,
     last_contiguous,
     per_logit,
@@ -268,7 +269,7 @@ def _core_context_forward(
         return out, lse
     tiles = _tiles(q, v)
     strides = [s for t in (q, k, v, core_k, core_v, out) for s in t.stride()[:3]]
-    _forward_kernel[(triton.cdiv(queries, tiles["BM"]), batch * heads)](
+    _forward_kernel[(ceil_div(queries, tiles["BM"]), batch * heads)](
         q, k, v, core_k, core_v, out, lse, query_starts, key_starts, scale * LOG2E, *strides,
         heads, heads // k.shape[1], heads // core_k.shape[1], queries, k.shape[2], core_k.shape[2], query_start, key_start,
         window, group, dim, dim_v, PRECISION=precision(q), **tiles,
@@ -296,7 +297,7 @@ def _core_context_backward(
     tiles, key_tiles = _gradient_tiles(q, v)
     if q.numel():
         strides = [s for t in (q, k, v, core_k, core_v, out, grad, dq) for s in t.stride()[:3]]
-        _query_gradient_kernel[(triton.cdiv(queries, tiles["BM"]), batch * heads)](
+        _query_gradient_kernel[(ceil_div(queries, tiles["BM"]), batch * heads)](
             q, k, v, core_k, core_v, out, lse, grad, lse if grad_lse is None else (grad_lse * LOG2E).contiguous(), delta, dq,
             query_starts, key_starts, scale * LOG2E, *strides, heads, heads // k.shape[1], heads // core_k.shape[1],
             queries, k.shape[2], core_k.shape[2], query_start, key_start, window, group, dim, dim_v,
@@ -307,7 +308,7 @@ def _core_context_backward(
         dk, dv = _empty(keys, dim), _empty(values, dim_v)
         if dk.numel():
             strides = [s for t in (q, keys, values, grad, dk, dv) for s in t.stride()[:3]]
-            _key_gradient_kernel[(triton.cdiv(keys.shape[2], key_tiles["BN"]), batch * keys.shape[1])](
+            _key_gradient_kernel[(ceil_div(keys.shape[2], key_tiles["BN"]), batch * keys.shape[1])](
                 q, keys, values, lse, grad, delta, dk, dv, query_starts, key_starts, scale * LOG2E, *strides,
                 heads, heads // keys.shape[1], queries, keys.shape[2], query_start, key_start, window, group, dim, dim_v,
                 CORE=core, PRECISION=precision(q), **key_tiles,

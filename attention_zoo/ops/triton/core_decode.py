@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_zoo.ops.triton._common import LOG2E, conclude, precision, tile
+from attention_zoo.ops.triton._common import LOG2E, ceil_div, conclude, power_of_2, precision, tile
 from attention_zoo.ops.triton._core_walk import place_of, released, walk
 
 __all__ = ["decode", "is_decode"]
@@ -112,7 +112,7 @@ def decode(
         v.shape[-1],
     )
     chunk = _portion(batch * core_heads, cores, batch * kv_heads, keys, _PROGRAMS * _processors(q.device))
-    core_parts, raw_parts = triton.cdiv(cores, chunk), triton.cdiv(keys, chunk)
+    core_parts, raw_parts = ceil_div(cores, chunk), ceil_div(keys, chunk)
     parts = core_parts + raw_parts
     part = q.new_empty((batch, heads, queries, parts, dim_v), dtype=torch.float32)
     part_lse = q.new_empty((batch, heads, queries, parts), dtype=torch.float32)
@@ -127,15 +127,15 @@ def decode(
         )  # fmt: skip
     _merge_kernel[(batch * heads * queries,)](
         part, part_lse, out, lse, *out.stride()[:3], heads, queries, parts, dim_v,
-        BP=triton.next_power_of_2(max(parts, 1)), BDV=tile(dim_v, 256), num_warps=4,
+        BP=power_of_2(max(parts, 1)), BDV=tile(dim_v, 256), num_warps=4,
     )  # fmt: skip
 
 
 def _portion(core_rows: int, cores: int, raw_rows: int, keys: int, programs: int) -> int:
     """Keys of a program: as few as `programs` of them run at once, within bounds; not more than 64 portions of either kind."""
-    least = max(_LEAST, triton.cdiv(max(cores, keys), 4096) * 64)
+    least = max(_LEAST, ceil_div(max(cores, keys), 4096) * 64)
     chunk = least
-    while chunk < _MOST and core_rows * triton.cdiv(cores, chunk) + raw_rows * triton.cdiv(keys, chunk) > programs:
+    while chunk < _MOST and core_rows * ceil_div(cores, chunk) + raw_rows * ceil_div(keys, chunk) > programs:
         chunk += 64
     return chunk
 

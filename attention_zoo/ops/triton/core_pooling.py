@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_zoo.ops.triton._common import LOG2E, last_contiguous, per_logit, precision, tile
+from attention_zoo.ops.triton._common import LOG2E, ceil_div, last_contiguous, per_logit, power_of_2, precision, tile
 
 __all__ = ["pool_core_tokens_triton"]
 
@@ -132,11 +132,11 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], size: int, mean: bool, sca
     """Run a kernel on q, k, v, ...; each group has that many `rows` in it."""
     q, k, v = tensors[:3]
     (batch, kv_heads), (groups, dim), dim_v = k.shape[:2], q.shape[2:], v.shape[-1]
-    members = triton.next_power_of_2(size)
-    most = min(_TOKENS // members, _TOKENS // triton.next_power_of_2(rows))
+    members = power_of_2(size)
+    most = min(_TOKENS // members, _TOKENS // power_of_2(rows))
     block = max(1, 16 // members, most)  # a power of two, and a matrix product takes 16 tokens at least
     strides = [s for t in tensors for s in t.stride()[:3]]
-    kernel[(triton.cdiv(groups, block) * batch * kv_heads,)](
+    kernel[(ceil_div(groups, block) * batch * kv_heads,)](
         *tensors, scale * LOG2E, *strides, batch, kv_heads, groups, size, dim, dim_v,
         SHARE=q.shape[1] // kv_heads, MEAN=mean, PRECISION=precision(q), BG=block, BP=members, BR=tile(block * rows, 1024),
         BD=tile(dim, 256), BDV=tile(dim_v, 256), num_warps=_WARPS,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_zoo.ops.triton._common import last_contiguous, tile
+from attention_zoo.ops.triton._common import ceil_div, last_contiguous, power_of_2, tile
 
 __all__ = ["depthwise_conv2d_triton"]
 
@@ -87,7 +87,7 @@ def _weight_gradient_kernel(
 
 def _patch(height: int, pixels: int) -> tuple[int, int]:
     """Sides of patches of so many pixels, a power of two: as square as can be, less tall for maps of few rows."""
-    by = min(1 << (pixels.bit_length() - 1) // 2, int(triton.next_power_of_2(height)))
+    by = min(1 << (pixels.bit_length() - 1) // 2, power_of_2(height))
     return by, pixels // by
 
 
@@ -98,8 +98,8 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> T
     if not out.numel():
         return out
     (by, bx), bc = _patch(height, _PIXELS), tile(channels)
-    tiles_x = triton.cdiv(width, bx)
-    tiles, tiles_c = triton.cdiv(height, by) * tiles_x, triton.cdiv(channels, bc)
+    tiles_x = ceil_div(width, bx)
+    tiles, tiles_c = ceil_div(height, by) * tiles_x, ceil_div(channels, bc)
     _convolution_kernel[(batch * tiles * tiles_c,)](
         x, weight, x if bias is None else bias, out, *x.stride()[:3], *out.stride()[:3],
         height, width, channels, tiles, tiles_x, tiles_c,
@@ -131,11 +131,11 @@ def _depthwise_backward(x: Tensor, weight: Tensor, grad: Tensor, wants_x: bool, 
     x, grad = last_contiguous(x), last_contiguous(grad)
     side = weight.shape[-1]
     (by, bx), bc = _patch(height, 16 if side <= 3 else 8 if side <= 5 else 4), tile(channels)  # each tap has a sum of this size
-    tiles_x = triton.cdiv(width, bx)
-    tiles, tiles_c = triton.cdiv(height, by) * tiles_x, triton.cdiv(channels, bc)
+    tiles_x = ceil_div(width, bx)
+    tiles, tiles_c = ceil_div(height, by) * tiles_x, ceil_div(channels, bc)
     patches = batch * tiles
-    share = max(4, triton.cdiv(patches * tiles_c, _PROGRAMS))
-    shares = triton.cdiv(patches, share)
+    share = max(4, ceil_div(patches * tiles_c, _PROGRAMS))
+    shares = ceil_div(patches, share)
     sums = x.new_empty((shares, taps, channels), dtype=torch.float32)
     _weight_gradient_kernel[(shares * tiles_c,)](
         x, grad, sums, *x.stride()[:3], *grad.stride()[:3], height, width, channels, tiles, tiles_x, tiles_c, patches, share,

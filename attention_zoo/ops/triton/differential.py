@@ -17,7 +17,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_zoo.ops.triton._common import LOG2E, conclude, last_contiguous, per_logit, precision, read_lse, tile
+from attention_zoo.ops.triton._common import (
+    LOG2E,
+    ceil_div,
+    conclude,
+    last_contiguous,
+    per_logit,
+    power_of_2,
+    precision,
+    read_lse,
+    tile,
+)
 
 __all__ = ["differential_attention_triton", "subtract_noise_triton"]
 
@@ -159,8 +169,8 @@ def _sizes(signal: Tensor, noise: Tensor, groups: int) -> tuple[int, int, int, i
 
 def _rows(tokens: int, channels: int) -> dict[str, int]:
     """Tokens and channels that a program of the difference holds at a time."""
-    wide = triton.next_power_of_2(channels)
-    return {"BM": min(triton.next_power_of_2(tokens), max(4096 // wide, 1)), "BDV": wide}
+    wide = power_of_2(channels)
+    return {"BM": min(power_of_2(tokens), max(4096 // wide, 1)), "BDV": wide}
 
 
 @torch.library.custom_op("attention_zoo::subtract_noise_forward", mutates_args=())
@@ -175,7 +185,7 @@ def _subtract_forward(
         return out
     tiles = _rows(tokens, channels)
     strides, noise_strides = _place(signal, noise, groups)
-    _subtract_kernel[(triton.cdiv(tokens, tiles["BM"]) * batch * groups,)](
+    _subtract_kernel[(ceil_div(tokens, tiles["BM"]) * batch * groups,)](
         signal, _noise_of(signal, noise, groups), factor, factor if weight is None else weight, out, gain, eps,
         *strides, *noise_strides, *_factor_strides(factor), *out.stride()[:3], groups, group, tokens, channels,
         NORM=norm, WEIGHTED=weight is not None, **tiles,
@@ -219,8 +229,8 @@ def _launch_subtract_gradient(
     if not grad.numel():
         return dfactor.zero_(), dweight.zero_()
     tiles = _rows(tokens, channels)
-    steps = max(1, min(_TOKENS // tiles["BM"], triton.cdiv(tokens, tiles["BM"])))
-    programs = triton.cdiv(tokens, tiles["BM"] * steps) * batch * groups
+    steps = max(1, min(_TOKENS // tiles["BM"], ceil_div(tokens, tiles["BM"])))
+    programs = ceil_div(tokens, tiles["BM"] * steps) * batch * groups
     parts = [factor.new_empty(programs if not factor.ndim else 0, dtype=torch.float32),
              factor.new_empty((programs, channels) if weight is not None else (0,), dtype=torch.float32)]  # fmt: skip
     strides, noise_strides = _place(signal, noise, groups)
@@ -593,7 +603,7 @@ def _differential_forward(
     out, signal, noise, lse, noise_lse = _results(q, v, keep)
     if out.numel():
         tiles = _sides(q, v, queries, keys)[0]
-        _forward_kernel[(triton.cdiv(queries, tiles["BM"]) * batch * heads,)](
+        _forward_kernel[(ceil_div(queries, tiles["BM"]) * batch * heads,)](
             q, noise_q, k, noise_k, v, factor, factor if weight is None else weight,
             out, signal, noise, lse, noise_lse, scale * LOG2E, gain, eps,
             *_strides(q, noise_q, k, noise_k, v), *_factor_strides(factor), *_strides(out),
@@ -636,11 +646,11 @@ def _differential_backward(
     strides = (*_strides(q, noise_q, k, noise_k, v), *_factor_strides(factor), *_strides(dsignal))
     sizes, constants = (heads, heads // kv_heads, queries, keys, dim, dim_v), _constants(q, v, is_causal)
     if dq.numel():
-        _query_gradient_kernel[(triton.cdiv(queries, down["BM"]) * batch * heads,)](
+        _query_gradient_kernel[(ceil_div(queries, down["BM"]) * batch * heads,)](
             *read, dq, dnoise_q, scale * LOG2E, *strides, *_strides(dq, dnoise_q), *sizes, **constants, **down
         )
     if dk.numel():
-        _key_gradient_kernel[(triton.cdiv(keys, over["BN"]) * batch * kv_heads,)](
+        _key_gradient_kernel[(ceil_div(keys, over["BN"]) * batch * kv_heads,)](
             *read, dk, dnoise_k, dv, scale * LOG2E, *strides, *_strides(dk, dnoise_k, dv), *sizes, **constants, **over
         )
     return dq, dnoise_q, dk, dnoise_k, dv, dfactor, dweight

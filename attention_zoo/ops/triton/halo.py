@@ -20,6 +20,7 @@ from attention_zoo.ops.triton._common import (
     LN2,
     LOG2E,
     absorb,
+    ceil_div,
     conclude,
     last_contiguous,
     per_logit,
@@ -296,9 +297,9 @@ def _halo_forward(
     if not out.numel():
         return out, lse
     side, win = block // stride, block + 2 * halo
-    blocks_y, blocks_x = triton.cdiv(height, block), triton.cdiv(width, block)
+    blocks_y, blocks_x = ceil_div(height, block), ceil_div(width, block)
     bm = tile(side * side)
-    tiles = triton.cdiv(side * side, bm)
+    tiles = ceil_div(side * side, bm)
     _forward_kernel[(blocks_y * blocks_x * tiles, batch * heads)](
         q, k, v, q if rows is None else rows, q if columns is None else columns, out, lse, scale * LOG2E, scale_positions * LOG2E,
         *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *out.stride()[:4],
@@ -327,7 +328,7 @@ def _halo_backward(
     q, k, v, grad = last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(grad)
     (batch, heads, qh, qw, dim), (height, width), dim_v = q.shape, k.shape[2:4], v.shape[-1]
     side, win = block // stride, block + 2 * halo
-    blocks_y, blocks_x = triton.cdiv(height, block), triton.cdiv(width, block)
+    blocks_y, blocks_x = ceil_div(height, block), ceil_div(width, block)
     dq, dk, dv = _empty(q, dim), _empty(k, dim), _empty(v, dim_v)
     positions, blocks, bw, bt = rows is not None, blocks_y * blocks_x, tile(win, 256), tile(2 * win - 1, 512)
     distances = q.new_empty((batch, heads, blocks, side * side, 2, bt) if positions else (1,))
@@ -341,7 +342,7 @@ def _halo_backward(
     common = {"PRECISION": precision(q), "BM": bm, "BD": tile(dim, 256), "BDV": tile(dim_v, 256), "num_warps": _WARPS}
     for first in range(0, batch * heads, step):
         some = min(step, batch * heads - first)
-        tiles = triton.cdiv(side * side, bm)
+        tiles = ceil_div(side * side, bm)
         _query_gradient_kernel[(blocks * tiles, some)](
             q, k, v, q if rows is None else rows, q if columns is None else columns, out, lse, grad, d_lse, dq, distances, p, dz,
             scale * LOG2E, scale_positions * LOG2E, first,
@@ -349,11 +350,11 @@ def _halo_backward(
             heads, height, width, qh, qw, blocks, blocks_x, side, block, halo, win, dim, dim_v, tiles,
             POSITIONS=positions, MASKED=masked, HAS_DLSE=grad_lse is not None, BN=tile(win * win), BW=bw, BT=bt, **common,
         )  # fmt: skip
-        tiles = triton.cdiv(block * block, bn)
+        tiles = ceil_div(block * block, bn)
         _key_gradient_kernel[(blocks * tiles, some)](
             q, grad, p, dz, dk, dv, scale * LOG2E, first,
             *q.stride()[:4], *grad.stride()[:4], *dk.stride()[:4], *dv.stride()[:4],
-            heads, height, width, qh, qw, blocks_y, blocks_x, side, block, halo, win, triton.cdiv(halo, block),
+            heads, height, width, qh, qw, blocks_y, blocks_x, side, block, halo, win, ceil_div(halo, block),
             dim, dim_v, tiles, BN=bn, **common,
         )  # fmt: skip
     if not positions:
@@ -388,12 +389,12 @@ def _table_gradients(q: Tensor, distances: Tensor, side: int, win: int) -> Tenso
     """Gradients of both tables, (2, 2 win - 1, D) float32, from those by distance, (B, heads, blocks, side^2, 2, BT)."""
     batch, heads, blocks, _, _, bt = distances.shape
     dim, bm = q.shape[-1], tile(side * side)
-    tiles = triton.cdiv(side * side, bm)
+    tiles = ceil_div(side * side, bm)
     share = max(1, min(32, batch * heads * blocks * tiles // 2048))
-    shares = triton.cdiv(blocks * tiles, share)
+    shares = ceil_div(blocks * tiles, share)
     sums = torch.empty((shares, batch * heads, 2, bt, dim), dtype=torch.float32, device=q.device)
     _table_gradient_kernel[(shares, batch * heads)](
-        q, distances, sums, *q.stride()[:4], heads, *q.shape[2:4], blocks, triton.cdiv(q.shape[3], side), side, dim, tiles, share,
+        q, distances, sums, *q.stride()[:4], heads, *q.shape[2:4], blocks, ceil_div(q.shape[3], side), side, dim, tiles, share,
         PRECISION=precision(q), BM=bm, BOTH=2 * bt, BD=tile(dim, 256), num_warps=_WARPS,
     )  # fmt: skip
     return sums.sum((0, 1))[:, : 2 * win - 1].contiguous()

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attention_zoo.ops.triton._common import LOG2E, last_contiguous, precision, tile
+from attention_zoo.ops.triton._common import LOG2E, ceil_div, last_contiguous, power_of_2, precision, tile
 
 __all__ = ["allocate_heads", "attend_by_map", "copy_heads"]
 
@@ -215,7 +215,7 @@ def _evolve_kernel(
 
 
 def _power(n: int) -> int:
-    return int(triton.next_power_of_2(max(n, 1)))
+    return power_of_2(max(n, 1))
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -245,9 +245,9 @@ def _sum_squares(k: Tensor) -> Tensor:
     k = last_contiguous(k)
     (batch, kv_heads, keys, dim), channels = k.shape, _power(k.shape[3])
     rows = 256
-    while triton.cdiv(keys, rows) > 64:
+    while ceil_div(keys, rows) > 64:
         rows *= 2
-    parts = int(triton.cdiv(keys, rows))
+    parts = ceil_div(keys, rows)
     if not k.numel():
         return k.new_zeros((batch * kv_heads, 1), dtype=torch.float32)
     squares = k.new_empty((batch * kv_heads, parts), dtype=torch.float32)
@@ -345,7 +345,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, head_map: Tensor, scale: float) -> 
     (batch, heads, queries, dim), dim_v = q.shape, v.shape[-1]
     out, bd, bdv = _merged(q, heads, dim_v), tile(dim, 256), tile(dim_v, 256)
     bm, bn = tile(queries), 64 if max(bd, bdv) <= 128 and q.element_size() == 2 and k.shape[2] > 512 else 32
-    _attend_kernel[(triton.cdiv(queries, bm), batch * heads)](
+    _attend_kernel[(ceil_div(queries, bm), batch * heads)](
         q, k, v, head_map, out, scale * LOG2E, *_strides(q, k, v), _step(head_map), *_strides(out), heads, queries, k.shape[2],
         dim, dim_v, EVEN=dim == bd and dim_v == bdv, PRECISION=precision(q), BM=bm, BN=bn, BD=bd, BDV=bdv,
         num_warps=4, num_stages=3 if bn == 64 else 4,
@@ -374,7 +374,7 @@ def _copy(k: Tensor, v: Tensor, head_map: Tensor) -> tuple[Tensor, Tensor]:
     heads, length = head_map.shape[-1], k.shape[2]
     out_k, out_v = _copies(k, v, head_map)
     if out_k.numel() and out_v.numel():
-        _expand_kernel[(triton.cdiv(length, 64), k.shape[0] * heads)](
+        _expand_kernel[(ceil_div(length, 64), k.shape[0] * heads)](
             k, v, head_map, out_k, out_v, *_strides(k, v), _step(head_map), *_strides(out_k, out_v),
             heads, length, k.shape[3], v.shape[3], BN=64, BD=_power(k.shape[3]), BDV=_power(v.shape[3]),
         )  # fmt: skip
@@ -391,7 +391,7 @@ def _add_up(dk: Tensor, dv: Tensor, head_map: Tensor, kv_heads: int) -> tuple[Te
     length = dk.shape[2]
     out_k, out_v = _merged(dk, kv_heads, dk.shape[3]), _merged(dv, kv_heads, dv.shape[3])
     if out_k.numel() and out_v.numel():
-        _reduce_kernel[(triton.cdiv(length, 32), dk.shape[0] * kv_heads)](
+        _reduce_kernel[(ceil_div(length, 32), dk.shape[0] * kv_heads)](
             dk, dv, head_map, out_k, out_v, *_strides(dk, dv), _step(head_map), *_strides(out_k, out_v),
             kv_heads, length, dk.shape[3], dv.shape[3], HEADS=dk.shape[1], BN=32, BD=_power(dk.shape[3]), BDV=_power(dv.shape[3]),
         )  # fmt: skip

@@ -17,6 +17,7 @@ from torch import Tensor
 from attention_zoo.ops.triton._common import (
     LOG2E,
     absorb,
+    ceil_div,
     conclude,
     last_contiguous,
     per_logit,
@@ -275,7 +276,7 @@ def _hilo_forward(
     constants = _low_tiling(dim * qkv.element_size())
     constants["BN"] = tile(k.shape[2], constants["BN"])
     one_tile = k.shape[2] <= constants["BN"]
-    _low_forward_kernel[(triton.cdiv(q.shape[2], constants["BM"]), q.shape[0] * l_heads)](
+    _low_forward_kernel[(ceil_div(q.shape[2], constants["BM"]), q.shape[0] * l_heads)](
         q, k, v, o, lse, scale * LOG2E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
         l_heads, q.shape[2], k.shape[2], dim, PRECISION=precision(q), ONE_TILE=one_tile, BD=tile(dim, 256), **constants,
     )  # fmt: skip
@@ -330,10 +331,10 @@ def _low_backward(
     sizes = (heads, queries, keys, dim)
     one_pass = keys <= _ONE_PASS and width <= 256
     constants = _one_pass_tiling(width) | {"BN": _ONE_PASS} if one_pass else _key_gradient_tiling(width)
-    tiles = 1 if one_pass else triton.cdiv(keys, constants["BN"])
-    parts = min(triton.cdiv(queries, constants["BM"]), max(1, _PROGRAMS // (batch * heads * tiles)))
-    share = triton.cdiv(triton.cdiv(queries, parts), constants["BM"]) * constants["BM"]
-    parts = triton.cdiv(queries, share)
+    tiles = 1 if one_pass else ceil_div(keys, constants["BN"])
+    parts = min(ceil_div(queries, constants["BM"]), max(1, _PROGRAMS // (batch * heads * tiles)))
+    share = ceil_div(ceil_div(queries, parts), constants["BM"]) * constants["BM"]
+    parts = ceil_div(queries, share)
     sums = None
     to_k, to_v, strides = dk, dv, (0, *dk.stride()[:3])
     if parts > 1:
@@ -349,7 +350,7 @@ def _low_backward(
     else:
         delta = torch.empty_like(lse)
         of_queries = _query_gradient_tiling(width)
-        _low_query_gradient_kernel[(triton.cdiv(queries, of_queries["BM"]), batch * heads)](
+        _low_query_gradient_kernel[(ceil_div(queries, of_queries["BM"]), batch * heads)](
             q, k, v, out, lse, grad, delta, dq, scale * LOG2E, *inputs, *out.stride()[:3], *grad.stride()[:3], *dq.stride()[:3],
             *sizes, **common, **of_queries,
         )  # fmt: skip
@@ -382,12 +383,12 @@ _hilo_forward.register_autograd(_backward, setup_context=_setup)
 @torch.library.custom_op("attention_zoo::window_means", mutates_args=())
 def _means(x: Tensor, side: int, masked: bool) -> Tensor:
     batch, height, width, channels = x.shape
-    windows = triton.cdiv(height, side) * triton.cdiv(width, side)
+    windows = ceil_div(height, side) * ceil_div(width, side)
     means = x.new_empty((batch, windows, channels))
     if means.numel():
         x = last_contiguous(x)
         bc = tile(channels, 128)
-        _means_kernel[(triton.cdiv(batch * windows, 16), triton.cdiv(channels, bc))](
+        _means_kernel[(ceil_div(batch * windows, 16), ceil_div(channels, bc))](
             x, means, *x.stride()[:3], batch * windows, height, width, channels, side, MASKED=masked, BM=16, BC=bc
         )
     return means
@@ -404,7 +405,7 @@ def _means_backward(grad: Tensor, of: Tensor | None, height: int, width: int, si
     out = grad.new_empty((batch, height, width, channels))
     if out.numel():
         bc = tile(channels, 128)
-        _spread_kernel[(triton.cdiv(batch * height * width, 32), triton.cdiv(channels, bc))](
+        _spread_kernel[(ceil_div(batch * height * width, 32), ceil_div(channels, bc))](
             grad, grad if of is None else of.contiguous(), out, height, width, batch * height * width, channels, side,
             MASKED=masked, ADD=of is not None, BM=32, BC=bc,
         )  # fmt: skip

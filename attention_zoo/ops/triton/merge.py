@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_zoo.ops.triton._common import last_contiguous
+from attention_zoo.ops.triton._common import ceil_div, last_contiguous, power_of_2
 
 __all__ = ["MOST_PARTS", "merge_attention_triton"]
 
@@ -162,8 +162,8 @@ def _merged(like: Tensor) -> Tensor:
 def _sizes(out: Tensor) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int]]:
     """Programs, sizes and tiles."""
     batch, heads, segments, width, dim = out.shape
-    tiles = {"BM": _ROWS, "BD": int(triton.next_power_of_2(dim))}
-    return (int(triton.cdiv(segments * width, _ROWS)), batch * heads), (heads, segments, width, dim), tiles
+    tiles = {"BM": _ROWS, "BD": power_of_2(dim)}
+    return (ceil_div(segments * width, _ROWS), batch * heads), (heads, segments, width, dim), tiles
 
 
 @torch.library.custom_op("attention_zoo::merge_forward", mutates_args=())

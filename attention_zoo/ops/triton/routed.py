@@ -19,9 +19,11 @@ from attention_zoo.ops.triton._common import (
     LN2,
     LOG2E,
     absorb,
+    ceil_div,
     conclude,
     last_contiguous,
     per_logit,
+    power_of_2,
     precision,
     prepare_gradient,
     read_lse,
@@ -293,7 +295,7 @@ def _routed_forward(
     out = _empty_out(q, v)
     lse = q.new_empty((batch, heads, regions, nq), dtype=torch.float32)
     bm, bn = tile(nq), tile(num * nk)
-    tiles = triton.cdiv(nq, bm)
+    tiles = ceil_div(nq, bm)
     if not out.numel():
         return out, lse
     _forward_kernel[(regions * tiles, batch * heads)](
@@ -328,7 +330,7 @@ def _routed_backward(
     dq = _empty_like(q)
     dk, dv = _empty_like(k), _empty_like(v)
     bm, bn = tile(nq), tile(num * nk)
-    tiles = triton.cdiv(nq, bm)
+    tiles = ceil_div(nq, bm)
     partial = (batch, heads * tiles, regions, num, nk) if wants_weights else (1,)
     dweights = torch.empty(partial, dtype=torch.float32, device=q.device)
     delta = torch.empty_like(lse)
@@ -349,7 +351,7 @@ def _routed_backward(
     if k.numel():
         plan = _plan(routes, key_regions)
         bn = tile(nk)
-        key_tiles = triton.cdiv(nk, bn)
+        key_tiles = ceil_div(nk, bn)
         sums = torch.empty((batch, plan.parts, heads // group, nk, dim + dim_v), dtype=torch.float32, device=q.device)
         _key_gradient_kernel[(plan.items * key_tiles, batch * (heads // group))](
             q, k, v, *plan.tables, some_weights, some_mask, lse, grad, delta, dk, dv, sums, scale * LOG2E,
@@ -395,7 +397,7 @@ def _plan(routes: Tensor, key_regions: int) -> _Plan:
     of_item, of_part = table((batch, items)), table((batch, key_regions))
     _plan_kernel[(batch,)](
         ordered, starts, firsts, of_item, of_part, key_regions, sources, items, chunk, sources.bit_length(),
-        BR=triton.next_power_of_2(key_regions + 1), num_warps=4,
+        BR=power_of_2(key_regions + 1), num_warps=4,
     )  # fmt: skip
     return _Plan((order, starts, firsts, of_item, of_part), items, parts, chunk)
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_zoo.ops.triton._common import LN2, LOG2E, conclude, last_contiguous, per_logit, precision, read_lse, tile
+from attention_zoo.ops.triton._common import LN2, LOG2E, ceil_div, conclude, last_contiguous, per_logit, precision, read_lse, tile
 
 __all__ = ["span_attention_triton"]
 
@@ -406,7 +406,7 @@ def _strides(*tensors: Tensor) -> list[int]:
 def _sizes(q: Tensor) -> tuple[int, int, int]:
     """Tokens of a chunk, chunks, and levels of outer slots."""
     chunk = _CHUNKS[q.element_size()]
-    chunks = int(triton.cdiv(q.shape[2], chunk))
+    chunks = ceil_div(q.shape[2], chunk)
     return chunk, chunks, max(1, (chunks - 1).bit_length())
 
 

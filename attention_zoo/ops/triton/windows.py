@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_zoo.ops.triton._common import LOG2E, last_contiguous, per_logit, precision, tile
+from attention_zoo.ops.triton._common import LOG2E, ceil_div, last_contiguous, per_logit, precision, tile
 
 __all__ = ["launch_backward", "launch_forward", "window_attention_triton"]
 
@@ -141,11 +141,11 @@ def _tiling(side: int, row_bytes: int) -> dict[str, int]:
 def _arguments(q: Tensor, v: Tensor, bias: Tensor | None, side: int) -> tuple[tuple[int, ...], dict[str, Any], int]:
     """What both kernels take: sizes, settings; and the number of tiles of each group of windows."""
     height, width = q.shape[2:4]
-    windows = q.shape[0] * triton.cdiv(height, side) * triton.cdiv(width, side)
+    windows = q.shape[0] * ceil_div(height, side) * ceil_div(width, side)
     groups = 1 if bias is None else bias.shape[0]
     channels = {"BD": tile(q.shape[-1], 256), "BDV": tile(v.shape[-1], 256)}
     constants = _tiling(side, max(channels.values()) * q.element_size()) | channels
-    tiles = triton.cdiv(windows // groups, constants["BM"] // (side * side))
+    tiles = ceil_div(windows // groups, constants["BM"] // (side * side))
     return (q.shape[1], windows, groups, height, width, q.shape[-1], v.shape[-1]), constants, tiles
 
 
@@ -173,7 +173,7 @@ def launch_backward(
     _backward_kernel[(shares * groups, heads)](
         q, k, v, q if bias is None else bias, grad, dq, dk, dv, sums, scale * LOG2E,
         *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *grad.stride()[:4],
-        *dq.stride()[:4], *dk.stride()[:4], *dv.stride()[:4], *sizes, triton.cdiv(tiles, shares),
+        *dq.stride()[:4], *dk.stride()[:4], *dv.stride()[:4], *sizes, ceil_div(tiles, shares),
         SIDE=side, HAS_BIAS=bias is not None, HAS_DBIAS=bias_gradient, MASKED=masked, PRECISION=precision(q), **constants,
     )  # fmt: skip
     return sums.sum((0, 3)) if bias_gradient else None
