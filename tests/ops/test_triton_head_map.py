@@ -150,7 +150,7 @@ def test_registration(operator: str) -> None:
         "allocate": [(kernels._allocate_heads, (k, 5, True)), (kernels._allocate_heads, (k, 5, False))],
     }[operator]
     for function, args in arguments:
-        torch.library.opcheck(function, args, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(function.registered, args, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -77,7 +77,7 @@ def test_registration() -> None:
         (merge._merge_forward, (outs, lses)),
         (merge._merge_backward, (outs, lses, out, lse, out.clone(), None)),
     ):
-        torch.library.opcheck(function, args, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(function.registered, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_empty_batches() -> None:
