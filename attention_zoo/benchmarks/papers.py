@@ -59,9 +59,18 @@ CLAIMS = {
     "KDGQA": "Key-driven grouped queries, 2408.08454: no claim about speed. Against grouped queries of as many key/value heads.",
     "Combiner, fixed": "Combiner, 2107.05768: full attention in O(N sqrt N).",
     "Combiner, logsparse": "The same in O(N log N).",
+    "Combiner, axial": "The same along the rows and columns of a grid of tokens, in O(N sqrt N); summary keys are those of the row "
+    "as a token attends to it.",
+    "Combiner, mixture": "The same with the own row and column, and parts of all others summarised, in O(N sqrt N).",
 }
 # Group -> exponent of N that its time should grow with, at most 0.1 above it; N log N between 4K and 64K is N^1.1.
-GROWTH = {"agent, growth": 1.0, "Combiner, fixed": 1.5, "Combiner, logsparse": 1.1}
+GROWTH = {
+    "agent, growth": 1.0,
+    "Combiner, fixed": 1.5,
+    "Combiner, logsparse": 1.1,
+    "Combiner, axial": 1.5,
+    "Combiner, mixture": 1.5,
+}
 
 ON_CPU = "HiLo, CPU: layers of 14x14 tokens"  # measured apart: always on the CPU
 
@@ -278,8 +287,9 @@ def _differential(scale: str) -> Iterator[Case]:
 
 
 def _grouped(scale: str) -> Iterator[Case]:
-    for dim, heads, kv_heads, batch, tokens in ((768, 12, 4, 64, 197), (1024, 16, 4, 8, 1024), (1024, 16, 4, 2, 4096)):
-        length = {"full": tokens, "small": min(tokens, 256), "quick": 16}[scale]
+    layers = ((768, 12, 64, 197), (1024, 16, 64, 197), (1024, 16, 8, 1024), (1024, 16, 2, 4096))  # of ViT-B, then of ViT-L
+    for dim, heads, batch, tokens in layers:
+        kv_heads, length = 4, {"full": tokens, "small": min(tokens, 256), "quick": 16}[scale]
         shape: dict[str, Any] = {
             "batch": batch if scale == "full" else 1,
             "num_tokens": length,
@@ -305,7 +315,7 @@ def _grouped(scale: str) -> Iterator[Case]:
 
 def _combiner(scale: str) -> Iterator[Case]:
     heads, head_dim = (12, 64) if scale == "full" else (2, 16)
-    for pattern in ("fixed", "logsparse"):
+    for pattern in ("fixed", "logsparse", "axial", "mixture"):
         for tokens in (4096, 16_384, 65_536):
             length = _scaled(tokens, scale)
             ours = _sequences(partial(_combine, pattern), heads, length, head_dim)
@@ -320,16 +330,25 @@ def _combiner(scale: str) -> Iterator[Case]:
 
 
 def _combine(pattern: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return combine(q, k, v, real=None, is_causal=True, scale=None, dropout_p=0.0, pattern=pattern)
+    settings: dict[str, Any] = {"real": None, "is_causal": True, "scale": None, "dropout_p": 0.0}
+    return combine(q, k, v, **settings, pattern=pattern, row_summary="wsum")  # read by axial only, whose default has parameters
 
 
 def _combiner_work(pattern: str, heads: int, length: int, head_dim: int) -> dict[str, Work]:
-    """Tokens of the segment so far, segments before it and its summary; or a span of each level, and the spans' summaries."""
-    segment = 2 ** ((length.bit_length()) // 2)
-    levels = length.bit_length() - 1
-    pairs = length * ((segment + length / segment) / 2 + 1) if pattern == "fixed" else 2.0 * length * levels
+    """By the pairs of a query, on average: direct tokens and summaries of its softmax, then what its share of the summaries takes.
+
+    A pair is two products. Rows (segments) are of about sqrt(N) tokens.
+    """
+    row = 2 ** (length.bit_length() // 2)
+    rows, levels = length / row, length.bit_length() - 1
+    pairs = {
+        "fixed": (row + rows) / 2 + 1,
+        "logsparse": levels / 2 + 1 + levels / 2,  # of the spans of a level every other one ends before some token
+        "axial": row / 4 + rows / 2 + 1.5 * row,  # values of the own row; all logits of the row, its values and its keys
+        "mixture": 1.5 * (row + rows) + (row + rows / 2),
+    }[pattern]
     kept = 2 * heads * length * head_dim
-    return attention_work(batch=1, heads=heads, num_queries=length, pairs=pairs, head_dim=head_dim, kept=kept)
+    return attention_work(batch=1, heads=heads, num_queries=length, pairs=length * pairs, head_dim=head_dim, kept=kept)
 
 
 # ---- shared

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from attention_zoo import ops
+from attention_zoo.attention.combiner_patterns import PATTERNS
 from attention_zoo.benchmarks import decode, engines, mechanisms, models, papers
 from attention_zoo.benchmarks.cases import Case, Contender, Task, compiled, measure, mechanism, plain
+from attention_zoo.benchmarks.report import exponent
 from attention_zoo.benchmarks.roofline import FORWARD, TRAIN, Peaks
 from attention_zoo.benchmarks.timing import Clock
 from attention_zoo.registry import list_attentions
@@ -55,6 +57,21 @@ def test_every_claim_has_its_cases() -> None:
     groups = {case.group for case in papers.cases("full")}
     assert groups == set(papers.CLAIMS)
     assert set(papers.GROWTH) <= groups
+
+
+def test_combiners_patterns_are_judged_by_their_growth() -> None:
+    assert {group for group in papers.GROWTH if group.startswith("Combiner")} == {f"Combiner, {name}" for name in PATTERNS}
+
+
+@pytest.mark.parametrize("group", papers.GROWTH)
+def test_what_is_aimed_at_is_how_the_work_grows(group: str) -> None:
+    """The exponent of what a mechanism must compute, over the sizes that it is measured at."""
+    members = [case for case in papers.cases("full") if case.group == group]
+    works = [case.work() for case in members]
+    assert all(works)
+    for direction in (FORWARD, TRAIN):
+        flops = [work[direction].flops for work in works if work is not None]
+        assert exponent([case.size for case in members], flops) == pytest.approx(papers.GROWTH[group], abs=0.02)
 
 
 def test_every_mechanism_is_measured() -> None:
