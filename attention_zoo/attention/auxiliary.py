@@ -21,12 +21,19 @@ __all__ = ["AuxiliaryLossModule", "add_auxiliary_loss", "auxiliary_loss"]
 class AuxiliaryLossModule(AttentionModule):
     """A mechanism with an auxiliary loss: `aux_loss`, of the last forward in training mode, None otherwise.
 
-    A subclass calls `_keep_auxiliary_loss` once in every forward.
+    A subclass calls `_forget_auxiliary_loss` at the start of every forward and `_keep_auxiliary_loss` once in it.
     """
 
     aux_loss: Tensor | None = None
     _is_cut: bool = False  # the last forward had no graph though it was in training: the first run of a reentrant checkpoint
     _noted: Tensor | None = None  # gradient of the training loss by `aux_loss`, for the second run
+
+    def _forget_auxiliary_loss(self) -> None:
+        """Let go of the last forward's loss, and so of its graph, whose leaves still know the stream that they were used on.
+
+        A CUDA graph cannot be captured on another stream while they are alive.
+        """
+        self.aux_loss = None
 
     def _keep_auxiliary_loss(self, loss: Tensor | None, output: Tensor) -> Tensor:
         """Set `aux_loss`; returns `output`, to be used from here on, whose backward pass is the loss's too where it was cut."""

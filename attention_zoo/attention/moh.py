@@ -57,7 +57,7 @@ class MixtureOfHeads(AuxiliaryLossModule):
     """What every Mixture-of-Head layer has, whatever its heads compute: shared and routed heads, linear routers, gates, the loss.
 
     A subclass calls `_set_heads` and `_create_routers` in its constructor, multiplies its heads' outputs by the gates of
-    `_route_linearly`, and calls `_keep_statistics` once in every forward.
+    `_route_linearly`, and calls `_forget_auxiliary_loss` first and `_keep_statistics` once in every forward.
     """
 
     debug: bool = False
@@ -269,6 +269,7 @@ class MoHAttention(MixtureOfHeads):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Any = None,
     ) -> Tensor:
+        self._forget_auxiliary_loss()
         check_tokens(x, self.dim)
         q, k, v = self._project(x, context)
         gates, scores, chosen = self._route(x, q)

@@ -229,6 +229,7 @@ class MoHTransNeXtGlobal(_TransNeXtHeads):
         self.reset_parameters()
 
     def forward(self, x: Tensor, *, grid_size: Grid) -> Tensor:
+        self._forget_auxiliary_loss()
         check_tokens(x, self.dim)
         grid = check_grid(x, grid_size)
         q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(x).chunk(3, dim=-1))
@@ -360,6 +361,7 @@ class MoHTransNeXtAggregated(_TransNeXtHeads):
         return max(1, grid_size[0] // self.sr_ratio), max(1, grid_size[1] // self.sr_ratio)
 
     def forward(self, x: Tensor, *, grid_size: Grid) -> Tensor:
+        self._forget_auxiliary_loss()
         check_tokens(x, self.dim)
         grid = check_grid(x, grid_size)
         pool = self.pool_grid(grid)

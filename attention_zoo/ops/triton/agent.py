@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import (
     LOG2E,
     absorb,
@@ -304,7 +305,7 @@ def _bias_strides(bias: Tensor | None, shape: tuple[int, int, int, int]) -> tupl
     return sample, head, token, agent
 
 
-@torch.library.custom_op("attention_zoo::agents_read_forward", mutates_args=())
+@operator("agents_read_forward")
 def _agents_read_forward(
     agents: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -344,7 +345,7 @@ def _(agents: Tensor, k: Tensor, v: Tensor, bias: Any, mask: Any, scale: float) 
     return out, agents.new_empty((batch, heads, number), dtype=torch.float32)
 
 
-@torch.library.custom_op("attention_zoo::agents_read_backward", mutates_args=())
+@operator("agents_read_backward")
 def _agents_read_backward(
     agents: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, out: Tensor, lse: Tensor, grad: Tensor,
     scale: float, wants_bias: bool,
@@ -368,7 +369,7 @@ def _(
     return da, dx, dy, dbias
 
 
-@torch.library.custom_op("attention_zoo::tokens_read_forward", mutates_args=())
+@operator("tokens_read_forward")
 def _tokens_read_forward(q: Tensor, agents: Tensor, read: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     q, agents, read = last_contiguous(q), last_contiguous(agents), last_contiguous(read)
     (batch, heads, tokens, dim), number, dim_v = q.shape, agents.shape[2], read.shape[-1]
@@ -392,7 +393,7 @@ def _(q: Tensor, agents: Tensor, read: Tensor, bias: Any, scale: float) -> Tenso
     return _empty(batch, heads, tokens, read.shape[-1], q)
 
 
-@torch.library.custom_op("attention_zoo::tokens_read_backward", mutates_args=())
+@operator("tokens_read_backward")
 def _tokens_read_backward(
     q: Tensor, agents: Tensor, read: Tensor, bias: Tensor | None, grad: Tensor, scale: float, wants_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -517,8 +518,9 @@ def few_keys_triton(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, sca
 @triton.jit
 def _source(place, size, table):
     """Where a place of an axis of `size` stands in a table along it: bilinear resampling, align_corners=False."""
-    at = (place.to(tl.float32) + 0.5) * (table.to(tl.float32) / size.to(tl.float32)) - 0.5
-    return tl.minimum(tl.maximum(at, 0.0), table.to(tl.float32) - 1.0)
+    cells = tl.cast(table, tl.float32)  # a size of 1 is a constant to Triton, which has no method `to`
+    at = (place.to(tl.float32) + 0.5) * (cells / tl.cast(size, tl.float32)) - 0.5
+    return tl.minimum(tl.maximum(at, 0.0), cells - 1.0)
 
 
 @triton.jit
@@ -579,7 +581,7 @@ def _grid_bias_gradient_kernel(
     tl.store(at, square.to(DSquare.dtype.element_ty), mask=(cell < SH)[:, None] & (cell < SW)[None, :])
 
 
-@torch.library.custom_op("attention_zoo::grid_bias_forward", mutates_args=())
+@operator("grid_bias_forward")
 def _grid_bias_forward(
     square: Tensor, rows: Tensor, columns: Tensor, prefix: Tensor | None, height: int, width: int, dtype: torch.dtype
 ) -> Tensor:
@@ -604,7 +606,7 @@ def _(square: Tensor, rows: Tensor, columns: Tensor, prefix: Tensor | None, heig
     return square.new_empty((*square.shape[:2], before + height * width), dtype=dtype)
 
 
-@torch.library.custom_op("attention_zoo::grid_bias_backward", mutates_args=())
+@operator("grid_bias_backward")
 def _grid_bias_backward(
     grad: Tensor, before: int, height: int, width: int, side_y: int, side_x: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -707,7 +709,7 @@ def _pool_gradient_kernel(
     tl.store(DX + (b * H * W + t)[:, None] * C + c[None, :], acc.to(DX.dtype.element_ty), mask=wanted)
 
 
-@torch.library.custom_op("attention_zoo::pool_forward", mutates_args=())
+@operator("pool_forward")
 def _pool_forward(x: Tensor, height: int, width: int, bins_y: int, bins_x: int) -> Tensor:
     x = last_contiguous(x)
     batch, _, channels = x.shape
@@ -726,7 +728,7 @@ def _(x: Tensor, height: int, width: int, bins_y: int, bins_x: int) -> Tensor:
     return x.new_empty((x.shape[0], bins_y * bins_x, x.shape[2]))
 
 
-@torch.library.custom_op("attention_zoo::pool_backward", mutates_args=())
+@operator("pool_backward")
 def _pool_backward(grad: Tensor, height: int, width: int, bins_y: int, bins_x: int) -> Tensor:
     grad = grad.contiguous()
     batch, _, channels = grad.shape

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import (
     LN2,
     LOG2E,
@@ -254,7 +255,7 @@ def _gradient_tiles(q: Tensor, v: Tensor) -> tuple[dict[str, Any], dict[str, Any
     return tiles, {**tiles, "BM": side, "BN": side}
 
 
-@torch.library.custom_op("attention_zoo::core_context_forward", mutates_args=())
+@operator("core_context_forward")
 def _core_context_forward(
     q: Tensor, k: Tensor, v: Tensor, core_k: Tensor, core_v: Tensor, query_starts: Tensor | None, key_starts: Tensor | None,
     window: int, group: int, query_start: int, key_start: int, scale: float,
@@ -285,7 +286,7 @@ def _(
     return _empty(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("attention_zoo::core_context_backward", mutates_args=())
+@operator("core_context_backward")
 def _core_context_backward(
     q: Tensor, k: Tensor, v: Tensor, core_k: Tensor, core_v: Tensor, query_starts: Tensor | None, key_starts: Tensor | None,
     out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None,

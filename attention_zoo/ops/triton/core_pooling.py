@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import LOG2E, ceil_div, last_contiguous, per_logit, power_of_2, precision, tile
 
 __all__ = ["pool_core_tokens_triton"]
@@ -143,7 +143,7 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], size: int, mean: bool, sca
     )  # fmt: skip
 
 
-@torch.library.custom_op("attention_zoo::core_pooling_forward", mutates_args=())
+@operator("core_pooling_forward")
 def _pooling_forward(q: Tensor, k: Tensor, v: Tensor, size: int, mean: bool, scale: float) -> tuple[Tensor, Tensor]:
     core_k, core_v = _core_tokens(q, k, v, mean)
     if core_k.numel():
@@ -163,7 +163,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, size: int, mean: bool, scale: float) -> t
     return _core_tokens(q, k, v, mean)
 
 
-@torch.library.custom_op("attention_zoo::core_pooling_backward", mutates_args=())
+@operator("core_pooling_backward")
 def _pooling_backward(
     q: Tensor, k: Tensor, v: Tensor, grad_k: Tensor, grad_v: Tensor, size: int, mean: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import ceil_div, last_contiguous, power_of_2, tile
 
 __all__ = ["depthwise_conv2d_triton"]
@@ -108,7 +109,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> T
     return out
 
 
-@torch.library.custom_op("attention_zoo::depthwise_forward", mutates_args=())
+@operator("depthwise_forward")
 def _depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _convolve(x, weight, bias, turned=False)
 
@@ -118,7 +119,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("attention_zoo::depthwise_backward", mutates_args=())
+@operator("depthwise_backward")
 def _depthwise_backward(x: Tensor, weight: Tensor, grad: Tensor, wants_x: bool, wants_weight: bool) -> tuple[Tensor, Tensor]:
     """The gradient of x, and of weights and bias (k k + 1, C) float32; empty where it is not wanted."""
     dx = _convolve(grad, weight, None, turned=True) if wants_x else x.new_empty(0)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import (
     LOG2E,
     ceil_div,
@@ -173,7 +174,7 @@ def _rows(tokens: int, channels: int) -> dict[str, int]:
     return {"BM": min(power_of_2(tokens), max(4096 // wide, 1)), "BDV": wide}
 
 
-@torch.library.custom_op("attention_zoo::subtract_noise_forward", mutates_args=())
+@operator("subtract_noise_forward")
 def _subtract_forward(
     signal: Tensor, noise: Tensor, factor: Tensor, weight: Tensor | None, groups: int, gain: float, eps: float, norm: bool
 ) -> Tensor:
@@ -205,7 +206,7 @@ def _(
     return new_heads(signal, groups * group, channels)
 
 
-@torch.library.custom_op("attention_zoo::subtract_noise_backward", mutates_args=())
+@operator("subtract_noise_backward")
 def _subtract_backward(
     signal: Tensor, noise: Tensor, factor: Tensor, weight: Tensor | None, grad: Tensor,
     groups: int, gain: float, eps: float, norm: bool,
@@ -592,7 +593,7 @@ def _sides(q: Tensor, v: Tensor, queries: int, keys: int) -> tuple[dict[str, int
     return forward, down, over
 
 
-@torch.library.custom_op("attention_zoo::differential_forward", mutates_args=())
+@operator("differential_forward")
 def _differential_forward(
     q: Tensor, noise_q: Tensor, k: Tensor, noise_k: Tensor, v: Tensor, factor: Tensor, weight: Tensor | None,
     is_causal: bool, scale: float, gain: float, eps: float, norm: bool, keep: bool,
@@ -628,7 +629,7 @@ def _(
     return _results(q, v, keep)
 
 
-@torch.library.custom_op("attention_zoo::differential_backward", mutates_args=())
+@operator("differential_backward")
 def _differential_backward(
     q: Tensor, noise_q: Tensor, k: Tensor, noise_k: Tensor, v: Tensor, factor: Tensor, weight: Tensor | None,
     signal: Tensor, noise: Tensor, lse: Tensor, noise_lse: Tensor, grad: Tensor,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import (
     LN2,
     LOG2E,
@@ -286,7 +287,7 @@ def _empty(like: Tensor, channels: int) -> Tensor:
     return like.new_empty((batch, height, width, heads, channels)).permute(0, 3, 1, 2, 4)
 
 
-@torch.library.custom_op("attention_zoo::halo_forward", mutates_args=())
+@operator("halo_forward")
 def _halo_forward(
     q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, columns: Tensor | None,
     block: int, halo: int, stride: int, scale: float, scale_positions: float, masked: bool,
@@ -319,7 +320,7 @@ def _(
     return _empty(q, v.shape[-1]), q.new_empty(q.shape[:4], dtype=torch.float32)
 
 
-@torch.library.custom_op("attention_zoo::halo_backward", mutates_args=())
+@operator("halo_backward")
 def _halo_backward(
     q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, columns: Tensor | None, out: Tensor, lse: Tensor,
     grad: Tensor, grad_lse: Tensor | None,

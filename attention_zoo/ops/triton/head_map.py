@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import LOG2E, ceil_div, last_contiguous, power_of_2, precision, tile
 
 __all__ = ["allocate_heads", "attend_by_map", "copy_heads"]
@@ -232,11 +232,6 @@ def _merged(like: Tensor, heads: int, channels: int) -> Tensor:
     return like.new_empty((like.shape[0], like.shape[2], heads, channels)).transpose(1, 2)
 
 
-def _stands_alone(x: Tensor) -> bool:
-    """Whether a kernel may be launched without the dispatcher, which takes longer than it: nobody traces, fakes or records."""
-    return type(x) is Tensor and not torch.compiler.is_compiling()
-
-
 # --- the allocation --------------------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +276,7 @@ def _allocation_like(k: Tensor, num_heads: int, each: bool) -> tuple[Tensor, Ten
     return k.new_empty((*lead, k.shape[1]), dtype=torch.int64), k.new_empty((*lead, num_heads), dtype=torch.int64)
 
 
-_allocate_heads = torch.library.custom_op("attention_zoo::allocate_heads", _allocate, mutates_args=())
+_allocate_heads = operator("allocate_heads")(_allocate)
 _allocate_heads.register_fake(_allocation_like)
 
 
@@ -290,8 +285,7 @@ def allocate_heads(k: Tensor, num_heads: int, each: bool) -> tuple[Tensor, Tenso
 
     Shape: k (B, G, N, d) -> int64 (G,) and (num_heads,), or of `each` sample (B, G) and (B, num_heads).
     """
-    k = k.detach()
-    return _allocate(k, num_heads, each) if _stands_alone(k) else _allocate_heads(k, num_heads, each)
+    return _allocate_heads(k.detach(), num_heads, each)
 
 
 def _evolve(
@@ -306,7 +300,7 @@ def _evolve(
     return allocation, head_map
 
 
-_evolve_heads = torch.library.custom_op("attention_zoo::evolve_heads", _evolve, mutates_args=("cache", "stored", "step"))
+_evolve_heads = operator("evolve_heads", mutates_args=("cache", "stored", "step"))(_evolve)
 
 
 @_evolve_heads.register_fake
@@ -333,8 +327,7 @@ def evolve_heads(
     `beta`: weight of the new norms; None: by the difference. `training_step`: in place of the counter.
     """
     given = -1 if training_step is None else training_step
-    settings = (k.detach(), cache, stored, step, num_heads, -1.0 if beta is None else beta, window_size, given, training)
-    return _evolve(*settings) if _stands_alone(k) else _evolve_heads(*settings)
+    return _evolve_heads(k.detach(), cache, stored, step, num_heads, -1.0 if beta is None else beta, window_size, given, training)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------------------
@@ -353,7 +346,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, head_map: Tensor, scale: float) -> 
     return out
 
 
-_attend_by_map = torch.library.custom_op("attention_zoo::attend_by_map", _attend, mutates_args=())
+_attend_by_map = operator("attend_by_map")(_attend)
 
 
 @_attend_by_map.register_fake
@@ -363,7 +356,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, head_map: Tensor, scale: float) -> Tensor
 
 def attend_by_map(q: Tensor, k: Tensor, v: Tensor, head_map: Tensor, scale: float) -> Tensor:
     """(B, H, N_q, D_v), of tensors that need no gradient."""
-    return _attend(q, k, v, head_map, scale) if _stands_alone(q) else _attend_by_map(q, k, v, head_map, scale)
+    return _attend_by_map(q, k, v, head_map, scale)
 
 
 # --- copies ----------------------------------------------------------------------------------------------------------------------
@@ -398,9 +391,9 @@ def _add_up(dk: Tensor, dv: Tensor, head_map: Tensor, kv_heads: int) -> tuple[Te
     return out_k, out_v
 
 
-_copy_heads = torch.library.custom_op("attention_zoo::copy_heads", _copy, mutates_args=())
+_copy_heads = operator("copy_heads")(_copy)
 _copy_heads.register_fake(_copies)
-_add_up_heads = torch.library.custom_op("attention_zoo::add_up_heads", _add_up, mutates_args=())
+_add_up_heads = operator("add_up_heads")(_add_up)
 
 
 @_add_up_heads.register_fake
@@ -415,22 +408,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, *grad_outputs: Any) -> Any:
     dk, dv = grad_outputs
-    add_up = _add_up if _stands_alone(dk) else _add_up_heads
-    return *add_up(dk, dv, ctx.saved_tensors[0], ctx.kv_heads), None
+    return *_add_up_heads(dk, dv, ctx.saved_tensors[0], ctx.kv_heads), None
 
 
 _copy_heads.register_autograd(_backward, setup_context=_setup)
 
 
-class _Copies(torch.autograd.Function):
-    """The operator without the dispatcher."""
-
-    forward = staticmethod(_copy)
-    setup_context = staticmethod(_setup)
-    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
-
-
 def copy_heads(k: Tensor, v: Tensor, head_map: Tensor) -> tuple[Tensor, Tensor]:
     """The named heads of k and v, (B, H, N, D) and (B, H, N, D_v)."""
-    copies: tuple[Tensor, Tensor] = (_Copies.apply if _stands_alone(k) else _copy_heads)(k, v, head_map)
-    return copies
+    return _copy_heads(k, v, head_map)

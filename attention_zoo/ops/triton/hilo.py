@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import (
     LOG2E,
     absorb,
@@ -259,7 +260,7 @@ def _key_gradient_tiling(row_bytes: int) -> dict[str, int]:
     return {"BM": 64 if row_bytes <= 256 else 32, "BN": 64 if row_bytes <= 256 else 32, "num_warps": 4 if row_bytes <= 128 else 8}
 
 
-@torch.library.custom_op("attention_zoo::hilo_forward", mutates_args=())
+@operator("hilo_forward")
 def _hilo_forward(
     qkv: Tensor, kv: Tensor, height: int, width: int, side: int, h_heads: int, l_heads: int, scale: float, masked: bool
 ) -> tuple[Tensor, Tensor]:
@@ -292,7 +293,7 @@ def _(
     return out, qkv.new_empty((qkv.shape[0], l_heads, qkv.shape[1]), dtype=torch.float32)
 
 
-@torch.library.custom_op("attention_zoo::hilo_backward", mutates_args=())
+@operator("hilo_backward")
 def _hilo_backward(
     qkv: Tensor, kv: Tensor, out: Tensor, lse: Tensor, grad: Tensor,
     height: int, width: int, side: int, h_heads: int, l_heads: int, scale: float, masked: bool,
@@ -380,7 +381,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...
 _hilo_forward.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("attention_zoo::window_means", mutates_args=())
+@operator("window_means")
 def _means(x: Tensor, side: int, masked: bool) -> Tensor:
     batch, height, width, channels = x.shape
     windows = ceil_div(height, side) * ceil_div(width, side)
@@ -399,7 +400,7 @@ def _(x: Tensor, side: int, masked: bool) -> Tensor:
     return x.new_empty((x.shape[0], -(-x.shape[1] // side) * -(-x.shape[2] // side), x.shape[3]))
 
 
-@torch.library.custom_op("attention_zoo::window_means_backward", mutates_args=())
+@operator("window_means_backward")
 def _means_backward(grad: Tensor, of: Tensor | None, height: int, width: int, side: int, masked: bool) -> Tensor:
     (batch, _, channels), grad = grad.shape, grad.contiguous()
     out = grad.new_empty((batch, height, width, channels))

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import ceil_div, last_contiguous, power_of_2
 
 __all__ = ["MOST_PARTS", "merge_attention_triton"]
@@ -166,7 +167,7 @@ def _sizes(out: Tensor) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int
     return (ceil_div(segments * width, _ROWS), batch * heads), (heads, segments, width, dim), tiles
 
 
-@torch.library.custom_op("attention_zoo::merge_forward", mutates_args=())
+@operator("merge_forward")
 def _merge_forward(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     outs, lses = _prepare(outs, lses)
     out, lse = _merged(outs[0]), torch.empty_like(lses[0])
@@ -182,7 +183,7 @@ def _(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     return _merged(outs[0]), lses[0].new_empty(lses[0].shape)
 
 
-@torch.library.custom_op("attention_zoo::merge_backward", mutates_args=())
+@operator("merge_backward")
 def _merge_backward(
     outs: list[Tensor], lses: list[Tensor], out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None
 ) -> list[Tensor]:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import LOG2E, ceil_div, last_contiguous, per_logit, precision, read_lse, tile
 
 __all__ = ["mixture_attention_triton"]
@@ -479,7 +480,7 @@ def _keys_of(x: Tensor, length: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, length, tile(x.shape[3], 256)])
 
 
-@torch.library.custom_op("attention_zoo::mixture_forward", mutates_args=())
+@operator("mixture_forward")
 def _mixture_forward(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, chosen: Tensor, topk: int, apart: int, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -569,7 +570,7 @@ def _(
     return _heads_last(q, dim_v), packed, lse, slots, origins, starts, tiles, *_dense_forward(q, k, v, apart, scale, is_causal)
 
 
-@torch.library.custom_op("attention_zoo::mixture_backward", mutates_args=())
+@operator("mixture_backward")
 def _mixture_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, packed: Tensor, lse: Tensor,
     slots: Tensor, origins: Tensor, starts: Tensor, tiles: Tensor, shared: Tensor, shared_lse: Tensor,

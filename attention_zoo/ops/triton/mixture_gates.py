@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import ceil_div, tile
 
 __all__ = ["mixture_gates_triton", "top_k_mask_triton"]
@@ -135,7 +136,7 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-@torch.library.custom_op("attention_zoo::top_k_mask", mutates_args=())
+@operator("top_k_mask")
 def top_k_mask_triton(scores: Tensor, topk: int) -> Tensor:
     """1 for the largest of (..., E), else 0; of equal ones the first."""
     rows = scores.reshape(-1, scores.shape[-1]).contiguous()
@@ -153,7 +154,7 @@ def _(scores: Tensor, topk: int) -> Tensor:
     return scores.new_empty(scores.shape)
 
 
-@torch.library.custom_op("attention_zoo::mixture_gates", mutates_args=())
+@operator("mixture_gates")
 def _gates_forward(
     logits: Tensor, shared: Tensor | None, balance: Tensor | None, topk: int, shared_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,7 +180,7 @@ def _(logits: Tensor, shared: Any, balance: Any, topk: int, shared_heads: int) -
     return gates, logits.new_empty(logits.shape, dtype=torch.float32), logits.new_empty(logits.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("attention_zoo::mixture_gates_backward", mutates_args=())
+@operator("mixture_gates_backward")
 def _gates_backward(
     dgates: Tensor, dscores: Tensor | None, logits: Tensor, shared: Tensor | None, balance: Tensor | None,
     scores: Tensor, chosen: Tensor, topk: int, shared_heads: int,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import (
     LN2,
     LOG2E,
@@ -285,7 +286,7 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, routes: Tensor) -> tuple[int, ...]:
     return heads, heads // k.shape[1], regions, nq, k.shape[3], routes.shape[2], dim, v.shape[-1]
 
 
-@torch.library.custom_op("attention_zoo::routed_forward", mutates_args=())
+@operator("routed_forward")
 def _routed_forward(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -319,7 +320,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights: Any, mask: Any, 
     return _empty_out(q, v), q.new_empty(q.shape[:4], dtype=torch.float32)
 
 
-@torch.library.custom_op("attention_zoo::routed_backward", mutates_args=())
+@operator("routed_backward")
 def _routed_backward(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights: Tensor | None, mask: Tensor | None, out: Tensor, lse: Tensor,
     grad: Tensor, grad_lse: Tensor | None, scale: float, wants_weights: bool,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import LN2, LOG2E, ceil_div, conclude, last_contiguous, per_logit, precision, read_lse, tile
 
 __all__ = ["span_attention_triton"]
@@ -438,7 +439,7 @@ def _keep(q: Tensor, v: Tensor) -> Kept:
     return *slots, _rows(q, chunks, dim), _rows(q, chunks, dim), _rows(v, chunks, dim_v), outer_lse, arg_q, arg_k
 
 
-@torch.library.custom_op("attention_zoo::span_forward", mutates_args=())
+@operator("span_forward")
 def _span_forward(
     q: Tensor, k: Tensor, v: Tensor, pool_q: Tensor | None, pool_k: Tensor | None, own: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -476,7 +477,7 @@ def _(
     return _merged(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32), *_keep(q, v)
 
 
-@torch.library.custom_op("attention_zoo::span_backward", mutates_args=())
+@operator("span_backward")
 def _span_backward(
     q: Tensor, k: Tensor, v: Tensor, pool_q: Tensor | None, pool_k: Tensor | None, out: Tensor, lse: Tensor, kept: list[Tensor],
     grad: Tensor, grad_lse: Tensor | None, own: bool, scale: float,

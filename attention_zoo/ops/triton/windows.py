@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import LOG2E, ceil_div, last_contiguous, per_logit, precision, tile
 
 __all__ = ["launch_backward", "launch_forward", "window_attention_triton"]
@@ -185,7 +186,7 @@ def _empty(like: Tensor, channels: int) -> Tensor:
     return like.new_empty((batch, height, width, heads, channels)).permute(0, 3, 1, 2, 4)
 
 
-@torch.library.custom_op("attention_zoo::window_forward", mutates_args=())
+@operator("window_forward")
 def _window_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, side: int, scale: float, masked: bool) -> Tensor:
     out = _empty(q, v.shape[-1])
     if out.numel():
@@ -199,7 +200,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, bias: Any, side: int, scale: float, maske
     return _empty(q, v.shape[-1])
 
 
-@torch.library.custom_op("attention_zoo::window_backward", mutates_args=())
+@operator("window_backward")
 def _window_backward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, grad: Tensor, side: int, scale: float, masked: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
