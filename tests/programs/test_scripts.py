@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import typer
 from PIL import Image
-from typer.testing import CliRunner, Result
 
 from attention_zoo.training.data import open_images
 from attention_zoo.training.recipe import DataRecipe, make_recipe
 
-from .conftest import SCRIPTS
-
-
-def call(program: str, *arguments: Any) -> Result:
-    """Run scripts/PROGRAM.py in this process; errors that it does not handle are raised."""
-    spec = importlib.util.spec_from_file_location(f"scripts_{program}", SCRIPTS / f"{program}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    app = typer.Typer()
-    app.command()(module.main)
-    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+from .conftest import call
 
 
 @pytest.fixture(scope="module")
