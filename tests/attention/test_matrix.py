@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch._inductor.config
 from attention_case import DIM, FORWARD_VOCABULARY, HEADS, Case, cases, make_generic, rotary_tables, run, run_with_gradients, seeded
+from marks import slow_but
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaConfig, StaticCache
@@ -834,46 +835,56 @@ def test_arguments_that_are_not_supported_are_type_errors(case: Case) -> None:
 # --- compilation ------------------------------------------------------------------------------------------------------------------
 
 
-@each(BOTH)
-def test_compiles_to_one_graph(case: Case) -> None:
+def compiled() -> Iterator[Any]:
+    """Every form of every mechanism: causal or not, in training or not, with a mask or without. By default one each, by turns."""
+    for turn, name in enumerate(dict.fromkeys(case.name for case in BOTH)):
+        forms = [
+            (case, mode, masked)
+            for masked in (False, True)
+            for mode in ("train", "eval")
+            for case in BOTH
+            if case.name == name and (case in MASKED or not masked)
+        ]
+        for number, (case, mode, masked) in enumerate(forms):
+            marks = () if number == turn % len(forms) else pytest.mark.slow
+            yield pytest.param(case, mode, masked, id=f"{case}-{mode}" + "-masked" * masked, marks=marks)
+
+
+@pytest.mark.parametrize(("case", "mode", "masked"), list(compiled()))
+def test_compiles_to_one_graph(case: Case, mode: str, masked: bool) -> None:
     """No graph break, same outputs and gradients; aot_eager traces and differentiates as inductor does, without its compiler."""
-    _assert_compiled_equals_eager(case, backend="aot_eager")
+    _assert_compiled_equals_eager(case, "aot_eager", mode, masked)
 
 
 @pytest.mark.slow
 @each(BOTH)
-def test_compiles_with_inductor(case: Case) -> None:
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_compiles_with_inductor(case: Case, mode: str) -> None:
     with torch._inductor.config.patch(fallback_random=True):  # the random numbers of eager mode
-        _assert_compiled_equals_eager(case, backend="inductor")
+        _assert_compiled_equals_eager(case, "inductor", mode, atol=1e-4, rtol=1e-4)
 
 
-def _assert_compiled_equals_eager(case: Case, backend: str) -> None:
+def _assert_compiled_equals_eager(case: Case, backend: str, mode: str, masked: bool = False, **tolerance: float) -> None:
     def compiled(module: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
         out: Tensor = torch.compile(module, fullgraph=True, backend=backend)(x, **kwargs)
         return out
 
     torch._dynamo.reset()
+    module = case.build().train(mode == "train")
     x, kwargs = case.inputs(length=6, grid=(3, 4))
-    for module in (case.build(), case.build().train()):
-        want, gradients = run_with_gradients(module, x, **kwargs)
-        got, compiled_gradients = run_with_gradients(module, x, call=compiled, **kwargs)
-        close(got, want, atol=1e-4, rtol=1e-4)
-        close_gradients(compiled_gradients, gradients, atol=1e-3, rtol=1e-3)
+    if masked:
+        kwargs["attention_mask"] = torch.ones(x.shape[:2], dtype=torch.long)
+        kwargs["attention_mask"][1, -2:] = 0
+    want, gradients = run_with_gradients(module, x, **kwargs)
+    got, compiled_gradients = run_with_gradients(module, x, call=compiled, **kwargs)
+    close(got, want, **tolerance)
+    close_gradients(compiled_gradients, gradients, atol=1e-3, rtol=1e-3)
 
 
-@each(MASKED)
-def test_compiles_with_a_mask(case: Case) -> None:
-    torch._dynamo.reset()
-    module = case.build()
-    x, kwargs = case.inputs(length=6)
-    kwargs["attention_mask"] = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-    want = run(module, x, **kwargs)
-    with seeded(3):
-        got = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")(x, **kwargs)
-    close(got, want)
+STATIC = [c for c in CACHED if c.takes("position_embeddings") and c.info.static_cache]
 
 
-@each([c for c in CACHED if c.takes("position_embeddings") and c.info.static_cache])
+@pytest.mark.parametrize("case", slow_but(2, STATIC), ids=str)
 def test_decoding_compiles(case: Case) -> None:
     """A decoding step with a static cache is one graph: its shapes do not change."""
     torch._dynamo.reset()

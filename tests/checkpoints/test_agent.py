@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -58,7 +59,7 @@ def convert(family: str, state: dict[str, Tensor], **options: Any) -> dict[str, 
     return az.convert_official_state_dict(family, state, **{**TINY[family], **options})
 
 
-@pytest.mark.parametrize("name", MANIFESTS)
+@pytest.mark.parametrize("name", slow_but({"agent_deit_t", "agent_pvt_t"}, MANIFESTS))
 def test_published_variants_load(name: str) -> None:
     with torch.device("meta"):
         model = az.create_model(name)

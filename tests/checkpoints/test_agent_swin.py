@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from parity_case import load_case
 from torch import Tensor
 
@@ -63,7 +64,7 @@ def convert(family: str, state: dict[str, Tensor], **options: Any) -> dict[str, 
     return az.convert_official_state_dict(family, state, **{**TINY[family], **options})
 
 
-@pytest.mark.parametrize("name", sorted(MANIFESTS))
+@pytest.mark.parametrize("name", slow_but({"agent_swin_t", "agent_cswin_t"}, sorted(MANIFESTS)))
 def test_published_variants_load(name: str) -> None:
     manifest = MANIFESTS[name]
     with torch.device("meta"):

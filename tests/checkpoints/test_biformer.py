@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from model_case import check_official_keys
 from torch import Tensor
 
@@ -45,7 +46,10 @@ def convert(state: dict[str, Tensor], name: str = "biformer", **options: Any) ->
     return az.convert_official_state_dict(name, state, **TINY, **options)
 
 
-@pytest.mark.parametrize(("name", "prefix"), [(n, p) for n in MANIFESTS for p in ("", "backbone.") if not p or n.endswith("_det")])
+FILES = [(n, p) for n in MANIFESTS for p in ("", "backbone.") if not p or n.endswith("_det")]
+
+
+@pytest.mark.parametrize(("name", "prefix"), slow_but({("biformer_tiny", ""), ("biformer_small_det", "backbone.")}, FILES))
 def test_published_variants_load(name: str, prefix: str) -> None:
     check_official_keys(MANIFESTS[name], official_keys(MANIFESTS[name]), prefix)
 

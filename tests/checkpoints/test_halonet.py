@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from torch import Tensor
 
 import attention_zoo as az
@@ -39,7 +40,7 @@ def official_keys(manifest: dict[str, Any]) -> dict[str, list[int]]:
     return keys
 
 
-@pytest.mark.parametrize("name", MANIFESTS)
+@pytest.mark.parametrize("name", slow_but({"sehalonet33ts", "lamhalobotnet50ts_256"}, MANIFESTS))
 def test_published_networks_load(name: str) -> None:
     manifest = MANIFESTS[name]
     keys = official_keys(manifest)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from model_case import check_official_keys
 from torch import Tensor
 
@@ -40,7 +41,10 @@ def convert(state: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
     return az.convert_official_state_dict("litv2", state, **{**TINY, **options})
 
 
-@pytest.mark.parametrize(("name", "prefix"), [(n, p) for n in MANIFESTS for p in ("", "backbone.") if not p or n.endswith("_det")])
+FILES = [(n, p) for n in MANIFESTS for p in ("", "backbone.") if not p or n.endswith("_det")]
+
+
+@pytest.mark.parametrize(("name", "prefix"), slow_but({("litv2_s", ""), ("litv2_s_det", "backbone.")}, FILES))
 def test_published_variants_load(name: str, prefix: str) -> None:
     check_official_keys(MANIFESTS[name], official_keys(MANIFESTS[name]), prefix)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from torch import Tensor
 
 import attention_zoo as az
@@ -31,7 +32,7 @@ def official_state(**options: Any) -> dict[str, Tensor]:
     return {".".join(OFFICIAL.get(part, part) for part in key.split(".")): torch.randn_like(t) for key, t in state.items()}
 
 
-@pytest.mark.parametrize("name", MANIFESTS)
+@pytest.mark.parametrize("name", slow_but(1, MANIFESTS))
 def test_published_variants_load(name: str) -> None:
     manifest = MANIFESTS[name]
     with torch.device("meta"):

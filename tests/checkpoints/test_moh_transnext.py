@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from torch import Tensor
 
 import attention_zoo as az
@@ -50,7 +51,7 @@ def convert(state: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
     return az.convert_official_state_dict("moh_transnext", state, **{**TINY, **options})
 
 
-@pytest.mark.parametrize("name", MANIFESTS)
+@pytest.mark.parametrize("name", slow_but(1, MANIFESTS))
 def test_published_variants_load(name: str) -> None:
     manifest = MANIFESTS[name]
     with torch.device("meta"):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from model_case import AGENT_PAPER, check_registered, close, giga_multiply_adds, parameters_of, small_model
 from timm.data import resolve_data_config
 from torch import nn
@@ -42,12 +43,9 @@ VARIANTS = [
     ("agent_cswin_b", 73_249_696, 14.870),
     ("agent_cswin_b_384", 73_328_416, 46.177),
 ]
-QUICK = {"agent_cswin_t"}
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters", "giga"), [pytest.param(*v, marks=[] if v[0] in QUICK else pytest.mark.slow, id=v[0]) for v in VARIANTS]
-)
+@pytest.mark.parametrize(("name", "parameters", "giga"), slow_but({VARIANTS[1]}, VARIANTS))
 def test_size_and_cost(name: str, parameters: int, giga: float) -> None:
     """Parameters, and products of matrices and convolutions, as counted from the official code."""
     assert parameters_of(name) == parameters

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from model_case import check_one_graph, close, giga_multiply_adds, parameters_of, small_model
+from marks import slow_but
+from model_case import backends, check_one_graph, close, giga_multiply_adds, parameters_of, small_model
 from parity_case import load_case
 from torch import nn
 
@@ -38,10 +39,7 @@ def test_parameters(name: str) -> None:
     assert parameters_of(name) == MANIFESTS[name]["parameters"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["agent_deit_t", *(pytest.param(n, marks=pytest.mark.slow) for n in ("agent_deit_s", "agent_deit_s_448", "agent_deit_b"))],
-)
+@pytest.mark.parametrize("name", slow_but(1, ("agent_deit_t", "agent_deit_s", "agent_deit_s_448", "agent_deit_b")))
 def test_multiply_adds(name: str) -> None:
     """Products of matrices and convolutions, as counted from the official code."""
     assert giga_multiply_adds(name) == pytest.approx(MANIFESTS[name]["gmacs"], abs=0.0006)
@@ -128,8 +126,9 @@ def test_training_decays_the_tables() -> None:
     assert {id(p) for p in tables} <= {id(p) for p in decayed}
 
 
-def test_compiles_to_one_graph() -> None:
-    check_one_graph(tiny(depth=1), torch.randn(2, 3, 40, 40))
+@backends
+def test_compiles_to_one_graph(backend: str) -> None:
+    check_one_graph(tiny(depth=1), torch.randn(2, 3, 40, 40), backend)
 
 
 def test_initialisation() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from marks import slow_but
 from model_case import (
     AGENT_PAPER,
     check_feature_maps,
@@ -21,7 +22,6 @@ from model_case import (
     check_registered,
     close,
     giga_multiply_adds,
-    parameters_of,
     small_model,
 )
 from parity_case import load_case
@@ -52,10 +52,14 @@ def tiny(**options: Any) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters(name: str) -> None:
-    assert parameters_of(name) == MANIFESTS[name]["parameters"]
+    model = timm.create_model(name, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == MANIFESTS[name]["parameters"]
+    side = timm.get_pretrained_cfg(name).input_size[1]
+    assert model.block4[-1].drop_path2.drop_prob == pytest.approx(0.1 if name[10] in "ts" else 0.3)
+    assert model.grids == [(side // 4 // 2**i,) * 2 for i in range(4)]
 
 
-@pytest.mark.parametrize("name", ["agent_pvt_t", *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES[1:])])
+@pytest.mark.parametrize("name", slow_but(1, NAMES))
 def test_multiply_adds(name: str) -> None:
     """Products of matrices and convolutions, as counted from the official code."""
     assert giga_multiply_adds(name) == pytest.approx(MANIFESTS[name]["gmacs"], abs=0.0006)
@@ -63,12 +67,6 @@ def test_multiply_adds(name: str) -> None:
 
 def test_registered() -> None:
     check_registered("agent_pvt*", ["agent_pvt", *NAMES], **AGENT_PAPER)
-    for name in NAMES:
-        config = timm.get_pretrained_cfg(name)
-        side = config.input_size[1]
-        model = timm.create_model(name, device="meta")
-        assert model.block4[-1].drop_path2.drop_prob == pytest.approx(0.1 if name[10] in "ts" else 0.3)
-        assert model.grids == [(side // 4 // 2**i,) * 2 for i in range(4)]
 
 
 def test_layout() -> None:

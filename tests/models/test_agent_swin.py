@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from model_case import AGENT_PAPER, check_registered, close, giga_multiply_adds, make_generic, parameters_of, small_model
 from parity_case import load_case
 from timm.data import resolve_data_config
@@ -44,12 +45,9 @@ VARIANTS = [
     ("agent_swin_b", 88_095_096, 15.400),
     ("agent_swin_b_384", 88_305_016, 46.207),
 ]
-QUICK = {"agent_swin_t", "agent_swin_b_384"}
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters", "giga"), [pytest.param(*v, marks=[] if v[0] in QUICK else pytest.mark.slow, id=v[0]) for v in VARIANTS]
-)
+@pytest.mark.parametrize(("name", "parameters", "giga"), slow_but({VARIANTS[1]}, VARIANTS))
 def test_size_and_cost(name: str, parameters: int, giga: float) -> None:
     """Parameters, and products of matrices and convolutions, as counted from the official code."""
     assert parameters_of(name) == parameters

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from marks import slow_but
 from model_case import (
     check_feature_maps,
     check_gradient_checkpointing,
@@ -57,7 +58,7 @@ def test_parameters(name: str) -> None:
     assert parameters_of(name) == SIZES[name][0]
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "biformer"])
+@pytest.mark.parametrize("name", slow_but({"biformer_tiny", "biformer_stl_nchw"}, [n for n in NAMES if n != "biformer"]))
 def test_multiply_adds(name: str) -> None:
     """Products of matrices and convolutions, as measured on the official code."""
     assert giga_multiply_adds(name) == pytest.approx(SIZES[name][1], abs=0.0006)
@@ -233,7 +234,7 @@ def test_gradient_checkpointing_changes_nothing(name: str) -> None:
     check_gradient_checkpointing(partial(tiny, name))
 
 
-@pytest.mark.parametrize("name", ["biformer", *(pytest.param(n, marks=pytest.mark.slow) for n in list(LAYOUTS)[1:])])
+@pytest.mark.parametrize("name", slow_but(1, LAYOUTS))
 def test_compiles_to_one_graph(name: str) -> None:
     options = {key: (*value[:1], *value[3:]) for key, value in LAYOUTS[name].items() if isinstance(value, tuple)}
     check_one_graph(tiny(name, **options, mlp_ratios=(2, 2)), torch.randn(2, 3, 28, 20))  # a routed stage, and the last

@@ -30,9 +30,8 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "order", [pytest.param(name, marks=[] if name == "transformers-first" else [pytest.mark.slow]) for name in ORDERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
 def test_the_auto_classes_know_the_decoders_in_any_order(order: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", "\n".join(ORDERS[order]) + PROGRAM], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

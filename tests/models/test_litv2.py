@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from model_case import (
+    backends,
     check_feature_maps,
     check_gradient_checkpointing,
     check_head,
@@ -55,7 +57,7 @@ def test_parameters(name: str, options: dict[str, Any], parameters: int) -> None
     assert parameters_of(name, **options) == parameters
 
 
-@pytest.mark.parametrize(("alpha", "giga"), [(0.9, 3.734), (0.0, 3.965), (0.5, 3.769), (1.0, 3.746)])
+@pytest.mark.parametrize(("alpha", "giga"), slow_but(1, [(0.9, 3.734), (0.0, 3.965), (0.5, 3.769), (1.0, 3.746)]))
 def test_multiply_adds(alpha: float, giga: float) -> None:
     """Products of matrices and convolutions as the official counter has them, which counts 12 offset channels where there are 8."""
     offsets = sum((12 - 8) * 4 * 96 * 2**i * (28 // 2**i) ** 2 for i in range(3))
@@ -134,8 +136,9 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     check_gradient_checkpointing(tiny)
 
 
-def test_compiles_to_one_graph() -> None:
-    check_one_graph(tiny(), torch.randn(2, 3, 54, 42))
+@backends
+def test_compiles_to_one_graph(backend: str) -> None:
+    check_one_graph(tiny(), torch.randn(2, 3, 54, 42), backend)
 
 
 # --- timm's interface -------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 from attention_case import seeded
 from decoder_case import VOCABULARY, DecoderCase, causal_cases, prompt
+from marks import slow_but
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -387,7 +388,7 @@ class Repeating(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-@each
+@pytest.mark.parametrize("case", slow_but(2, CASES), ids=str)
 def test_trainer(case: DecoderCase, tmp_path: Path) -> None:
     model = case.build(generic=False)
     arguments = TrainingArguments(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from model_case import (
+    backends,
     check_feature_maps,
     check_gradient_checkpointing,
     check_head,
@@ -192,9 +193,10 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     check_gradient_checkpointing(tiny)
 
 
-def test_compiles_to_one_graph() -> None:
+@backends
+def test_compiles_to_one_graph(backend: str) -> None:
     two = {k: v[-2:] for k, v in TINY.items() if isinstance(v, tuple)}  # stages: one of each attention
-    check_one_graph(tiny(**two, sr_ratios=(2, 1), window_sizes=(3, None)), torch.randn(2, 3, 27, 21))
+    check_one_graph(tiny(**two, sr_ratios=(2, 1), window_sizes=(3, None)), torch.randn(2, 3, 27, 21), backend)
 
 
 # --- timm's interface -------------------------------------------------------------------------------------------------------------

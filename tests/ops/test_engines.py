@@ -7,6 +7,7 @@ import importlib
 import pytest
 import torch
 from hypothesis import given, settings
+from marks import slow_but
 
 from attention_zoo import ops
 from attention_zoo.ops._problem import make_problem
@@ -91,8 +92,11 @@ def test_shared_heads_are_folded_where_all_rows_have_one_mask() -> None:
     assert (out[1] == 0).all()
 
 
-@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
-def test_compiled_in_one_graph_equals_eager(dynamic: bool | None) -> None:
+LENGTHS = ((7, 7), (5, 9), (11, 11), (1, 6))
+
+
+@pytest.mark.parametrize(("dynamic", "lengths"), slow_but(1, [(None, LENGTHS[:2]), (None, LENGTHS), (True, LENGTHS)]))
+def test_compiled_in_one_graph_equals_eager(dynamic: bool | None, lengths: tuple[tuple[int, int], ...]) -> None:
     torch._dynamo.reset()
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, **call: object) -> list:
@@ -106,7 +110,7 @@ def test_compiled_in_one_graph_equals_eager(dynamic: bool | None) -> None:
         return parts
 
     compiled = torch.compile(attend, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for num_queries, num_keys in ((7, 7), (11, 11), (5, 9), (1, 6)):
+    for num_queries, num_keys in lengths:
         q = torch.randn(2, 4, num_queries, 8, requires_grad=True)
         k, v = torch.randn(2, 2, num_keys, 8, requires_grad=True), torch.randn(2, 2, num_keys, 8)
         bias = torch.randn(4, num_queries, num_keys, requires_grad=True)
