@@ -28,6 +28,7 @@ from attention_zoo.attention.base import (
     check_grid,
     check_head_split,
     check_tokens,
+    has_hooks,
     merge_heads,
     project_qkv,
     resolve_head_dim,
@@ -36,6 +37,8 @@ from attention_zoo.attention.base import (
 from attention_zoo.attention.conversion import projection_settings, refuse_tensors, source_heads, source_settings, split_projections
 from attention_zoo.attention.functional import pure_function
 from attention_zoo.ops import agent_attention, resize_grid
+from attention_zoo.ops._operators import stands_alone
+from attention_zoo.ops.agent_layer import AgentLayer, agent_layer, takes_layer
 from attention_zoo.registry import register_attention
 
 __all__ = [
@@ -397,6 +400,8 @@ class AgentAttention(AgentTables):
         check_tokens(x, self.dim)
         check_context(context, self.dim, self.dim)
         grid = self._resolve_grid(x, grid_size)
+        if grid is not None and context is None and attention_mask is None and self._is_one_node(x, grid):
+            return self.proj_drop(agent_layer(x, self._layer(grid)))
         mask = padding_mask(attention_mask, x if context is None else context)
         q, k, v, key_grid, key_mask = self._project(x, context, grid, mask)
         agents = self._make_agents(q, grid, mask if context is None else None)
@@ -415,6 +420,37 @@ class AgentAttention(AgentTables):
         if self.dwc is not None and context is None:
             out = self._add_convolution(out, v, grid, key_grid, key_mask)
         return self.proj_drop(self.proj(out))
+
+    def _is_one_node(self, x: Tensor, grid: Grid) -> bool:
+        """Whether our kernels serve the whole layer, nothing in it is adapted or quantised, and nobody looks on."""
+        plain = self.agent_source == "pool" and not self.num_prefix_tokens and not self.split_qkv
+        if not plain or self.num_kv_heads != self.num_heads or not stands_alone(x) or ops.is_observed():
+            return False
+        if type(self.q_norm) is not nn.Identity or {type(self.qkv), type(self.proj)} != {nn.Linear}:
+            return False
+        if type(self.dwc) not in (type(None), DepthwiseConv2d) or any(has_hooks(layer) for layer in self.children()):
+            return False
+        if self.has_tables and not (self.agent_grid == (self.agent_side, self.agent_side) and self.window_size == grid):
+            return False  # the tables are to be resampled
+        number, drop = math.prod(self.agent_grid), self.attn_drop if self.training else 0.0
+        return takes_layer(x, number, self.head_dim, grid, drop) and (not self.has_tables or max(self.an_bias.shape[2:]) <= 64)
+
+    def _layer(self, grid: Grid) -> AgentLayer:
+        """The layer's parameters, for the kernels."""
+        return AgentLayer(
+            grid,
+            self.agent_grid,
+            self.num_heads,
+            self.scale,
+            qkv=self.qkv.weight,
+            qkv_bias=self.qkv.bias,
+            proj=self.proj.weight,
+            proj_bias=self.proj.bias,
+            kernel=getattr(self.dwc, "weight", None),
+            kernel_bias=getattr(self.dwc, "bias", None),
+            key_tables=(self.an_bias, self.ah_bias, self.aw_bias) if self.has_tables else None,
+            query_tables=(self.na_bias, self.ha_bias, self.wa_bias) if self.has_tables else None,
+        )
 
     def _resolve_grid(self, x: Tensor, grid_size: Grid | None) -> Grid | None:
         """The grid of the tokens after the prefix; None for a sequence."""

@@ -11,7 +11,7 @@ along the two sides, and prefix tokens are options; the softmax is float32.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from timm.layers import to_2tuple
@@ -31,6 +31,7 @@ from attention_zoo.attention.base import (
 from attention_zoo.attention.conversion import load_converted, projection_settings, source_heads, source_settings, split_projections
 from attention_zoo.attention.functional import pure_function
 from attention_zoo.attention.lepe import LocalPositionEncoding
+from attention_zoo.ops.routed_map import Regions, best_regions, routed_map_attention, takes_map, with_values
 from attention_zoo.registry import register_attention
 
 __all__ = ["BiLevelRoutingAttention", "bi_level_routing"]
@@ -38,29 +39,6 @@ __all__ = ["BiLevelRoutingAttention", "bi_level_routing"]
 PAD_MODES = ("none", "input", "qkv", "mask")
 KV_DOWNSAMPLES = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool")
 ROUTINGS = ((False, False, False), (True, False, False), (True, True, False), (True, True, True))  # soft, diff, param
-
-
-class Regions(NamedTuple):
-    """How a grid is cut: `rows` x `columns` regions of `height` x `width` tokens, the last filled up below and on the right."""
-
-    rows: int
-    columns: int
-    height: int
-    width: int
-
-    def padding(self, grid_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows below and columns on the right that the regions have and the grid has not."""
-        return self.rows * self.height - grid_size[0], self.columns * self.width - grid_size[1]
-
-    def cut(self, image: Tensor) -> Tensor:
-        """(B, H', W', C) -> (B, R, n, C), regions and the tokens inside them row-major."""
-        blocks = image.unflatten(2, (self.columns, self.width)).unflatten(1, (self.rows, self.height))
-        return blocks.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-    def join(self, regions: Tensor) -> Tensor:
-        """(B, R, n, C) -> (B, H', W', C)."""
-        blocks = regions.unflatten(2, (self.height, self.width)).unflatten(1, (self.rows, self.columns))
-        return blocks.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 class _BiLevelRouting:
@@ -177,11 +155,14 @@ class _BiLevelRouting:
             best, routes = logits.topk(min(self.topk, logits.shape[-1]), dim=-1)
             return routes, best.softmax(-1)
 
+    def _downsamples(self) -> bool:
+        return self.kv_downsample != "identity" and (self.kv_downsample_ratio != 1 or self.kv_downsample.startswith("ada_"))
+
     def _downsample(self, x: Tensor, regions: Regions) -> Tensor:
         """Keys or values (B, R, n, C), pooled inside each region: (B, R, n', C)."""
-        side = self.kv_downsample_ratio
-        if self.kv_downsample == "identity" or (self.kv_downsample in ("avgpool", "maxpool") and side == 1):
+        if not self._downsamples():
             return x
+        side = self.kv_downsample_ratio
         size = (regions.height, regions.width)
         maps = x.flatten(0, 1).transpose(1, 2).unflatten(2, size)
         if self.kv_downsample.startswith("ada_"):
@@ -385,12 +366,41 @@ class BiLevelRoutingAttention(_BiLevelRouting, AttentionModule):
         prefix, image = x.split([min(self.num_prefix_tokens, x.shape[1]), max(x.shape[1] - self.num_prefix_tokens, 0)], dim=1)
         grid_size = check_grid(image, grid_size)
         regions = self.cut_grid(grid_size)
+        if (
+            not any(regions.padding(grid_size))
+            and self._is_bare()
+            and takes_map(x, regions, max(self.head_dim, self.qk_head_dim), dropout_p=self.attn_drop if self.training else 0.0)
+        ):
+            out, routes, best = self._attend_on_map(x, grid_size, regions)
+            out = self.proj_drop(self.proj(out))
+            return (out, routes, best.softmax(-1)) if return_routing else out
         q, k, v = self._project(prefix, image.unflatten(1, grid_size), regions)
         out, routing = self._attend_to_routed(q, k, v, grid_size, regions)
         if self.num_prefix_tokens:
             out = torch.cat([self._attend_to_all(q, k, v, grid_size), out], dim=1)
         out = self.proj_drop(self.proj(out))
         return (out, *routing) if return_routing else out
+
+    def _is_bare(self) -> bool:
+        """Whether regions are all there is to the attention, and nobody looks on: what the kernels on maps are for."""
+        more = self.num_prefix_tokens or self.param_routing or self.diff_routing or self._downsamples()
+        return not more and not ops.is_observed()
+
+    def _attend_on_map(self, x: Tensor, grid_size: tuple[int, int], regions: Regions) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs (B, N, C) before the output projection, the routes and their products, without a region being cut out."""
+        qkv = self.qkv(x)
+        qkv = qkv.view(qkv.shape[0], *grid_size, qkv.shape[2])
+        routes, best = best_regions(
+            qkv[..., : 2 * self.qk_dim], regions, scale=self.scale, topk=min(self.topk, regions.rows * regions.columns)
+        )
+        weights = best.softmax(-1) if self.soft_routing else None
+        settings: dict[str, Any] = {"qk_dim": self.qk_dim, "heads": self.num_heads, "scale": self.scale, "route_weights": weights}
+        if self.lepe is None:
+            return routed_map_attention(qkv, routes, regions, **settings).flatten(1, 2), routes, best
+        qkv, values = with_values(qkv, 2 * self.qk_dim)
+        out = routed_map_attention(qkv, routes, regions, **settings)
+        out = self.lepe(values, add=out) if type(self.lepe) is LocalPositionEncoding else out + self.lepe(values)
+        return out.flatten(1, 2), routes, best
 
     def _project(self, prefix: Tensor, image: Tensor, regions: Regions) -> tuple[tuple[Tensor, Tensor], ...]:
         """q, k and v, each as prefix tokens (B, P, C) and map (B, H, W, C), or with pad_mode="input" the whole padded map."""

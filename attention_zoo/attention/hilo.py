@@ -30,7 +30,9 @@ from attention_zoo.attention.base import (
     split_heads,
 )
 from attention_zoo.attention.conversion import load_converted, projection_settings, source_heads, source_settings, split_projections
+from attention_zoo.ops._operators import stands_alone
 from attention_zoo.ops.hilo import hilo_attention, pool_windows, too_wide, with_window_means
+from attention_zoo.ops.hilo_layer import HiloSettings, hilo_layer
 from attention_zoo.ops.windows import takes_windows
 from attention_zoo.registry import register_attention
 
@@ -296,14 +298,26 @@ class HiLoAttention(AttentionModule):
             image, _ = self._pad(x.unflatten(1, grid_size))
             rows, columns = image.shape[1:3]
             x = image.flatten(1, 2)
+        heads = self.h_heads, self.l_heads
+        if (rows, columns) == grid_size and stands_alone(x):
+            return self._in_one_node(x, HiloSettings(grid_size, s, heads, self.scale, masked))
         image, means = with_window_means(x.unflatten(1, (rows, columns)), s, mask_padding=masked)
         weight, bias = torch.cat([self.h_qkv.weight, self.l_q.weight]), _join(self.h_qkv.bias, self.l_q.bias)
         qkv, kv = F.linear(image.flatten(1, 2), weight, bias), self.l_kv(means)
-        heads = self.h_heads, self.l_heads
         out = hilo_attention(qkv, kv, grid_size=(rows, columns), window_size=s, heads=heads, scale=self.scale, mask_padding=masked)
         if (rows, columns) != grid_size:
             out = out.unflatten(1, (rows, columns))[:, :height, :width].flatten(1, 2)
         return self._project(out)
+
+    def _in_one_node(self, x: Tensor, settings: HiloSettings) -> Tensor:
+        """The same with one node of autograd, whose books take longer than a GPU takes for a small map."""
+        layers, outputs = (
+            (self.h_qkv, self.l_q, self.l_kv),
+            [self.proj] if self.output_proj == "full" else [self.h_proj, self.l_proj],
+        )
+        weights = (layers[0].weight, layers[1].weight, layers[2].weight)
+        biases = (layers[0].bias, layers[1].bias, layers[2].bias)
+        return hilo_layer(x, settings, weights, biases, tuple(o.weight for o in outputs), tuple(o.bias for o in outputs))
 
     def _project(self, out: Tensor) -> Tensor:
         """Output projections of both branches as one matrix product: its zeros cost less than a second one and a copy."""

@@ -47,7 +47,7 @@ LEPE_SOURCES = ("x", "v")
 class LocalPositionEncoding(nn.Conv2d):
     """LePE: a depthwise convolution, stride 1, that keeps the size of the map (zeros outside).
 
-    Shape: x (B, H, W, C) -> (B, H, W, C).
+    Shape: x (B, H, W, C) -> (B, H, W, C), with `add`, of the same shape, added to it.
 
     Raises:
         ValueError: an even kernel, which cannot keep the size.
@@ -61,8 +61,8 @@ class LocalPositionEncoding(nn.Conv2d):
             )
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.depthwise_conv2d(x, self.weight, self.bias)
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        return ops.depthwise_conv2d(x, self.weight, self.bias, add=add)
 
 
 @register_attention(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Operator", "operator"]
+__all__ = ["Operator", "is_watched", "operator", "stands_alone"]
 
 _Result = TypeVar("_Result")
 
@@ -31,7 +31,7 @@ class Operator(Generic[_Result]):
 
     def __init__(self, name: str, function: Callable[..., _Result], mutates_args: Iterable[str]) -> None:
         functools.update_wrapper(self, function)
-        self._launch = _on_its_device(function)
+        self._name, self._launch = name, _on_its_device(function)
         mutated = tuple(mutates_args)
         schema = torch.library.infer_schema(function, mutates_args=mutated)
         self.registered = torch.library.custom_op(f"attention_zoo::{name}", self._launch, mutates_args=mutated, schema=schema)
@@ -62,8 +62,10 @@ class Operator(Generic[_Result]):
         self._recorded = Recorded
 
     def __call__(self, *args: Any) -> _Result:
-        if torch.compiler.is_compiling() or _is_watched():
+        if torch.compiler.is_compiling() or is_watched():
             return self.registered(*args)  # type: ignore[no-any-return]
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in _tensors(args)):
+            raise NotImplementedError(f"{self._name}: our kernels have no forward-mode derivatives; backend='reference' has them")
         needs_gradient = False
         for tensor in _tensors(args):
             if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
@@ -93,13 +95,19 @@ def _make(name: str, mutates_args: Iterable[str], function: Callable[..., _Resul
     return Operator(name, function, mutates_args)
 
 
-def _is_watched() -> bool:
-    """Whether somebody has to see the operator: a transform, a dispatch mode, a tracer or forward differentiation."""
+def is_watched() -> bool:
+    """Whether somebody has to see the operator: a transform, a dispatch mode or a tracer."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
+    )
+
+
+def stands_alone(x: Tensor) -> bool:
+    """Whether a call on `x` may be one node of autograd that computes with our kernels, instead of operators that others see."""
+    return type(x) in (Tensor, nn.Parameter) and not (
+        torch.compiler.is_compiling() or is_watched() or forward_ad._current_level >= 0
     )
 
 

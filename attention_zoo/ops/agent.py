@@ -19,7 +19,7 @@ from attention_zoo.ops._tap import tapped
 from attention_zoo.ops.attention import attention, attention_weights
 from attention_zoo.ops.dispatch import follow_autocast
 
-__all__ = ["agent_attention", "grid_bias", "pool_tokens", "resize_grid"]
+__all__ = ["Grid", "agent_attention", "fits_columns", "grid_bias", "pool_tokens", "resize_grid", "too_many_agents"]
 
 Grid = tuple[int, int]
 
@@ -67,7 +67,7 @@ def agent_attention(
     agents = agents.expand(q.shape[0], -1, -1, -1)
     query_scale = scale if query_scale is None else query_scale
     cast = (*follow_autocast(q, k, v), follow_autocast(agents, k, v)[0])
-    if use_kernel(backend, cast, dropout_p=dropout_p, missing=_missing(agents, v)):
+    if use_kernel(backend, cast, dropout_p=dropout_p, missing=too_many_agents(agents.shape[2], max(agents.shape[-1], v.shape[-1]))):
         q, k, v, agents = cast
         _check(q, k, v, agents, key_bias, query_bias, key_mask)
         with no_autocast(q):
@@ -84,9 +84,8 @@ def _plain(*args: Tensor, **kwargs: Any) -> Tensor:
     return out
 
 
-def _missing(agents: Tensor, v: Tensor) -> str | None:
-    """Why the agents do not fit into a tile of the kernels."""
-    number, dim = agents.shape[2], max(agents.shape[-1], v.shape[-1])
+def too_many_agents(number: int, dim: int) -> str | None:
+    """Why so many agents, of so many channels, do not fit into a tile of the kernels; None if they do."""
     if number > _MOST_AGENTS or _side(number) * _side(dim) > _LARGEST_TILE:
         return f"{number} agents of {dim} channels: the kernel is for up to {_MOST_AGENTS} of 128, or 64 of 256"
     return None
@@ -188,7 +187,7 @@ def grid_bias(
 
     Returns: (h, n', P + H * W).
     """
-    missing = None if size[1] <= _MOST_COLUMNS else f"a grid of {size[1]} columns: the kernel is for up to {_MOST_COLUMNS}"
+    missing = None if fits_columns(size) else f"a grid of {size[1]} columns: the kernel is for up to {_MOST_COLUMNS}"
     if missing is None and max(square.shape[2:]) > 64:
         missing = f"square tables of {square.shape[2]} x {square.shape[3]}: the kernel is for up to 64 x 64"
     if use_kernel(backend, (square,), missing=missing):
@@ -203,6 +202,11 @@ def grid_bias(
     if prefix is not None:
         bias = torch.cat([prefix.to(bias.dtype), bias], dim=-1)
     return _over_agents(bias, agent_grids)
+
+
+def fits_columns(size: Grid) -> bool:
+    """Whether a row of the grid fits into a tile of the kernel of `grid_bias`."""
+    return size[1] <= _MOST_COLUMNS
 
 
 def _over_line(table: Tensor, length: int) -> Tensor:

@@ -15,7 +15,9 @@ from attention_zoo.ops._kernels import use_kernel
 __all__ = ["depthwise_conv2d"]
 
 
-def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+def depthwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, add: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """Stride 1, zeros outside, the map keeps its size.
 
         out(y, x, c) = bias(c) + sum_{i, j} weight(c, i, j) x(y + i - k // 2, x + j - k // 2, c)
@@ -24,6 +26,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
         x: (B, H, W, C).
         weight: (C, 1, k, k), k odd.
         bias: (C,).
+        add: (B, H, W, C), added to what comes out.
         backend: "triton" for our kernel; "auto" takes it on CUDA, where it serves the call; any other for PyTorch's convolution.
 
     Returns: (B, H, W, C) in the dtype of x, or in autocast's.
@@ -37,6 +40,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
         raise ValueError(f"x must be (B, H, W, C) and weight (C, 1, k, k), k odd; got {tuple(x.shape)} and {tuple(weight.shape)}")
     if bias is not None and bias.shape != x.shape[-1:]:
         raise ValueError(f"bias must be ({x.shape[-1]},), got {tuple(bias.shape)}")
+    if add is not None and add.shape != x.shape:
+        raise ValueError(f"add must be shaped as x, {tuple(x.shape)}; got {tuple(add.shape)}")
     samples = (x[:0, ..., :1], weight[:0])  # of their dtypes and device
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
@@ -48,5 +53,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
 
         dtype = samples[0].dtype
         with no_autocast(x):
-            return depthwise_conv2d_triton(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=sides[0] // 2, groups=x.shape[-1]).permute(0, 2, 3, 1)
+            bias, add = (None if t is None else t.to(dtype) for t in (bias, add))
+            return depthwise_conv2d_triton(x.to(dtype), weight.to(dtype), bias, add)
+    out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=sides[0] // 2, groups=x.shape[-1]).permute(0, 2, 3, 1)
+    return out if add is None else add + out

@@ -42,7 +42,8 @@ def agent(
     if masked:
         tensors["key_mask"] = torch.rand(batch, keys) > 0.5
         tensors["key_mask"][-1] = False
-    return Case(ops.agent_attention, tensors, {"scale": 0.3, "query_scale": 0.4})
+    unbatched = (("key_bias", "query_bias") if bias == 1 else ()) + (("agents",) if shared_agents else ())
+    return Case(ops.agent_attention, tensors, {"scale": 0.3, "query_scale": 0.4}, unbatched=unbatched, operators=4)
 
 
 def bias(
@@ -72,8 +73,8 @@ def _pool_part(x: Tensor, **settings: Any) -> Tensor:
 
 
 MAKERS: dict[str, Callable[[], Case]] = {"agent": lambda: agent(masked=True), "bias": bias, "pool": pool}
+SAMPLED = {kind: make for kind, make in MAKERS.items() if kind != "bias"}
 SIDES = st.integers(1, 9 * LARGER)
-every = pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
 
 
 @FEW
@@ -119,45 +120,16 @@ def test_several_tiles(make: Callable[[], Case]) -> None:
     kernels.check_against_plain_code(make())
 
 
-@every
-def test_half_precision(make: Callable[[], Case]) -> None:
-    kernels.check_half_precision(make())
+@kernels.each_check(MAKERS, empty_batch=SAMPLED)
+def test_checks(check: Callable[[Case], None], make: Callable[[], Case]) -> None:
+    check(make())
 
 
-@every
-def test_in_one_graph(make: Callable[[], Case]) -> None:
-    kernels.check_in_one_graph(make())
-
-
-@every
-def test_registration(make: Callable[[], Case]) -> None:
-    kernels.check_registration(make())
-
-
-@every
-@pytest.mark.gpu  # in the interpreter a run is one thread
-def test_every_time_the_same(make: Callable[[], Case]) -> None:
-    kernels.check_every_time_the_same(make())
-
-
-@pytest.mark.gpu
-@every
-def test_cuda_graphs(make: Callable[[], Case]) -> None:
-    kernels.check_cuda_graph(make())
-
-
-def test_empty() -> None:
-    """No samples, no keys."""
+def test_no_keys() -> None:
     case = agent(bias=1)
-    empty = case.of(**{name: case.tensors[name][:0] for name in ("q", "k", "v", "agents")})
-    for name, found in empty.run("triton").items():
-        assert found.shape == empty.run("reference")[name].shape
-        assert not found.any()
     keyless = case.of(**{name: case.tensors[name][:, :, :0] for name in ("k", "v")}, key_bias=case.tensors["key_bias"][..., :0])
     for name, found in keyless.run("triton").items():
         assert not found.any(), name
-    found = pool(batch=0).run("triton")
-    assert (found["out"].shape, found["x"].shape) == ((0, 6, 20), (0, 35, 60))
 
 
 @pytest.mark.parametrize(
@@ -239,3 +211,65 @@ def test_module(options: dict[str, Any], grid: tuple[int, int] | None) -> None:
 
     parameters = {name.replace(".", "/"): p.detach() for name, p in module.named_parameters()}
     kernels.check_against_plain_code(Case(layer, {"x": torch.randn(2, length, 32), **parameters}))
+
+
+@pytest.mark.parametrize(
+    ("options", "learns"),
+    [
+        ({}, "everything"),
+        ({"qkv_bias": True, "agent_num": 9, "head_dim": 8}, "everything"),
+        ({"use_dwc": False}, "everything"),
+        ({"use_bias": False, "agent_grid": (2, 3)}, "everything"),
+        ({"qkv_bias": True}, "x"),
+        ({"qkv_bias": True}, "an_bias|proj.weight"),
+        ({}, "dwc.bias|wa_bias|qkv.weight"),
+    ],
+    ids=["paper", "biases", "no convolution", "no tables", "input only", "some parameters", "others"],
+)
+def test_the_layer_as_one_node(options: dict[str, Any], learns: str) -> None:
+    """Outputs and the gradients of what learns; nothing else gets one."""
+    layer = az.create_attention("agent", 32, 2, **{"agent_num": 4, "window_size": (4, 5), **options}).to(DEVICE)
+    for name, parameter in layer.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+        parameter.requires_grad_(learns == "everything" or name in learns.split("|"))
+    x = torch.randn(2, 20, 32, device=DEVICE, requires_grad=learns in ("everything", "x"))
+    leaves = [t for t in (x, *layer.parameters()) if t.requires_grad]
+    results = []
+    for backend in ("reference", "triton"):
+        with ops.use_backend(backend), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            out = layer(x, grid_size=(4, 5))
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    assert type(out.grad_fn).__name__ == "_LayerBackward"
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5 * max(1.0, float(want.detach().abs().max())), rtol=1e-4)
+
+
+def test_what_is_not_one_node() -> None:
+    layer = az.create_attention("agent", 32, 2, agent_num=4, window_size=(4, 5)).to(DEVICE)
+    x = torch.randn(2, 20, 32, device=DEVICE)
+
+    def node() -> str:
+        with ops.use_backend("triton"):
+            return type(layer(x[:, :20], grid_size=grid).grad_fn).__name__
+
+    grid = (4, 5)
+    assert node() == "_LayerBackward"
+    grid = (5, 4)  # the tables are resampled
+    assert node() != "_LayerBackward"
+    grid = (4, 5)
+    calls: list[Call] = []
+
+    def look(call: Call) -> Any:
+        calls.append(call)
+        return call.proceed()
+
+    add_tap(look)
+    try:
+        assert node() != "_LayerBackward"
+    finally:
+        remove_tap(look)
+    assert len(calls) == 2
+    handle = layer.proj.register_forward_hook(lambda *_: None)
+    assert node() != "_LayerBackward"
+    handle.remove()
+    assert node() == "_LayerBackward"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import kernel_case as kernels
@@ -21,52 +22,36 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 LARGER = 8 if DEVICE == "cuda" else 1  # the interpreter is slow
 
 
-def depthwise(batch: int = 2, height: int = 5, width: int = 9, dim: int = 20, side: int = 3, bias: bool = True) -> Case:
+def depthwise(
+    batch: int = 2, height: int = 5, width: int = 9, dim: int = 20, side: int = 3, bias: bool = True,
+    add: bool = True,
+) -> Case:  # fmt: skip
     tensors = {"x": torch.randn(batch, height, width, 3 * dim), "weight": torch.randn(dim, 1, side, side)}
-    return Case(_convolve_part, {**tensors, **({"bias": torch.randn(dim)} if bias else {})})
+    if bias:
+        tensors["bias"] = torch.randn(dim)
+    if add:
+        tensors["add"] = torch.randn(batch, width, height, dim).transpose(1, 2)
+    return Case(_convolve_part, tensors, unbatched=("weight", "bias"))
 
 
-def _convolve_part(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str) -> Tensor:
+def _convolve_part(x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None, *, backend: str) -> Tensor:
     """Of tokens that lie among others, as the values of a fused projection do."""
-    return ops.depthwise_conv2d(x.chunk(3, -1)[1], weight, bias, backend=backend)
+    return ops.depthwise_conv2d(x.chunk(3, -1)[1], weight, bias, add=add, backend=backend)
 
 
 @FEW
 @given(
     batch=st.integers(1, 3), height=st.integers(1, 9 * LARGER), width=st.integers(1, 20 * LARGER),
     dim=st.sampled_from([1, 16, 70]), side=st.sampled_from([1, 3, 5]), bias=st.booleans(),
+    add=st.booleans(),
 )  # fmt: skip
 def test_depthwise_conv2d(**sizes: Any) -> None:
     kernels.check_against_plain_code(depthwise(**sizes))
 
 
-def test_half_precision() -> None:
-    kernels.check_half_precision(depthwise())
-
-
-def test_in_one_graph() -> None:
-    kernels.check_in_one_graph(depthwise())
-
-
-def test_registration() -> None:
-    kernels.check_registration(depthwise())
-
-
-@pytest.mark.gpu  # in the interpreter a run is one thread
-def test_every_time_the_same() -> None:
-    kernels.check_every_time_the_same(depthwise())
-
-
-@pytest.mark.gpu
-def test_cuda_graphs() -> None:
-    kernels.check_cuda_graph(depthwise())
-
-
-def test_empty_batch() -> None:
-    found = depthwise(batch=0).run("triton")
-    assert found["out"].shape == (0, 5, 9, 20)
-    assert not found["weight"].any()
-    assert not found["bias"].any()
+@kernels.each_check({"depthwise": depthwise})
+def test_checks(check: Callable[[Case], None], make: Callable[[], Case]) -> None:
+    check(make())
 
 
 def test_weights_that_are_not_learned() -> None:

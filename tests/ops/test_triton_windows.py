@@ -41,7 +41,8 @@ def windows(
     if bias:
         number = -(-height // side) * -(-width // side)
         tensors["bias"] = torch.randn(*((number,) if bias == 2 else ()), heads, cells, cells)
-    return Case(ops.window_attention, tensors, {"window_size": side, "scale": 0.3, "mask_padding": masked})
+    settings = {"window_size": side, "scale": 0.3, "mask_padding": masked}
+    return Case(ops.window_attention, tensors, settings, unbatched=("bias",))
 
 
 def hilo(
@@ -67,7 +68,6 @@ def _means_of(x: Tensor, *, window_size: int, **options: Any) -> Tensor:
 
 
 MAKERS: dict[str, Callable[[], Case]] = {"windows": windows, "hilo": hilo, "means": means}
-every = pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
 
 
 @FEW
@@ -110,40 +110,9 @@ def test_several_tiles(make: Callable[[], Case]) -> None:
     kernels.check_against_plain_code(make())
 
 
-@every
-def test_half_precision(make: Callable[[], Case]) -> None:
-    kernels.check_half_precision(make())
-
-
-@every
-def test_in_one_graph(make: Callable[[], Case]) -> None:
-    kernels.check_in_one_graph(make())
-
-
-@every
-def test_registration(make: Callable[[], Case]) -> None:
-    kernels.check_registration(make())
-
-
-@every
-@pytest.mark.gpu  # in the interpreter a run is one thread
-def test_every_time_the_same(make: Callable[[], Case]) -> None:
-    kernels.check_every_time_the_same(make())
-
-
-@pytest.mark.gpu
-@every
-def test_cuda_graphs(make: Callable[[], Case]) -> None:
-    kernels.check_cuda_graph(make())
-
-
-@every
-def test_empty_batches(make: Callable[[], Case]) -> None:
-    case = make()
-    empty = case.of(**{name: t[:0] for name, t in case.tensors.items() if name != "bias"})
-    for name, found in empty.run("triton").items():
-        assert found.shape == empty.run("reference")[name].shape
-        assert not found.any()
+@kernels.each_check(MAKERS)
+def test_checks(check: Callable[[Case], None], make: Callable[[], Case]) -> None:
+    check(make())
 
 
 @pytest.mark.parametrize(
@@ -267,6 +236,38 @@ def test_windows_of_a_swin(shift: int) -> None:
             inside = to_windows(x, grid, window, shift)
             out = from_windows(module(inside, shift_mask(inside, grid, window, shift)), grid, window, shift)
         results.append((out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "learns"),
+    [
+        ({}, "everything"),
+        ({"qkv_bias": True, "output_proj": "full"}, "everything"),
+        ({"window_size": 3, "pad_mode": "mask"}, "everything"),
+        ({"qkv_bias": True}, "x"),
+        ({"qkv_bias": True}, "l_kv|h_proj"),
+        ({"output_proj": "full"}, "h_qkv"),
+    ],
+    ids=["paper", "biases", "padded", "input only", "some weights", "one weight"],
+)
+def test_the_layer_as_one_node(options: dict[str, Any], learns: str) -> None:
+    """Outputs and the gradients of what learns; nothing else gets one."""
+    layer = az.create_attention("hilo", 24, 3, alpha=0.7, **options, device=DEVICE)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(learns == "everything" or name.partition(".")[0] in learns.split("|"))
+    x = torch.randn(2, 4 * 5, 24, device=DEVICE, requires_grad=learns in ("everything", "x"))
+    if options.get("window_size") is None:
+        x = x.detach()[:, :16].requires_grad_(x.requires_grad)
+    size = (4, 5) if x.shape[1] == 20 else (4, 4)
+    leaves = [t for t in (x, *layer.parameters()) if t.requires_grad]
+    results = []
+    for backend in ("torch", "triton"):
+        with ops.use_backend(backend):
+            out = layer(x, grid_size=size)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    assert type(out.grad_fn).__name__ == "_LayerBackward"
     for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
 

@@ -779,3 +779,10 @@ def pool_tokens_triton(x: Tensor, size: tuple[int, int], bins: tuple[int, int]) 
     """(B, H W, C) -> (B, a b, C): means over the bins of adaptive average pooling."""
     out: Tensor = _pool_forward(x, *size, *bins)
     return out
+
+
+# for `ops.agent_layer`, which writes out what comes between them
+agents_read_operator, agents_read_backward_operator = _agents_read_forward, _agents_read_backward
+tokens_read_operator, tokens_read_backward_operator = _tokens_read_forward, _tokens_read_backward
+bias_operator, bias_backward_operator = _grid_bias_forward, _grid_bias_backward
+pool_operator, pool_backward_operator = _pool_forward, _pool_backward

@@ -32,8 +32,9 @@ def _pixels(portion, H, W, TILES_X, BY: tl.constexpr, BX: tl.constexpr):
 
 @triton.jit
 def _convolution_kernel(
-    X, Weight, Bias, Out, sxb, sxy, sxx, sob, soy, sox, H, W, C, TILES, TILES_X, TILES_C,
-    K: tl.constexpr, TURNED: tl.constexpr, HAS_BIAS: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr,
+    X, Weight, Bias, Add, Out, sxb, sxy, sxx, sab, say, sax, sob, soy, sox, H, W, C, TILES, TILES_X, TILES_C,
+    K: tl.constexpr, TURNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr,
+    BY: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     rest, portion_c = pid // TILES_C, pid % TILES_C
@@ -51,8 +52,11 @@ def _convolution_kernel(
         near = tl.load(at, mask=inside[:, None] & (c < C)[None, :], other=0.0)
         w = tl.load(Weight + c * (K * K) + (K * K - 1 - tap if TURNED else tap), mask=c < C, other=0.0)
         acc += near.to(tl.float32) * w.to(tl.float32)[None, :]
+    here = there[:, None] & (c < C)[None, :]
+    if HAS_ADD:
+        acc += tl.load(Add + b * sab + y[:, None].to(tl.int64) * say + x[:, None] * sax + c[None, :], mask=here, other=0.0)
     at = Out + b * sob + y[:, None].to(tl.int64) * soy + x[:, None] * sox + c[None, :]
-    tl.store(at, acc.to(Out.dtype.element_ty), mask=there[:, None] & (c < C)[None, :])
+    tl.store(at, acc.to(Out.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -92,8 +96,9 @@ def _patch(height: int, pixels: int) -> tuple[int, int]:
     return by, pixels // by
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, turned: bool) -> Tensor:
     x, weight = last_contiguous(x), weight.contiguous()
+    added = x if add is None else last_contiguous(add)
     batch, height, width, channels = x.shape
     out = x.new_empty(x.shape)
     if not out.numel():
@@ -102,27 +107,27 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> T
     tiles_x = ceil_div(width, bx)
     tiles, tiles_c = ceil_div(height, by) * tiles_x, ceil_div(channels, bc)
     _convolution_kernel[(batch * tiles * tiles_c,)](
-        x, weight, x if bias is None else bias, out, *x.stride()[:3], *out.stride()[:3],
+        x, weight, x if bias is None else bias, added, out, *x.stride()[:3], *added.stride()[:3], *out.stride()[:3],
         height, width, channels, tiles, tiles_x, tiles_c,
-        K=weight.shape[-1], TURNED=turned, HAS_BIAS=bias is not None, BY=by, BX=bx, BC=bc, num_warps=4,
+        K=weight.shape[-1], TURNED=turned, HAS_BIAS=bias is not None, HAS_ADD=add is not None, BY=by, BX=bx, BC=bc, num_warps=4,
     )  # fmt: skip
     return out
 
 
 @operator("depthwise_forward")
-def _depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _convolve(x, weight, bias, turned=False)
+def _depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
+    return _convolve(x, weight, bias, add, turned=False)
 
 
 @_depthwise_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @operator("depthwise_backward")
 def _depthwise_backward(x: Tensor, weight: Tensor, grad: Tensor, wants_x: bool, wants_weight: bool) -> tuple[Tensor, Tensor]:
     """The gradient of x, and of weights and bias (k k + 1, C) float32; empty where it is not wanted."""
-    dx = _convolve(grad, weight, None, turned=True) if wants_x else x.new_empty(0)
+    dx = _convolve(grad, weight, None, None, turned=True) if wants_x else x.new_empty(0)
     batch, height, width, channels = x.shape
     taps = weight.shape[-1] ** 2 + 1
     if not wants_weight:
@@ -152,23 +157,27 @@ def _(x: Tensor, weight: Tensor, grad: Tensor, wants_x: bool, wants_weight: bool
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias = inputs
+    x, weight, bias, _ = inputs
     ctx.save_for_backward(x, weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
-    wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+    wants_x, wants_weight, wants_bias, wants_add = ctx.needs_input_grad
+    if not (wants_x or wants_weight or wants_bias):
+        return None, None, None, grad
     dx, sums = _depthwise_backward(x, weight, grad, wants_x, wants_weight or wants_bias)
     of_weight = sums[:-1].t().reshape(weight.shape).to(weight.dtype) if wants_weight else None
-    return dx if wants_x else None, of_weight, sums[-1].to(ctx.bias_dtype) if wants_bias else None
+    return dx if wants_x else None, of_weight, sums[-1].to(ctx.bias_dtype) if wants_bias else None, grad if wants_add else None
 
 
 _depthwise_forward.register_autograd(_backward, setup_context=_setup)
 
 
-def depthwise_conv2d_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, H, W, C), (C, 1, k, k) and (C,) -> (B, H, W, C)."""
-    out: Tensor = _depthwise_forward(x, weight, bias)
-    return out
+def depthwise_conv2d_triton(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None = None) -> Tensor:
+    """(B, H, W, C), (C, 1, k, k), (C,) and (B, H, W, C) -> (B, H, W, C)."""
+    return _depthwise_forward(x, weight, bias, add)
+
+
+forward_operator, backward_operator = _depthwise_forward, _depthwise_backward  # for `ops.agent_layer`

@@ -448,6 +448,15 @@ class _WithMeans(torch.autograd.Function):
         return _means_backward(of_means, of_map, *ctx.settings), None, None
 
 
+# for `ops.hilo_layer`, which writes out what comes between them
+forward_operator, backward_operator, means_operator, means_backward_operator = (
+    _hilo_forward,
+    _hilo_backward,
+    _means,
+    _means_backward,
+)
+
+
 def hilo_attention_triton(
     qkv: Tensor, kv: Tensor, grid: tuple[int, int], side: int, heads: tuple[int, int], scale: float, masked: bool
 ) -> Tensor:

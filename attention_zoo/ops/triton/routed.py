@@ -31,15 +31,23 @@ from attention_zoo.ops.triton._common import (
     tile,
 )
 
-__all__ = ["routed_attention_triton"]
+__all__ = ["Tiling", "launch_backward", "launch_forward", "routed_attention_triton"]
+
+
+@triton.jit
+def _place(region, t, HEIGHT, WIDTH, COLUMNS):
+    """Row and column of a region's token on the map that regions of HEIGHT x WIDTH tokens tile, COLUMNS side by side."""
+    line, y = region // COLUMNS, t // WIDTH
+    return line * HEIGHT + y, (region - line * COLUMNS) * WIDTH + t - y * WIDTH
 
 
 @triton.jit
 def _forward_kernel(
     Q, K, V, Routes, Weights, Mask, Out, Lse,
     scale,  # of the logits, times log2 e
-    sqb, sqh, sqr, sqt, skb, skh, skr, skt, svb, svh, svr, svt, sob, soh, sor, sot, smb,
+    sqb, sqh, sqy, sqx, skb, skh, sky, skx, svb, svh, svy, svx, sob, soh, soy, sox, smb,
     H, GROUP, R, NQ, NK, NUM, D, DV, TILES,
+    QH, QW, QC, KH, KW, KC,  # regions of queries and of keys: see `Tiling`
     HAS_W: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
@@ -48,8 +56,9 @@ def _forward_kernel(
     b, h = (bh // H).to(tl.int64), bh % H
     hk = h // GROUP
     rows, d, dv = portion * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BDV)
-    at = Q + b * sqb + h * sqh + r.to(tl.int64) * sqr
-    q = tl.load(at + rows[:, None] * sqt + d[None, :], mask=(rows < NQ)[:, None] & (d < D)[None, :], other=0.0)
+    y, x = _place(r.to(tl.int64), rows, QH, QW, QC)
+    at = Q + b * sqb + h * sqh + y[:, None] * sqy + x[:, None] * sqx + d[None, :]
+    q = tl.load(at, mask=(rows < NQ)[:, None] & (d < D)[None, :], other=0.0)
     K += b * skb + hk * skh
     V += b * svb + hk * svh
     Routes += (b * R + r) * NUM
@@ -63,24 +72,23 @@ def _forward_kernel(
         j = slot // NK
         t = slot - j * NK
         region = tl.load(Routes + j, mask=inside, other=0)
-        k = tl.load(K + region[None, :] * skr + t[None, :] * skt + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
-        x = tl.dot(q, k, input_precision=PRECISION) * scale
+        ky, kx = _place(region, t, KH, KW, KC)
+        k = tl.load(K + ky[None, :] * sky + kx[None, :] * skx + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
+        logits = tl.dot(q, k, input_precision=PRECISION) * scale
         if HAS_W:
             w = tl.load(Weights + j, mask=inside, other=0.0)
-            x = x * w[None, :]
+            logits = logits * w[None, :]
         if HAS_MASK:
             inside = inside & (tl.load(Mask + b * smb + region * NK + t, mask=inside, other=0) != 0)
-        x = tl.where(inside[None, :], x, float("-inf"))
-        p, fade, highest, total = absorb(x, highest, total)
+        logits = tl.where(inside[None, :], logits, float("-inf"))
+        p, fade, highest, total = absorb(logits, highest, total)
         if HAS_W:
             p = p * w[None, :]
-        v = tl.load(
-            V + region[:, None] * svr + t[:, None] * svt + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0.0
-        )
+        v = tl.load(V + ky[:, None] * svy + kx[:, None] * svx + dv[None, :], mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
         acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     out, lse = conclude(acc, highest, total)
-    at = Out + b * sob + h * soh + r.to(tl.int64) * sor
-    tl.store(at + rows[:, None] * sot + dv[None, :], out.to(Out.dtype.element_ty), mask=(rows < NQ)[:, None] & (dv < DV)[None, :])
+    at = Out + b * sob + h * soh + y[:, None] * soy + x[:, None] * sox + dv[None, :]
+    tl.store(at, out.to(Out.dtype.element_ty), mask=(rows < NQ)[:, None] & (dv < DV)[None, :])
     tl.store(Lse + (bh.to(tl.int64) * R + r) * NQ + rows, lse, mask=rows < NQ)
 
 
@@ -88,8 +96,9 @@ def _forward_kernel(
 def _query_gradient_kernel(
     Q, K, V, Routes, Weights, Mask, Out, Lse, DOut, DLse, Delta, DQ, DWeights,
     scale,
-    sqb, sqh, sqr, sqt, skb, skh, skr, skt, svb, svh, svr, svt, sob, soh, sor, sot, sgb, sgh, sgr, sgt, sdb, sdh, sdr, sdt, smb,
+    sqb, sqh, sqy, sqx, skb, skh, sky, skx, svb, svh, svy, svx, sob, soh, soy, sox, sgb, sgh, sgy, sgx, sdb, sdh, sdy, sdx, smb,
     H, GROUP, R, NQ, NK, NUM, D, DV, TILES,
+    QH, QW, QC, KH, KW, KC,  # regions of queries and of keys: see `Tiling`
     HAS_W: tl.constexpr, HAS_DW: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DLSE: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
@@ -97,13 +106,13 @@ def _query_gradient_kernel(
     r, portion = pid // TILES, pid % TILES
     b, h = (bh // H).to(tl.int64), bh % H
     hk = h // GROUP
-    wide = r.to(tl.int64)
     rows, d, dv = portion * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BDV)
     real = rows < NQ
     wanted, wanted_v = real[:, None] & (d < D)[None, :], real[:, None] & (dv < DV)[None, :]
-    q = tl.load(Q + b * sqb + h * sqh + wide * sqr + rows[:, None] * sqt + d[None, :], mask=wanted, other=0.0)
-    out = tl.load(Out + b * sob + h * soh + wide * sor + rows[:, None] * sot + dv[None, :], mask=wanted_v, other=0.0)
-    grad = tl.load(DOut + b * sgb + h * sgh + wide * sgr + rows[:, None] * sgt + dv[None, :], mask=wanted_v, other=0.0)
+    y, x = _place(r.to(tl.int64), rows, QH, QW, QC)
+    q = tl.load(Q + b * sqb + h * sqh + y[:, None] * sqy + x[:, None] * sqx + d[None, :], mask=wanted, other=0.0)
+    out = tl.load(Out + b * sob + h * soh + y[:, None] * soy + x[:, None] * sox + dv[None, :], mask=wanted_v, other=0.0)
+    grad = tl.load(DOut + b * sgb + h * sgh + y[:, None] * sgy + x[:, None] * sgx + dv[None, :], mask=wanted_v, other=0.0)
     place = (bh.to(tl.int64) * R + r) * NQ + rows
     lse, delta = prepare_gradient(out, grad, Lse, DLse, Delta, place, real, HAS_DLSE)
     K += b * skb + hk * skh
@@ -118,19 +127,18 @@ def _query_gradient_kernel(
         j = slot // NK
         t = slot - j * NK
         region = tl.load(Routes + j, mask=inside, other=0)
-        k = tl.load(K + region[:, None] * skr + t[:, None] * skt + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
-        v = tl.load(
-            V + region[None, :] * svr + t[None, :] * svt + dv[:, None], mask=inside[None, :] & (dv < DV)[:, None], other=0.0
-        )
+        ky, kx = _place(region, t, KH, KW, KC)
+        k = tl.load(K + ky[:, None] * sky + kx[:, None] * skx + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
+        v = tl.load(V + ky[None, :] * svy + kx[None, :] * svx + dv[:, None], mask=inside[None, :] & (dv < DV)[:, None], other=0.0)
         seen = inside
         if HAS_MASK:
             seen = inside & (tl.load(Mask + b * smb + region * NK + t, mask=inside, other=0) != 0)
         raw = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        x = raw
+        logits = raw
         if HAS_W:
             w = tl.load(Weights + j, mask=inside, other=0.0)
-            x = raw * w[None, :]
-        p = tl.where(seen[None, :], tl.exp2(x - lse[:, None]), 0.0)
+            logits = raw * w[None, :]
+        p = tl.where(seen[None, :], tl.exp2(logits - lse[:, None]), 0.0)
         dp = tl.dot(grad, v, input_precision=PRECISION)
         if HAS_W:
             ds = p * (dp * w[None, :] - delta[:, None])
@@ -142,8 +150,8 @@ def _query_gradient_kernel(
             ds = p * (dp - delta[:, None])
         acc += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
     acc *= per_logit(scale)
-    at = DQ + b * sdb + h * sdh + wide * sdr
-    tl.store(at + rows[:, None] * sdt + d[None, :], acc.to(DQ.dtype.element_ty), mask=wanted)
+    at = DQ + b * sdb + h * sdh + y[:, None] * sdy + x[:, None] * sdx + d[None, :]
+    tl.store(at, acc.to(DQ.dtype.element_ty), mask=wanted)
 
 
 @triton.jit
@@ -177,9 +185,10 @@ def _plan_kernel(Ordered, Starts, Items, ItemRegion, Parts, RK, SOURCES, ITEMS, 
 def _key_gradient_kernel(
     Q, K, V, Order, Starts, Items, ItemRegion, Parts, Weights, Mask, Lse, DOut, Delta, DK, DV_, Sums,
     scale,
-    sqb, sqh, sqr, sqt, skb, skh, skr, skt, svb, svh, svr, svt, sgb, sgh, sgr, sgt,
-    sdkb, sdkh, sdkr, sdkt, sdvb, sdvh, sdvr, sdvt, smb,
+    sqb, sqh, sqy, sqx, skb, skh, sky, skx, svb, svh, svy, svx, sgb, sgh, sgy, sgx,
+    sdkb, sdkh, sdky, sdkx, sdvb, sdvh, sdvy, sdvx, smb,
     H, GROUP, R, RK, NQ, NK, NUM, D, DV, TILES, ITEMS, PARTS, CHUNK,
+    QH, QW, QC, KH, KW, KC,  # regions of queries and of keys: see `Tiling`
     HAS_W: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
@@ -193,8 +202,9 @@ def _key_gradient_kernel(
     keys, d, dv = portion * BN + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
     real = keys < NK
     wanted, wanted_v = real[:, None] & (d < D)[None, :], real[:, None] & (dv < DV)[None, :]
-    k = tl.load(K + b * skb + hk * skh + wide * skr + keys[:, None] * skt + d[None, :], mask=wanted, other=0.0)
-    v = tl.load(V + b * svb + hk * svh + wide * svr + keys[:, None] * svt + dv[None, :], mask=wanted_v, other=0.0)
+    ky, kx = _place(wide, keys, KH, KW, KC)
+    k = tl.load(K + b * skb + hk * skh + ky[:, None] * sky + kx[:, None] * skx + d[None, :], mask=wanted, other=0.0)
+    v = tl.load(V + b * svb + hk * svh + ky[:, None] * svy + kx[:, None] * svx + dv[None, :], mask=wanted_v, other=0.0)
     seen = real
     if HAS_MASK:
         seen = real & (tl.load(Mask + b * smb + wide * NK + keys, mask=real, other=0) != 0)
@@ -214,22 +224,23 @@ def _key_gradient_kernel(
             t = slot - e * NQ
             source = tl.load(Order + e, mask=inside, other=0)
             r = source // NUM
+            y, x = _place(r, t, QH, QW, QC)
             q = tl.load(
-                Q + b * sqb + h * sqh + r[:, None] * sqr + t[:, None] * sqt + d[None, :],
+                Q + b * sqb + h * sqh + y[:, None] * sqy + x[:, None] * sqx + d[None, :],
                 mask=inside[:, None] & (d < D)[None, :], other=0.0,
             )  # fmt: skip
             grad = tl.load(
-                DOut + b * sgb + h * sgh + r[:, None] * sgr + t[:, None] * sgt + dv[None, :],
+                DOut + b * sgb + h * sgh + y[:, None] * sgy + x[:, None] * sgx + dv[None, :],
                 mask=inside[:, None] & (dv < DV)[None, :], other=0.0,
             )  # fmt: skip
             place = ((b * H + h) * R + r) * NQ + t
             lse = read_lse(Lse, place, inside)
             delta = tl.load(Delta + place, mask=inside, other=0.0)
-            x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+            logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
             if HAS_W:
                 w = tl.load(Weights + source, mask=inside, other=0.0)
-                x = x * w[None, :]
-            p = tl.where(seen[:, None], tl.exp2(x - lse[None, :]), 0.0)
+                logits = logits * w[None, :]
+            p = tl.where(seen[:, None], tl.exp2(logits - lse[None, :]), 0.0)
             dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
             if HAS_W:
                 ds = p * (dp * w[None, :] - delta[None, :]) * w[None, :]
@@ -241,9 +252,10 @@ def _key_gradient_kernel(
     dk *= per_logit(scale)
     part = tl.load(Parts + b * RK + region)
     if part < 0:
-        at, at_v = DK + b * sdkb + hk * sdkh + wide * sdkr, DV_ + b * sdvb + hk * sdvh + wide * sdvr
-        tl.store(at + keys[:, None] * sdkt + d[None, :], dk.to(DK.dtype.element_ty), mask=wanted)
-        tl.store(at_v + keys[:, None] * sdvt + dv[None, :], dv_sum.to(DV_.dtype.element_ty), mask=wanted_v)
+        at = DK + b * sdkb + hk * sdkh + ky[:, None] * sdky + kx[:, None] * sdkx + d[None, :]
+        at_v = DV_ + b * sdvb + hk * sdvh + ky[:, None] * sdvy + kx[:, None] * sdvx + dv[None, :]
+        tl.store(at, dk.to(DK.dtype.element_ty), mask=wanted)
+        tl.store(at_v, dv_sum.to(DV_.dtype.element_ty), mask=wanted_v)
     else:
         sums = Sums + (((b * PARTS + part + chunk) * (H // GROUP) + hk) * NK + keys[:, None]) * (D + DV)
         tl.store(sums + d[None, :], dk, mask=wanted)
@@ -252,7 +264,7 @@ def _key_gradient_kernel(
 
 @triton.jit
 def _add_parts_kernel(
-    Items, Parts, Sums, DK, DV_, sdkb, sdkh, sdkr, sdkt, sdvb, sdvh, sdvr, sdvt, HK, RK, NK, D, DV, TILES, PARTS,
+    Items, Parts, Sums, DK, DV_, sdkb, sdkh, sdky, sdkx, sdvb, sdvh, sdvy, sdvx, HK, RK, NK, D, DV, TILES, PARTS, KH, KW, KC,
     BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     pid, bk = tl.program_id(0), tl.program_id(1)
@@ -270,10 +282,11 @@ def _add_parts_kernel(
         sums = Sums + (((b * PARTS + part + c) * HK + hk) * NK + keys[:, None]) * (D + DV)
         dk += tl.load(sums + d[None, :], mask=wanted, other=0.0)
         dv_sum += tl.load(sums + D + dv[None, :], mask=wanted_v, other=0.0)
-    wide = region.to(tl.int64)
-    at, at_v = DK + b * sdkb + hk * sdkh + wide * sdkr, DV_ + b * sdvb + hk * sdvh + wide * sdvr
-    tl.store(at + keys[:, None] * sdkt + d[None, :], dk.to(DK.dtype.element_ty), mask=wanted)
-    tl.store(at_v + keys[:, None] * sdvt + dv[None, :], dv_sum.to(DV_.dtype.element_ty), mask=wanted_v)
+    ky, kx = _place(region.to(tl.int64), keys, KH, KW, KC)
+    at = DK + b * sdkb + hk * sdkh + ky[:, None] * sdky + kx[:, None] * sdkx + d[None, :]
+    at_v = DV_ + b * sdvb + hk * sdvh + ky[:, None] * sdvy + kx[:, None] * sdvx + dv[None, :]
+    tl.store(at, dk.to(DK.dtype.element_ty), mask=wanted)
+    tl.store(at_v, dv_sum.to(DV_.dtype.element_ty), mask=wanted_v)
 
 
 def _mask_stride(mask: Tensor | None) -> int:
@@ -281,55 +294,52 @@ def _mask_stride(mask: Tensor | None) -> int:
     return 0 if mask is None or mask.ndim == 2 else mask.stride(0)
 
 
-def _sizes(q: Tensor, k: Tensor, v: Tensor, routes: Tensor) -> tuple[int, ...]:
-    heads, regions, nq, dim = q.shape[1:]
-    return heads, heads // k.shape[1], regions, nq, k.shape[3], routes.shape[2], dim, v.shape[-1]
+class Tiling(NamedTuple):
+    """How tensors (B, H, Y, X, D) are cut: regions of `height` x `width` tokens, `columns` of them side by side, `number` in all.
+
+    A list of regions (B, H, R, n, D) is a map of R rows, each of them one region.
+    """
+
+    height: int
+    width: int
+    columns: int
+    number: int
+
+    @property
+    def tokens(self) -> int:
+        """Of each region."""
+        return self.height * self.width
 
 
-@operator("routed_forward")
-def _routed_forward(
-    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights: Tensor | None, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    q, k, v, routes = last_contiguous(q), last_contiguous(k), last_contiguous(v), routes.contiguous()
-    heads, group, regions, nq, nk, num, dim, dim_v = _sizes(q, k, v, routes)
-    batch = q.shape[0]
-    out = _empty_out(q, v)
-    lse = q.new_empty((batch, heads, regions, nq), dtype=torch.float32)
-    bm, bn = tile(nq), tile(num * nk)
-    tiles = ceil_div(nq, bm)
-    if not out.numel():
-        return out, lse
-    _forward_kernel[(regions * tiles, batch * heads)](
+def _listed(x: Tensor) -> Tiling:
+    return Tiling(1, x.shape[3], 1, x.shape[2])
+
+
+def launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights: Tensor | None, mask: Tensor | None, out: Tensor, lse: Tensor,
+    scale: float, of_q: Tiling, of_k: Tiling,
+) -> None:  # fmt: skip
+    """Fill `out` and `lse`; the last dimension of all tensors is contiguous."""
+    batch, heads, dim, dim_v, num = q.shape[0], q.shape[1], q.shape[-1], v.shape[-1], routes.shape[2]
+    bm, bn = tile(of_q.tokens), tile(num * of_k.tokens)
+    tiles = ceil_div(of_q.tokens, bm)
+    _forward_kernel[(of_q.number * tiles, batch * heads)](
         q, k, v, routes, routes if weights is None else weights, routes if mask is None else mask, out, lse, scale * LOG2E,
         *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *out.stride()[:4], _mask_stride(mask),
-        heads, group, regions, nq, nk, num, dim, dim_v, tiles,
+        heads, heads // k.shape[1], of_q.number, of_q.tokens, of_k.tokens, num, dim, dim_v, tiles, *of_q[:3], *of_k[:3],
         HAS_W=weights is not None, HAS_MASK=mask is not None, PRECISION=precision(q),
         BM=bm, BN=bn, BD=tile(dim, 256), BDV=tile(dim_v, 256), num_warps=4,
     )  # fmt: skip
-    return out, lse
 
 
-def _empty_out(q: Tensor, v: Tensor) -> Tensor:
-    """(B, H, R, n, D_v), laid out with heads next to channels as the output projection reads them."""
-    batch, heads, regions, nq = q.shape[:4]
-    return q.new_empty((batch, regions, nq, heads, v.shape[-1])).permute(0, 3, 1, 2, 4)
-
-
-@_routed_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights: Any, mask: Any, scale: float) -> tuple[Tensor, Tensor]:
-    return _empty_out(q, v), q.new_empty(q.shape[:4], dtype=torch.float32)
-
-
-@operator("routed_backward")
-def _routed_backward(
+def launch_backward(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights: Tensor | None, mask: Tensor | None, out: Tensor, lse: Tensor,
-    grad: Tensor, grad_lse: Tensor | None, scale: float, wants_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v, grad, routes = last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(grad), routes.contiguous()
-    heads, group, regions, nq, nk, num, dim, dim_v = _sizes(q, k, v, routes)
-    batch, key_regions = q.shape[0], k.shape[2]
-    dq = _empty_like(q)
-    dk, dv = _empty_like(k), _empty_like(v)
+    grad: Tensor, grad_lse: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, scale: float, wants_weights: bool,
+    of_q: Tiling, of_k: Tiling,
+) -> Tensor:  # fmt: skip
+    """Fill `dq`, `dk` and `dv`; returns the gradient of the weights, or something empty."""
+    batch, heads, kv_heads, dim, dim_v, num = q.shape[0], q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], routes.shape[2]
+    (nq, regions), (nk, key_regions), group = (of_q.tokens, of_q.number), (of_k.tokens, of_k.number), heads // kv_heads
     bm, bn = tile(nq), tile(num * nk)
     tiles = ceil_div(nq, bm)
     partial = (batch, heads * tiles, regions, num, nk) if wants_weights else (1,)
@@ -346,26 +356,63 @@ def _routed_backward(
             q, k, v, routes, some_weights, some_mask, out, lse, grad, lse if grad_lse is None else (grad_lse * LOG2E).contiguous(),
             delta, dq, dweights, scale * LOG2E,
             *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *out.stride()[:4], *grad.stride()[:4], *dq.stride()[:4], mask_stride,
-            heads, group, regions, nq, nk, num, dim, dim_v, tiles,
+            heads, group, regions, nq, nk, num, dim, dim_v, tiles, *of_q[:3], *of_k[:3],
             HAS_DW=wants_weights, HAS_DLSE=grad_lse is not None, BM=bm, BN=bn, num_warps=4, **common,
         )  # fmt: skip
     if k.numel():
         plan = _plan(routes, key_regions)
         bn = tile(nk)
         key_tiles = ceil_div(nk, bn)
-        sums = torch.empty((batch, plan.parts, heads // group, nk, dim + dim_v), dtype=torch.float32, device=q.device)
-        _key_gradient_kernel[(plan.items * key_tiles, batch * (heads // group))](
+        sums = torch.empty((batch, plan.parts, kv_heads, nk, dim + dim_v), dtype=torch.float32, device=q.device)
+        _key_gradient_kernel[(plan.items * key_tiles, batch * kv_heads)](
             q, k, v, *plan.tables, some_weights, some_mask, lse, grad, delta, dk, dv, sums, scale * LOG2E,
             *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *grad.stride()[:4], *dk.stride()[:4], *dv.stride()[:4], mask_stride,
             heads, group, regions, key_regions, nq, nk, num, dim, dim_v, key_tiles, plan.items, plan.parts, plan.chunk,
+            *of_q[:3], *of_k[:3],
             BM=tile(nq * num), BN=bn, num_warps=2 if dim <= 64 else 4, num_stages=2, **common,
         )  # fmt: skip
-        _add_parts_kernel[(key_regions * key_tiles, batch * (heads // group))](
+        _add_parts_kernel[(key_regions * key_tiles, batch * kv_heads)](
             plan.tables[2], plan.tables[4], sums, dk, dv, *dk.stride()[:4], *dv.stride()[:4],
-            heads // group, key_regions, nk, dim, dim_v, key_tiles, plan.parts,
+            kv_heads, key_regions, nk, dim, dim_v, key_tiles, plan.parts, *of_k[:3],
             BN=bn, BD=common["BD"], BDV=common["BDV"], num_warps=4,
         )  # fmt: skip
-    return dq, dk, dv, dweights.sum((1, 4)) if wants_weights else dweights
+    return dweights.sum((1, 4)) if wants_weights else dweights
+
+
+def _empty_out(q: Tensor, v: Tensor) -> Tensor:
+    """(B, H, R, n, D_v), laid out with heads next to channels as the output projection reads them."""
+    batch, heads, regions, nq = q.shape[:4]
+    return q.new_empty((batch, regions, nq, heads, v.shape[-1])).permute(0, 3, 1, 2, 4)
+
+
+@operator("routed_forward")
+def _routed_forward(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights: Tensor | None, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    q, k, v, routes = last_contiguous(q), last_contiguous(k), last_contiguous(v), routes.contiguous()
+    out = _empty_out(q, v)
+    lse = q.new_empty(q.shape[:4], dtype=torch.float32)
+    if out.numel():
+        launch_forward(q, k, v, routes, weights, mask, out, lse, scale, _listed(q), _listed(k))
+    return out, lse
+
+
+@_routed_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights: Any, mask: Any, scale: float) -> tuple[Tensor, Tensor]:
+    return _empty_out(q, v), q.new_empty(q.shape[:4], dtype=torch.float32)
+
+
+@operator("routed_backward")
+def _routed_backward(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights: Tensor | None, mask: Tensor | None, out: Tensor, lse: Tensor,
+    grad: Tensor, grad_lse: Tensor | None, scale: float, wants_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q, k, v, grad, routes = last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(grad), routes.contiguous()
+    dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
+    dweights = launch_backward(
+        q, k, v, routes, weights, mask, out, lse, grad, grad_lse, dq, dk, dv, scale, wants_weights, _listed(q), _listed(k)
+    )
+    return dq, dk, dv, dweights
 
 
 class _Plan(NamedTuple):

@@ -1,0 +1,160 @@
+"""Agent attention with its projections as one function, forward and backward, for eager calls on small maps.
+
+As `hilo_layer`: some thirty operations, views, tables and sums of gradients are one node of autograd. Compilers get the same from
+`agent_attention` and its neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from attention_zoo.ops._kernels import use_kernel
+from attention_zoo.ops.agent import Grid, fits_columns, too_many_agents
+
+__all__ = ["AgentLayer", "agent_layer", "takes_layer"]
+
+
+class AgentLayer(NamedTuple):
+    """Parameters and settings of a layer, of `h` heads of `d` channels and n = a a' agents.
+
+    Attributes:
+        grid_size, agent_grid: (H, W) of the tokens and (a, a').
+        heads: h.
+        scale: factor of both logits.
+        qkv, qkv_bias: (3 h d, C) and (3 h d,).
+        proj, proj_bias: (C', h d) and (C',).
+        kernel, kernel_bias: (h d, 1, k, k) and (h d,), of the convolution of the values; None: there is none.
+        key_tables: (h, n, b, b'), (1, h, n, H, 1) and (1, h, n, 1, W); None: there are no position biases.
+        query_tables: (h, n, b, b'), (1, h, H, 1, n) and (1, h, 1, W, n); None: as above.
+    """
+
+    grid_size: Grid
+    agent_grid: Grid
+    heads: int
+    scale: float
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    proj: Tensor
+    proj_bias: Tensor | None
+    kernel: Tensor | None
+    kernel_bias: Tensor | None
+    key_tables: tuple[Tensor, Tensor, Tensor] | None
+    query_tables: tuple[Tensor, Tensor, Tensor] | None
+
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        tables = (*(self.key_tables or (None,) * 3), *(self.query_tables or (None,) * 3))
+        return (self.qkv, self.qkv_bias, self.proj, self.proj_bias, self.kernel, self.kernel_bias, *tables)
+
+
+def takes_layer(x: Tensor, number: int, channels: int, grid_size: Grid, dropout_p: float) -> bool:
+    """Whether the kernels serve `number` agents of so many channels on this grid, for tokens like `x`.
+
+    Raises:
+        BackendError: "triton" is asked for, by `use_backend` or the environment, and cannot serve it.
+    """
+    if channels > x.shape[-1] or not fits_columns(grid_size):
+        return False
+    return use_kernel("auto", (x[..., :channels],), dropout_p=dropout_p, missing=too_many_agents(number, channels))
+
+
+def agent_layer(x: Tensor, layer: AgentLayer) -> Tensor:
+    """From tokens (B, H W, C) to tokens (B, H W, C'), by the kernels. No gradients of gradients."""
+    settings, parameters, device = layer[:4], layer.parameters(), x.device.type
+    if not torch.is_autocast_enabled(device):
+        return _Layer.apply(x, settings, *parameters)  # type: ignore[no-any-return]
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        return _Layer.apply(x.to(dtype), settings, *(None if t is None else t.to(dtype) for t in parameters))  # type: ignore[no-any-return]
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, settings: tuple[Grid, Grid, int, float], *parameters: Any) -> Tensor:
+        from attention_zoo.ops.triton import agent as kernels
+        from attention_zoo.ops.triton.depthwise import forward_operator as convolve
+
+        grid, bins, heads, scale = settings
+        qkv_weight, qkv_bias, proj, proj_bias, kernel, kernel_bias, *tables = parameters
+        qkv = F.linear(x, qkv_weight, qkv_bias)
+        flat_q, _, flat_v = qkv.chunk(3, -1)
+        q, k, v = _heads(qkv, heads)
+        pooled = kernels.pool_operator(flat_q, *grid, *bins)
+        agents = pooled.view(*pooled.shape[:2], heads, -1).transpose(1, 2)
+        key_bias, query_bias = None, None
+        if tables[0] is not None:
+            square, rows, columns = tables[:3]
+            agents_first = rows[0, ..., 0], columns[0, :, :, 0]
+            key_bias = kernels.bias_operator(square, *agents_first, None, *grid, x.dtype)[None]
+        if tables[3] is not None:
+            square, rows, columns = tables[3:]
+            agents_first = rows[0, :, :, 0].transpose(1, 2), columns[0, :, 0].transpose(1, 2)
+            query_bias = kernels.bias_operator(square, *agents_first, None, *grid, x.dtype)[None]
+        read, lse = kernels.agents_read_operator(agents, k, v, key_bias, None, scale)
+        out = kernels.tokens_read_operator(q, agents, read, query_bias, scale).transpose(1, 2).flatten(2)
+        if kernel is not None:
+            out = convolve(flat_v.unflatten(1, grid), kernel, kernel_bias, out.unflatten(1, grid)).flatten(1, 2)
+        ctx.settings = settings
+        ctx.save_for_backward(x, qkv, pooled, key_bias, query_bias, read, lse, out, qkv_weight, proj, kernel)
+        ctx.sides = [None if t[0] is None else t[0].shape[2:] for t in (tables[:3], tables[3:])]
+        return F.linear(out, proj, proj_bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        from attention_zoo.ops.triton import agent as kernels
+        from attention_zoo.ops.triton.depthwise import backward_operator as convolve_backward
+
+        x, qkv, pooled, key_bias, query_bias, read, lse, out, qkv_weight, proj, kernel = ctx.saved_tensors
+        grid, bins, heads, scale = ctx.settings
+        needs_x, _, *needs = ctx.needs_input_grad
+        grad = grad.reshape(-1, grad.shape[-1])
+        dout = torch.mm(grad, proj).view_as(out)
+        d_proj = torch.mm(grad.t(), out.view(-1, out.shape[-1])) if needs[2] else None
+        d_proj_bias = grad.sum(0) if needs[3] else None
+
+        q, k, v = _heads(qkv, heads)
+        agents, by_head = (t.view(*t.shape[:2], heads, -1).transpose(1, 2) for t in (pooled, dout))
+        wants_key, wants_query = any(needs[6:9]), any(needs[9:12])
+        dq, d_agents, d_read, d_query = kernels.tokens_read_backward_operator(
+            q, agents, read, query_bias, by_head, scale, wants_query
+        )
+        more, dk, dv, d_key = kernels.agents_read_backward_operator(
+            agents, k, v, key_bias, None, read, lse, d_read, scale, wants_key
+        )
+        d_pooled = (d_agents + more).transpose(1, 2).flatten(2)
+        dqkv = torch.empty_like(qkv)
+        of_q, of_k, of_v = dqkv.chunk(3, -1)
+        torch.add(dq.transpose(1, 2).flatten(2), kernels.pool_backward_operator(d_pooled, *grid, *bins), out=of_q)
+        of_k.copy_(dk.transpose(1, 2).flatten(2))
+        d_kernel, d_kernel_bias = None, None
+        if kernel is None:
+            of_v.copy_(dv.transpose(1, 2).flatten(2))
+        else:
+            values = qkv.chunk(3, -1)[2].unflatten(1, grid)
+            near, sums = convolve_backward(values, kernel, dout.unflatten(1, grid), True, needs[4] or needs[5])
+            torch.add(dv.transpose(1, 2).flatten(2), near.flatten(1, 2), out=of_v)
+            if needs[4] or needs[5]:
+                d_kernel, d_kernel_bias = sums[:-1].t().reshape(kernel.shape).to(kernel.dtype), sums[-1].to(kernel.dtype)
+        flat = dqkv.view(-1, dqkv.shape[-1])
+        dx = torch.mm(flat, qkv_weight).view_as(x) if needs_x else None
+        d_qkv = torch.mm(flat.t(), x.reshape(-1, x.shape[-1])) if needs[0] else None
+        d_qkv_bias = flat.sum(0) if needs[1] else None
+        tables: list[Tensor | None] = [None] * 6
+        if wants_key:
+            square, rows, columns = kernels.bias_backward_operator(d_key[0], 0, *grid, *ctx.sides[0], x.dtype)
+            tables[:3] = square, rows[None, ..., None], columns[None, :, :, None]
+        if wants_query:
+            square, rows, columns = kernels.bias_backward_operator(d_query[0], 0, *grid, *ctx.sides[1], x.dtype)
+            tables[3:] = square, rows.transpose(1, 2)[None, :, :, None], columns.transpose(1, 2)[None, :, None]
+        return dx, None, d_qkv, d_qkv_bias, d_proj, d_proj_bias, d_kernel, d_kernel_bias, *tables
+
+
+def _heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, N, 3 h d) -> three of (B, h, N, d), views."""
+    q, k, v = qkv.view(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v

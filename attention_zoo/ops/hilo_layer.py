@@ -1,0 +1,120 @@
+"""HiLo with its projections as one function, forward and backward, for eager calls on small maps.
+
+There a GPU computes faster than autograd keeps its books: each of a dozen operations has a node of its own, also views and joined
+weights. Here all are one node, whose backward pass is written out. Compilers get the same from `hilo_attention` and its neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+__all__ = ["HiloSettings", "hilo_layer"]
+
+
+class HiloSettings(NamedTuple):
+    """Of a call: size of the grid, side of the windows, Hi-Fi and Lo-Fi heads, factor of q k, whether padding is left out."""
+
+    grid_size: tuple[int, int]
+    window_size: int
+    heads: tuple[int, int]
+    scale: float
+    mask_padding: bool
+
+
+def hilo_layer(
+    x: Tensor,
+    settings: HiloSettings,
+    weights: tuple[Tensor, Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None],
+    out_weights: tuple[Tensor, ...],
+    out_biases: tuple[Tensor | None, ...],
+) -> Tensor:
+    """Both branches from tokens to tokens, on CUDA, where `hilo_attention` takes its kernels. No gradients of gradients.
+
+    Args:
+        x: (B, N, C), N = H * W row-major.
+        settings: of the call; with biases, and padding that is not left out, the windows tile the grid.
+        weights: of q, k and v of Hi-Fi, (3 h D, C), of q of Lo-Fi, (l D, C), and of its k and v, (2 l D, C).
+        biases: of the same, all of them or none.
+        out_weights: one, (C', (h + l) D), or one for each branch, (C_h, h D) and (C_l, l D), whose outputs stand side by side.
+        out_biases: of the same.
+
+    Returns: (B, N, C').
+    """
+    parameters, device = (*weights, *biases, *out_weights, *out_biases), x.device.type
+    if not torch.is_autocast_enabled(device):
+        return _Layer.apply(x, settings, *parameters)  # type: ignore[no-any-return]
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        return _Layer.apply(x.to(dtype), settings, *(t if t is None else t.to(dtype) for t in parameters))  # type: ignore[no-any-return]
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, settings: HiloSettings, *parameters: Tensor | None) -> Tensor:
+        from attention_zoo.ops.triton.hilo import forward_operator, means_operator
+
+        (w_high, w_query, w_kv), (b_high, b_query, b_kv), out_parameters = _take(parameters)
+        out_weights, out_biases = out_parameters[: len(out_parameters) // 2], out_parameters[len(out_parameters) // 2 :]
+        (height, width), side, heads, scale, masked = settings
+        means = means_operator(x.view(x.shape[0], height, width, x.shape[2]), side, masked)
+        weight = torch.cat((w_high, w_query))
+        qkv = F.linear(x, weight, None if b_high is None else torch.cat((b_high, b_query)))
+        kv = F.linear(means, w_kv, b_kv)
+        out, lse = forward_operator(qkv, kv, height, width, side, *heads, scale, masked)
+        ctx.settings, ctx.number = settings, len(parameters)
+        ctx.save_for_backward(x, means, qkv, kv, out, lse, weight, w_kv, *out_weights)
+        if len(out_weights) == 1:
+            return F.linear(out, out_weights[0], out_biases[0])
+        # one product, whose zeros cost less than a second one and a copy
+        return F.linear(out, torch.block_diag(*out_weights), None if out_biases[0] is None else torch.cat(out_biases))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        from attention_zoo.ops.triton.hilo import backward_operator, means_backward_operator
+
+        x, means, qkv, kv, out, lse, weight, w_kv, *out_weights = ctx.saved_tensors
+        (height, width), side, heads, scale, masked = ctx.settings
+        needs = ctx.needs_input_grad
+        of_in, of_out = needs[2:8], needs[8:]
+        grad = grad.reshape(-1, grad.shape[-1])
+        dout, of_out_parameters = _back_through_output(grad, out.view(-1, out.shape[-1]), out_weights, of_out)
+        dqkv, dkv = backward_operator(qkv, kv, out, lse, dout.view_as(out), height, width, side, *heads, scale, masked)
+        flat, flat_kv = dqkv.view(-1, dqkv.shape[-1]), dkv.view(-1, dkv.shape[-1])
+        dx = None
+        if needs[0]:
+            dmeans = torch.mm(flat_kv, w_kv).view_as(means)
+            dx = means_backward_operator(dmeans, torch.mm(flat, weight).view_as(x), height, width, side, masked).view_as(x)
+        whole, rows = (None, None), (weight.shape[0] - w_kv.shape[0] // 2, w_kv.shape[0] // 2)
+        dw = torch.mm(flat.t(), x.reshape(-1, x.shape[-1])).split(rows) if of_in[0] or of_in[1] else whole
+        dw_kv = torch.mm(flat_kv.t(), means.view(-1, means.shape[-1])) if of_in[2] else None
+        db = flat.sum(0).split(rows) if of_in[3] or of_in[4] else whole
+        return dx, None, *dw, dw_kv, *db, flat_kv.sum(0) if of_in[5] else None, *of_out_parameters
+
+
+def _take(parameters: tuple[Any, ...]) -> tuple[Any, Any, Any]:
+    return parameters[:3], parameters[3:6], parameters[6:]
+
+
+def _back_through_output(
+    grad: Tensor, out: Tensor, weights: list[Tensor], needs: tuple[bool, ...]
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Gradients (B N, ...) of what the branches computed, and of the output's weights and biases, branch by branch."""
+    dout = torch.empty_like(out)
+    of_weights: list[Tensor | None] = []
+    row, column = 0, 0
+    for weight, wanted in zip(weights, needs, strict=False):
+        part, place = grad[:, row : row + weight.shape[0]], slice(column, column + weight.shape[1])
+        torch.mm(part, weight, out=dout[:, place])
+        of_weights.append(torch.mm(part.t(), out[:, place]) if wanted else None)
+        row, column = row + weight.shape[0], column + weight.shape[1]
+    of_biases: tuple[Tensor | None, ...] = (None,) * len(weights)
+    if any(needs[len(weights) :]):
+        of_biases = grad.sum(0).split([weight.shape[0] for weight in weights])
+    return dout, (*of_weights, *of_biases)
