@@ -1,6 +1,7 @@
 """Suite `models`: whole models of the zoo against models of timm and Hugging Face of about the same size.
 
-Images or tokens per second of the forward, and of the forward and backward of a training step; the memory of the latter.
+Images or tokens per second of the forward, and of the forward and backward of a training step; the memory of the latter. Beside
+ours the same model without our kernels, as it is and under `torch.compile`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attention_zoo import ops
 from attention_zoo.attention.base import AttentionModule
-from attention_zoo.benchmarks.cases import Build, Case, Contender, Task, Wrap, module_task, normal, plain, unique
+from attention_zoo.benchmarks.cases import Build, Case, Contender, Task, Wrap, compiled, module_task, normal, plain, unique
 from attention_zoo.benchmarks.roofline import FORWARD, TRAIN, Work, least_flops
 
 __all__ = ["cases"]
@@ -73,6 +74,7 @@ def _vision(scale: str, create_model: Create) -> Iterator[Case]:
                     _image_model(partial(_timm, reference, **theirs), shape), shared=f"{reference} {pixels} {batch}"
                 ),
                 "plain": plain(ours, optional=True),
+                "compiled": compiled(ours),
             },
             baseline="theirs",
             work=partial(_image_work, partial(create_model, name, **settings), shape),
@@ -111,7 +113,7 @@ def _decoders(scale: str, create_model: Create) -> Iterator[Case]:
             if name in ("diff", "gda"):
                 settings["num_attention_heads"] //= 2
             create = partial(_decoder, create_model, **settings, **options)
-            ours = _language_model(create, batch, length)
+            ours, backend = _language_model(create, batch, length), "reference" if name == "combiner" else "torch"
             original = {**_LLAMA[scale], "max_position_embeddings": length}
             yield Case(
                 f"llama, {name}",
@@ -119,7 +121,8 @@ def _decoders(scale: str, create_model: Create) -> Iterator[Case]:
                 length,
                 {
                     "ours": Contender(ours),
-                    "plain": plain(ours, "reference" if name == "combiner" else "torch", optional=True),
+                    "plain": plain(ours, backend, optional=True),
+                    "compiled": compiled(ours, backend),
                     "theirs": Contender(_language_model(partial(_llama, **original), batch, length), shared=f"llama {length}"),
                 },
                 baseline="theirs",

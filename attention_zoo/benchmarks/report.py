@@ -96,9 +96,9 @@ def baseline_ms(row: Row, direction: str, kind: str | None = None) -> float | No
     return min((t for t in times if t is not None), default=None)
 
 
-def ratio(row: Row, direction: str) -> float | None:
+def ratio(row: Row, direction: str, kind: str | None = None) -> float | None:
     """Time of ours as a share of the baseline's."""
-    ours, theirs = milliseconds(row, "ours", direction), baseline_ms(row, direction)
+    ours, theirs = milliseconds(row, "ours", direction, kind), baseline_ms(row, direction, kind)
     return None if ours is None or theirs is None else ours / theirs
 
 
@@ -179,7 +179,7 @@ def _papers(rows: Sequence[Row], results: Mapping[str, Any]) -> list[str]:
         if group in growth and group in grown:
             said = [f"{value:.2f} ({'met' if value <= growth[group] + 0.1 else 'missed'})" for value in grown[group].values()]
             head += f" Exponent of N between the two largest: {' | '.join(said)}; aimed at: {growth[group]:g}, at most 0.1 above."
-        parts += [head, _judged(members)]
+        parts += [head, _judged(members), *_not_captured(members)]
     if on_cpu := results.get("hilo_on_cpu"):
         from attention_zoo.benchmarks.hilo_cpu import render_hilo_on_cpu
 
@@ -200,9 +200,10 @@ def _judged(rows: Sequence[Row]) -> str:
     columns["of the roofline"] = [_pair(r, lambda d, r=r: roofline_share(r, d), "{:.0%}") for r in rows]
     columns["plain code, ms"] = [_pair(r, lambda d, r=r: milliseconds(r, "plain", d)) for r in rows]
     columns["torch.compile of it, ms"] = [_pair(r, lambda d, r=r: milliseconds(r, "compiled", d)) for r in rows]
-    if any("graph" in r["measured"]["ours"].get(FORWARD, {}) for r in rows):  # else all times are
+    if any("graph" in r["measured"]["ours"].get(d, {}) for r in rows for d in DIRECTIONS):  # else all times are
         columns[f"from Python: {base}"] = [_pair(r, lambda d, r=r: baseline_ms(r, d, "eager")) for r in rows]
         columns["from Python: ours"] = [_pair(r, lambda d, r=r: milliseconds(r, "ours", d, "eager")) for r in rows]
+        columns[f"from Python: of {base}"] = [_pair(r, lambda d, r=r: ratio(r, d, "eager")) for r in rows]
     columns[f"memory of {base}"] = [_number(memory_ratio(r)) for r in rows]
     return _table({name: cells for name, cells in columns.items() if any(cells)})
 
@@ -213,6 +214,19 @@ def _verdict(row: Row, direction: str) -> str:
         return f"{row['targets'][direction]:.3g}"
     share, replaced = target
     return f"{share:.3g}{' (80 % of the roofline)' if replaced else ''} {'met' if found <= share else 'missed'}"
+
+
+def _not_captured(rows: Sequence[Row]) -> list[str]:
+    """A line for each reason why calls have no CUDA graph, and whose they are; [] where there are none."""
+    several = len(by_group(rows)) > 1
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        where = f"{row['group']}: {row['setting']}" if several else row["setting"]
+        for name, measured in row["measured"].items():
+            for direction in DIRECTIONS:
+                if reason := measured.get(direction, {}).get("not_captured"):
+                    found.setdefault(" ".join(reason.split()), {})[f"{where} ({name}, {direction})"] = None
+    return [f"Not captured as a CUDA graph, {'; '.join(calls)}: `{reason}`" for reason, calls in found.items()]
 
 
 def _mechanisms(rows: Sequence[Row], results: Mapping[str, Any]) -> list[str]:
@@ -239,7 +253,8 @@ def _mechanisms(rows: Sequence[Row], results: Mapping[str, Any]) -> list[str]:
         columns["of the roofline"] = [_pair(r, lambda d, r=r: roofline_share(r, d), "{:.0%}") for r in largest]
         columns["memory of dense"] = [_number(memory_ratio(r)) for r in largest]
         text = f"**{title}.** Times as shares of dense attention's at so many tokens; the last columns are of the most tokens."
-        parts += [text, _table({name: cells for name, cells in columns.items() if any(cells)})]
+        shown = [row for members in groups.values() for row in members]
+        parts += [text, _table({name: cells for name, cells in columns.items() if any(cells)}), *_not_captured(shown)]
     return parts
 
 
@@ -257,10 +272,12 @@ def _models(rows: Sequence[Row], results: Mapping[str, Any]) -> list[str]:
     columns["ours, a second"] = [_pair(r, lambda d, r=r: rate(r, "ours", d), "{:,.0f}") for r in rows]
     columns["theirs"] = [_pair(r, lambda d, r=r: rate(r, "theirs", d), "{:,.0f}") for r in rows]
     columns["plain code"] = [_pair(r, lambda d, r=r: rate(r, "plain", d), "{:,.0f}") for r in rows]
+    columns["torch.compile of it"] = [_pair(r, lambda d, r=r: rate(r, "compiled", d), "{:,.0f}") for r in rows]
     columns["ours / theirs"] = [_pair(r, lambda d, r=r: _inverse(ratio(r, d))) for r in rows]
     columns["of the roofline"] = [_pair(r, lambda d, r=r: roofline_share(r, d), "{:.0%}") for r in rows]
     columns["memory of theirs"] = [_number(memory_ratio(r)) for r in rows]
-    return ["Images or tokens a second.", _table({name: cells for name, cells in columns.items() if any(cells)})]
+    table = _table({name: cells for name, cells in columns.items() if any(cells)})
+    return ["Images or tokens a second.", table, *_not_captured(rows)]
 
 
 def _decode(rows: Sequence[Row], results: Mapping[str, Any]) -> list[str]:
@@ -272,7 +289,7 @@ def _decode(rows: Sequence[Row], results: Mapping[str, Any]) -> list[str]:
     columns["dense / ours"] = [_number(_inverse(ratio(r, FORWARD)), "{:.1f}") for r in rows]
     columns["of the roofline"] = [_number(roofline_share(r, FORWARD), "{:.0%}") for r in rows]
     columns["plain code, ms"] = [_number(milliseconds(r, "plain", FORWARD), "{:.3f}") for r in rows]
-    return [_table({name: cells for name, cells in columns.items() if any(cells)})]
+    return [_table({name: cells for name, cells in columns.items() if any(cells)}), *_not_captured(rows)]
 
 
 def _engines(rows: Sequence[Row], results: Mapping[str, Any]) -> list[str]:
@@ -285,7 +302,7 @@ def _engines(rows: Sequence[Row], results: Mapping[str, Any]) -> list[str]:
         columns[name] = [_pair(r, lambda d, r=r, n=name: milliseconds(r, n, d, single_kind(r, d))) for r in rows]
     columns["auto over the best, %"] = [_pair(r, lambda d, r=r: _percent(ratio(r, d)), "{:+.1f}") for r in rows]
     columns["of the roofline"] = [_pair(r, lambda d, r=r: roofline_share(r, d), "{:.0%}") for r in rows]
-    parts = [_table({name: cells for name, cells in columns.items() if any(cells)})]
+    parts = [_table({name: cells for name, cells in columns.items() if any(cells)}), *_not_captured(rows)]
     if host := results.get("host"):
         cells = {"host, microseconds": [h["call"] for h in host], "engine": [h["engine"] for h in host]}
         for key, name in (("auto_us", "attention"), ("engine_us", "engine alone"), ("choice_us", "choice"), ("raw_us", "library")):

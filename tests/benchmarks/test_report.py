@@ -96,7 +96,40 @@ def test_the_table_of_papers_judges() -> None:
     cells = text.splitlines()[-1].split(" | ")
     assert cells[:4] == ["| s", "2.00 \\| 4.00", "1.00 \\| 6.00", "0.50 \\| 1.50"]  # dense, ours, of dense
     assert cells[4:6] == ["0.6 met \\| 1 missed", "50% \\| 17%"]  # aimed at, of the roofline
-    assert cells[6:] == ["6.00 \\| 12.00", "3.00 \\| 18.00", "0.50 |"]  # from Python: dense, ours; memory
+    assert cells[6:] == ["6.00 \\| 12.00", "3.00 \\| 18.00", "0.50 \\| 1.50", "0.50 |"]  # from Python (dense, ours, share); memory
+
+
+def test_calls_from_python_have_their_own_share() -> None:
+    """Targets are judged by graphs; the interpreter's time shows beside them."""
+    one = row(measured={name: {FORWARD: {"eager": e, "graph": g}} for name, e, g in (("ours", 9.0, 1.0), ("dense", 3.0, 2.0))})
+    assert report.ratio(one, FORWARD) == 0.5
+    assert report.ratio(one, FORWARD, "eager") == 3.0
+    text = report.render(results("papers", [one]))
+    names, cells = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines()[-3::2])
+    table = dict(zip(names, cells, strict=True))
+    assert table["aimed at"].startswith("0.6 met")
+    assert [table[f"from Python: {name}"] for name in ("dense", "ours", "of dense")] == ["3.00", "9.00", "3.00"]
+
+
+def test_without_graphs_there_is_one_share() -> None:
+    one = row(measured={name: {FORWARD: {"eager": ms}} for name, ms in (("ours", 1.0), ("dense", 2.0))})
+    assert "from Python" not in report.render(results("papers", [one]))
+
+
+@pytest.mark.parametrize("suite", ["papers", "mechanisms", "models", "decode", "engines"])
+def test_what_was_not_captured_says_why(suite: str) -> None:
+    """Under the table, once for each reason, and no line of a table is broken by it."""
+    refused = {"eager": 3.0, "not_captured": "RuntimeError: the stream\nis | capturing"}
+    rows = [row(setting=name, size=size) for size, name in ((64, "a"), (128, "b"))]
+    if suite == "models":
+        rows = [one | {"baseline": "theirs", "measured": {"theirs": one["measured"]["dense"], **one["measured"]}} for one in rows]
+    assert "captur" not in report.render(results(suite, rows))
+    rows[0]["measured"]["ours"][FORWARD] = refused
+    rows[1]["measured"]["plain"] = {FORWARD: refused, TRAIN: {"eager": 1.0, "graph": 1.0}}
+    text = report.render(results(suite, rows))
+    calls = "a (ours, forward); b (plain, forward)"
+    assert text.splitlines()[-1] == f"Not captured as a CUDA graph, {calls}: `RuntimeError: the stream is | capturing`"
+    assert text.splitlines()[-2] == ""
 
 
 @pytest.mark.parametrize("suite", ["papers", "mechanisms", "models", "decode", "engines"])
