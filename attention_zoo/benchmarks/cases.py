@@ -265,19 +265,24 @@ def _measure_in_turns(contenders: Mapping[str, Contender], device: str, dtype: t
         measured = {name: found[name][direction] for name in tasks if direction in found[name]}
         best = sorted(measured, key=lambda name: _ms(measured[name]))
         near = {n: dict(tasks[n].directions())[direction] for n in best if n == "ours" or n in best[:2]}
-        for name, ms in _replayed_in_turns(near, clock).items():
+        turns, reason = _replayed_in_turns(near, clock)
+        for name, ms in turns.items():
             found[name][direction]["turns"] = round(ms, 5)
+            if reason:
+                found[name][direction].setdefault("not_captured", reason)
     _release()
     return found
 
 
-def _replayed_in_turns(runs: Mapping[str, Callable[[], Any]], clock: Clock) -> dict[str, float]:
+def _replayed_in_turns(runs: Mapping[str, Callable[[], Any]], clock: Clock) -> tuple[dict[str, float], str]:
+    """Milliseconds, and on CUDA the reason why they are those of calls from Python; "" where they are not."""
+    reason = ""
     if torch.cuda.is_available():
         try:
-            return interleaved_ms({name: captured(run) for name, run in runs.items()}, clock)
-        except Exception:  # one of them cannot be captured: all of them from Python
-            torch.cuda.synchronize()
-    return interleaved_ms(runs, clock)
+            return interleaved_ms({name: captured(run) for name, run in runs.items()}, clock), reason
+        except Exception as error:  # one of them cannot be captured: all of them from Python
+            reason = f"in turns: {_say(error)}"
+    return interleaved_ms(runs, clock), reason
 
 
 def _ms(times: Row) -> float:

@@ -11,7 +11,7 @@ import torch
 from attention_zoo import ops
 from attention_zoo.attention.combiner_patterns import PATTERNS
 from attention_zoo.benchmarks import decode, engines, mechanisms, models, papers
-from attention_zoo.benchmarks.cases import Case, Contender, Task, compiled, measure, mechanism, plain
+from attention_zoo.benchmarks.cases import Case, Contender, Task, _replayed_in_turns, compiled, measure, mechanism, plain
 from attention_zoo.benchmarks.report import exponent
 from attention_zoo.benchmarks.roofline import FORWARD, TRAIN, Peaks
 from attention_zoo.benchmarks.timing import Clock
@@ -129,6 +129,18 @@ def test_close_contenders_are_measured_in_turns() -> None:
     assert row["measured"]["ours"][FORWARD]["turns"] >= 0
     assert row["measured"]["a"][FORWARD]["turns"] >= 0
     assert "error" in row["measured"]["b"]
+
+
+def test_turns_that_are_not_captured_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(run: Any) -> Any:
+        raise RuntimeError("it waits")
+
+    monkeypatch.setattr("attention_zoo.benchmarks.cases.captured", refuse)
+    runs = {"ours": lambda: None}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr("attention_zoo.benchmarks.cases.interleaved_ms", lambda runs, clock: dict.fromkeys(runs, 1.0))
+        assert _replayed_in_turns(runs, CLOCK) == ({"ours": 1.0}, "in turns: RuntimeError: it waits")
 
 
 def test_modules_without_projections_have_gradients_of_what_is_given() -> None:

@@ -43,8 +43,18 @@ def test_on_a_gpu_there_are_graphs() -> None:
 @pytest.mark.gpu
 def test_what_waits_for_the_device_is_not_captured() -> None:
     x = torch.randn(64, device="cuda")
-    assert set(timing.time_call(lambda: x.sum().item(), Clock(0.01))) == {"eager"}
+    times = timing.time_call(lambda: x.sum().item(), Clock(0.01))
+    assert set(times) == {"eager", "not_captured"}
+    assert "captur" in times["not_captured"]
     assert set(timing.time_call(lambda: x + 1, Clock(0.01), capturable=False)) == {"eager"}
+
+
+@pytest.mark.gpu
+def test_after_a_failed_capture_others_succeed() -> None:
+    """Of random numbers too, whose generators take part in captures."""
+    x = torch.randn(64, device="cuda")
+    assert "graph" not in timing.time_call(lambda: torch.rand_like(x).sum().item(), Clock(0.01))
+    assert timing.time_call(lambda: torch.rand_like(x), Clock(0.01))["graph"] > 0
 
 
 @pytest.mark.gpu
