@@ -1,14 +1,16 @@
 """What every operation with a kernel is put through: against its plain code, in half precision, in graphs, again and again.
 
-Without a GPU kernels run under TRITON_INTERPRET=1, which conftest.py sets.
+A file names its cases, and puts them through all of `CHECKS` by `each_check`. Without a GPU kernels run under TRITON_INTERPRET=1,
+which conftest.py sets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor
@@ -22,42 +24,82 @@ HALVES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16
 
 @dataclass
 class Case:
-    """A call of an operation that returns one tensor: those of `tensors` with floating point get gradients.
+    """A call of an operation: those of `tensors` with floating point get gradients.
 
     Attributes:
+        operation: takes `tensors` and `settings` by name, and `backend`.
+        outputs: names of what it returns, a tensor or a tuple of them.
         single: tensors, and results of `run`, that are float32 in any dtype.
+        unbatched: tensors without a dimension of samples.
+        learns: whether there are gradients.
+        operators: how many operators of ours a forward and a backward reach.
+        spacings: how much half precision may err, relative to the result, in spacings of its numbers.
     """
 
     operation: Callable[..., Any]
     tensors: dict[str, Tensor]
     settings: dict[str, Any] = field(default_factory=dict)
     single: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ("out",)
+    unbatched: tuple[str, ...] = ()
+    learns: bool = True
+    operators: int = 2
+    spacings: float = 6.0
+
+    def given(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """The tensors on the device, those with floating point in `dtype` and with gradients."""
+        given = {}
+        for name, tensor in self.tensors.items():
+            if tensor.is_floating_point():
+                given[name] = tensor.detach().to(DEVICE, torch.float32 if name in self.single else dtype)
+                given[name].requires_grad_(self.learns)
+            else:
+                given[name] = tensor.to(DEVICE)
+        return given
+
+    def of_given(self, given: Mapping[str, Tensor], backend: str, function: Any = None) -> dict[str, Tensor]:
+        """The outputs, and the gradients of a fixed functional of them, by name."""
+        leaves = {name: t for name, t in given.items() if t.requires_grad}
+        objective = torch.zeros((), device=DEVICE)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # PyTorch's convolutions, too, are to be exact
+            found = (function or self.operation)(**given, **self.settings, backend=backend)
+            found = dict(zip(self.outputs, found if isinstance(found, tuple) else (found,), strict=True))
+            for out in found.values() if leaves else ():
+                seen = out.isfinite()  # no log-normaliser of nothing has a slope
+                slopes = torch.arange(out.numel(), device=DEVICE).cos().view(out.shape)
+                objective = objective + (torch.where(seen, out, 0.0).float() * slopes).sum()
+            gradients = torch.autograd.grad(objective, list(leaves.values()), materialize_grads=True) if leaves else ()
+        return {**{name: out.detach() for name, out in found.items()}, **dict(zip(leaves, gradients, strict=True))}
 
     def run(self, backend: str, dtype: torch.dtype = torch.float32, function: Any = None) -> dict[str, Tensor]:
-        """The output, and the gradients of a fixed functional of it, by name."""
-        given = {
-            name: t.to(DEVICE, torch.float32 if name in self.single else dtype).requires_grad_()
-            if t.is_floating_point()
-            else t.to(DEVICE)
-            for name, t in self.tensors.items()
-        }
-        leaves = {name: t for name, t in given.items() if t.is_floating_point()}
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # PyTorch's convolutions, too, are to be exact
-            out = (function or self.operation)(**given, **self.settings, backend=backend)
-            weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-            gradients = torch.autograd.grad((out.float() * weights).sum(), list(leaves.values()))
-        return {"out": out.detach(), **dict(zip(leaves, gradients, strict=True))}
+        return self.of_given(self.given(dtype), backend, function)
 
     def of(self, **changed: Tensor) -> Case:
         return replace(self, tensors={**self.tensors, **changed})
 
 
-def check_against_plain_code(case: Case) -> None:
-    """But for rounding: sums over many tokens are as exact as the largest of them lets them be."""
-    got = case.run("triton")
-    for name, right in case.run("reference").items():
-        atol = 2e-5 * max(1.0, float(right.abs().max())) if right.numel() else 0.0
-        torch.testing.assert_close(got[name], right, atol=atol, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+Makers = Mapping[str, Callable[[], Case]]
+
+
+def largest(name: str, want: Mapping[str, Tensor]) -> float:
+    """Sums over many tokens are as exact as the largest of them lets them be."""
+    finite = want[name][want[name].isfinite()]
+    return max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
+
+
+def constant(name: str, want: Mapping[str, Tensor]) -> float:
+    return 1.0
+
+
+def check_against_plain_code(
+    case: Case, *, atol: float = 2e-5, rtol: float = 1e-4, size: Callable[[str, Mapping[str, Tensor]], float] = largest
+) -> None:
+    """But for rounding; `size` of a result, by its name among all of them, is what `atol` is relative to."""
+    got, want = case.run("triton"), case.run("reference")
+    for name, right in want.items():
+        torch.testing.assert_close(
+            got[name], right, atol=atol * size(name, want), rtol=rtol, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def check_half_precision(case: Case) -> None:
@@ -69,10 +111,10 @@ def check_half_precision(case: Case) -> None:
             assert got[name].dtype == (torch.float32 if name in case.single else dtype)
             finite = right.isfinite()  # all but log-normalisers of nothing
             error = (got[name].float() - right)[finite].norm() / right[finite].norm().clamp_min(1e-6)
-            assert error < 6 * spacing, f"{name} {dtype}: {error}"
+            assert error < case.spacings * spacing, f"{name} {dtype}: {error}"
 
 
-def check_in_one_graph(case: Case) -> None:
+def check_one_graph(case: Case) -> None:
     torch._dynamo.reset()
     backend = "inductor" if DEVICE == "cuda" else "aot_eager"
     compiled = case.run("triton", function=torch.compile(case.operation, fullgraph=True, backend=backend))
@@ -80,8 +122,8 @@ def check_in_one_graph(case: Case) -> None:
         torch.testing.assert_close(compiled[name], right, atol=1e-5, rtol=1e-5)
 
 
-def check_registration(case: Case) -> set[Any]:
-    """What the operators tell the compiler (shapes, strides, aliases) is what they do. Returns the operators."""
+def check_registration(case: Case) -> None:
+    """What the operators tell the compiler (shapes, strides, aliases) is what they do."""
     calls = []
 
     class Record(TorchDispatchMode):
@@ -90,36 +132,70 @@ def check_registration(case: Case) -> set[Any]:
                 calls.append((func, args))
             return func(*args, **(kwargs or {}))
 
+    def copy(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(copy(item) for item in value)
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
     with Record():
         case.run("triton")
-    assert calls
     for func, args in calls:
-        copies = tuple(a.detach().clone() if isinstance(a, Tensor) else a for a in args)
-        torch.library.opcheck(func, copies, test_utils=("test_schema", "test_faketensor"))
-    return {func for func, _ in calls}
+        torch.library.opcheck(func, copy(args), test_utils=("test_schema", "test_faketensor"))
+    assert len({func for func, _ in calls}) == case.operators
 
 
-def check_every_time_the_same(case: Case) -> None:
+def check_determinism(case: Case) -> None:
     first, second = case.run("triton"), case.run("triton")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def check_cuda_graph(case: Case) -> None:
-    tensors = {name: t.to(DEVICE) for name, t in case.tensors.items()}
-    given = {name: t.bfloat16().requires_grad_() if t.is_floating_point() else t for name, t in tensors.items()}
-    leaves = [t for t in given.values() if t.is_floating_point()]
-
-    def run() -> tuple[Tensor, ...]:
-        out = case.operation(**given, **case.settings, backend="triton")
-        return out.detach(), *torch.autograd.grad(out.square().sum(), leaves)
-
+def check_capture(case: Case) -> None:
+    """Nothing waits for the device: a CUDA graph computes what then stands in the tensors that it was recorded with."""
+    given = case.given(torch.bfloat16)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            want = run()
+            case.of_given(given, "triton")
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = run()
+        got = case.of_given(given, "triton")
+    with torch.no_grad():
+        for tensor in given.values():
+            if tensor.ndim:
+                tensor.copy_(tensor.flip(0))
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for name, right in case.of_given(given, "triton").items():
+        assert torch.equal(got[name], right), name
+
+
+def check_empty_batch(case: Case) -> None:
+    empty = case.of(**{name: t[:0] for name, t in case.tensors.items() if name not in case.unbatched})
+    want = empty.run("reference")
+    for name, found in empty.run("triton").items():
+        assert found.shape == want[name].shape
+        assert not found.any()
+
+
+CHECKS: dict[str, Callable[[Case], None]] = {
+    "half_precision": check_half_precision,
+    "one_graph": check_one_graph,
+    "registration": check_registration,
+    "determinism": check_determinism,
+    "capture": check_capture,
+    "empty_batch": check_empty_batch,
+}
+_ON_A_GPU = ("determinism", "capture")  # in the interpreter a run is one thread
+
+
+def each_check(makers: Makers, **others: Makers) -> pytest.MarkDecorator:
+    """Parametrise over `check` and `make`: every check and every maker, but the checks in `others` with makers of their own."""
+    return pytest.mark.parametrize(
+        ("check", "make"),
+        [
+            pytest.param(check, make, id=f"{name}-{kind}", marks=pytest.mark.gpu if name in _ON_A_GPU else ())
+            for name, check in CHECKS.items()
+            for kind, make in others.get(name, makers).items()
+        ],
+    )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import kernel_case as kernels
@@ -24,34 +23,16 @@ from attention_zoo.ops.core_context import core_context_attention
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
-@dataclass
-class Problem(Case):
+def with_lse(operation: Callable[..., Any], tensors: dict[str, Tensor], settings: dict[str, Any], **more: Any) -> Case:
     """A call whose log-normaliser is looked at too."""
-
-    single: tuple[str, ...] = ("lse",)
-
-    def run(self, backend: str, dtype: torch.dtype = torch.float32, function: Any = None) -> dict[str, Tensor]:
-        """Output, log-normaliser, and gradients of a fixed functional of both, by name."""
-        given = {
-            name: t.to(DEVICE, dtype).requires_grad_() if t.is_floating_point() else t.to(DEVICE)
-            for name, t in self.tensors.items()
-        }
-        leaves = {name: t for name, t in given.items() if t.is_floating_point()}
-        out, lse = (function or self.operation)(**given, **self.settings, return_lse=True, backend=backend)
-        objective = (out.float() * torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)).sum()
-        seen = lse.isfinite()  # where nothing is seen there is no slope
-        objective = (
-            objective + (torch.where(seen, lse, 0.0) * torch.linspace(1, -1, lse.numel(), device=DEVICE).view(lse.shape)).sum()
-        )
-        gradients = torch.autograd.grad(objective, list(leaves.values()))
-        return {"out": out.detach(), "lse": lse.detach(), **dict(zip(leaves, gradients, strict=True))}
+    return Case(operation, tensors, {**settings, "return_lse": True}, ("lse",), ("out", "lse"), **more)
 
 
 def routed(
     batch: int = 2, kv_heads: int = 1, group: int = 2, regions: int = 5, key_regions: int = 4, n: int = 5, m: int = 3,
     number: int = 2, dim: int = 8, value_dim: int = 16, weights: bool = False, mask: int = 0, popular: bool = False,
     shared: int = 0,
-) -> Problem:  # fmt: skip
+) -> Case:  # fmt: skip
     """Regions of queries and of keys; `popular`: all queries are routed to the same regions."""
     number = min(number, key_regions)
     order = torch.rand(batch, regions, key_regions).argsort(-1)[..., :number]
@@ -67,13 +48,13 @@ def routed(
         tensors["key_mask"] = torch.rand(*((batch,) if mask == 2 else ()), key_regions, m) > 0.5
     if shared:
         tensors["shared_k"], tensors["shared_v"] = (torch.randn(batch, kv_heads, shared, d) for d in (dim, value_dim))
-    return Problem(ops.routed_attention, tensors, {"scale": 0.3})
+    return with_lse(ops.routed_attention, tensors, {"scale": 0.3}, unbatched=("key_mask",) if mask == 1 else ())
 
 
 def halo(
     batch: int = 1, heads: int = 2, height: int = 5, width: int = 4, block: int = 3, halo_size: int = 1, stride: int = 1,
     dim: int = 8, value_dim: int = 16, masked: bool = True, scale_positions: bool = False,
-) -> Problem:  # fmt: skip
+) -> Case:  # fmt: skip
     """Blocks on a map; without a mask the map is made of whole blocks."""
     block *= stride
     if not masked:
@@ -86,7 +67,7 @@ def halo(
         "height_rel": torch.randn(table, dim),
         "width_rel": torch.randn(table, dim),
     }
-    return Problem(
+    return with_lse(
         ops.halo_attention,
         tensors,
         {
@@ -97,13 +78,14 @@ def halo(
             "scale_positions": scale_positions,
             "mask_padding": masked,
         },
+        unbatched=("height_rel", "width_rel"),
     )
 
 
 def core_context(
     batch: int = 2, kv_heads: int = 2, group: int = 2, per_query: bool = True, window: int = 5, pool: int = 3, queries: int = 40,
     start: int = 0, cut: bool = False, spare: int = 0, dim: int = 8, value_dim: int = 16,
-) -> Problem:  # fmt: skip
+) -> Case:  # fmt: skip
     """Queries from place `start` on; `cut`: older keys than any of them sees are not there; `spare` core tokens that none sees."""
     heads, last = kv_heads * group, start + queries
     key_start = max(0, (start + 1 - window) // pool * pool) if cut else 0
@@ -117,13 +99,11 @@ def core_context(
         "core_v": torch.randn(batch, core_heads, cores, value_dim),
     }
     places = {"window_size": window, "group_size": pool, "query_start": start, "key_start": key_start}
-    return Problem(core_context_attention, tensors, {**places, "scale": 0.3})
+    return with_lse(core_context_attention, tensors, {**places, "scale": 0.3})
 
 
-def compare(problem: Problem) -> None:
-    want, got = problem.run("reference"), problem.run("triton")
-    for name, right in want.items():
-        torch.testing.assert_close(got[name], right, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+def compare(problem: Case) -> None:
+    kernels.check_against_plain_code(problem, size=kernels.constant)
 
 
 DIMS = st.sampled_from([(8, 16), (16, 16), (24, 40), (40, 24)])
@@ -169,61 +149,28 @@ LARGE = {
 
 
 @pytest.mark.parametrize("make", LARGE.values(), ids=list(LARGE))
-def test_several_tiles(make: Callable[[], Problem]) -> None:
+def test_several_tiles(make: Callable[[], Case]) -> None:
     compare(make())
 
 
 MAKERS = {"routed": lambda: routed(1, weights=True, mask=1), "halo": halo, "core_context": core_context}
-every = pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
 
 
-@every
-def test_half_precision(make: Callable[[], Problem]) -> None:
-    kernels.check_half_precision(make())
-
-
-@every
-def test_in_one_graph(make: Callable[[], Problem]) -> None:
-    kernels.check_in_one_graph(make())
-
-
-@every
-def test_registration(make: Callable[[], Problem]) -> None:
-    assert len(kernels.check_registration(make())) == 2  # forward and backward
-
-
-@every
-@pytest.mark.gpu  # in the interpreter a run is one thread
-def test_every_time_the_same(make: Callable[[], Problem]) -> None:
-    kernels.check_every_time_the_same(make())
-
-
-@pytest.mark.gpu
-@every
-def test_cuda_graphs(make: Callable[[], Problem]) -> None:
-    kernels.check_cuda_graph(make())
-
-
-@every
-def test_empty_batches(make: Callable[[], Problem]) -> None:
-    problem = make()
-    batched = {"q", "k", "v", "routes", "route_weights", "core_k", "core_v"}
-    empty = Problem(problem.operation, {n: t[:0] if n in batched else t for n, t in problem.tensors.items()}, problem.settings)
-    for name, gradient in empty.run("triton").items():
-        assert gradient.shape == empty.run("reference")[name].shape
-        assert not gradient.any()
+@kernels.each_check(MAKERS)
+def test_checks(check: Callable[[Case], None], make: Callable[[], Case]) -> None:
+    check(make())
 
 
 WIDE = ("q", "k", "core_k", "height_rel", "width_rel")  # what has the channels of queries
 
 
-@every
+@pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
 @pytest.mark.parametrize(
     ("changes", "match"),
     [({"dropout_p": 0.5}, "dropout"), ({}, "float64"), ({"dim": 320}, "256")],
     ids=["dropout", "double", "wide"],
 )
-def test_what_a_kernel_refuses(make: Callable[[], Problem], changes: dict[str, Any], match: str) -> None:
+def test_what_a_kernel_refuses(make: Callable[[], Case], changes: dict[str, Any], match: str) -> None:
     problem = make()
     tensors, given = dict(problem.tensors), {k: v for k, v in changes.items() if k != "dim"}
     if "dim" in changes:

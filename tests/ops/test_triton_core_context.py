@@ -14,21 +14,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_case import DEVICE, FEW
+from kernel_case import DEVICE, FEW, Case
 from torch import Tensor
 
 from attention_zoo import ops
 from attention_zoo.ops.core_context import core_context_attention, pool_core_tokens
-from tests.ops.test_triton import DIMS, Problem, compare, core_context
+from tests.ops.test_triton import DIMS, compare, core_context
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 SCALE_UP = 8 if DEVICE == "cuda" else 1  # the interpreter is slow
 
 
-def pool_in_place(q: Tensor, k: Tensor, v: Tensor, *, group_size: int, return_lse: bool, **how: Any) -> tuple[Tensor, Tensor]:
+def pool_in_place(q: Tensor, k: Tensor, v: Tensor, *, group_size: int, **how: Any) -> tuple[Tensor, Tensor]:
     """As a module pools: the queries of the last tokens are a slice of all, a rest that fills no group is left out."""
-    assert return_lse  # two tensors come back
     whole = k.shape[2] // group_size * group_size
     lasts = q[:, :, group_size - 1 : whole : group_size]
     return pool_core_tokens(lasts, k[:, :, :whole], v[:, :, :whole], group_size=group_size, **how)
@@ -37,19 +36,20 @@ def pool_in_place(q: Tensor, k: Tensor, v: Tensor, *, group_size: int, return_ls
 def pooling(
     batch: int = 2, kv_heads: int = 2, group: int = 2, per: str = "query", size: int = 3, groups: int = 5, rest: int = 1,
     dim: int = 8, value_dim: int = 16,
-) -> Problem:  # fmt: skip
+) -> Case:  # fmt: skip
     length = groups * size + rest
     tensors = {
         "q": torch.randn(batch, length, kv_heads * group, dim).transpose(1, 2),
         "k": torch.randn(batch, length, kv_heads, dim).transpose(1, 2),
         "v": torch.randn(batch, kv_heads, length, value_dim),
     }
-    return Problem(pool_in_place, tensors, {"group_size": size, "core_per": per, "scale": 0.3}, single=())
+    settings = {"group_size": size, "core_per": per, "scale": 0.3}
+    return Case(pool_in_place, tensors, settings, outputs=("core_k", "core_v"))
 
 
 def at_places(
     batch: int = 3, queries: int = 4, window: int = 5, pool: int = 3, key_too: bool = True, furthest: int = 20, **sizes: Any
-) -> Problem:
+) -> Case:
     """Each sample's queries start somewhere else, and with `key_too` its keys; some keys stand before the first token."""
     problem = core_context(batch, queries=furthest, window=window, pool=pool, **sizes)
     tensors = problem.tensors
@@ -91,68 +91,18 @@ def test_samples_at_different_places(furthest: int, **sizes: Any) -> None:
     compare(at_places(2, furthest=furthest * SCALE_UP, **sizes))
 
 
-MAKERS: dict[str, Callable[[], Problem]] = {
+MAKERS: dict[str, Callable[[], Case]] = {
     "pooling": lambda: pooling(1),
     "pooling-kv": lambda: pooling(1, per="kv", size=4),
     "decode": lambda: core_context(1, 1, start=30, queries=1),
     "decode-places": lambda: at_places(2, kv_heads=1),
     "places": lambda: at_places(2, 10, kv_heads=1),
 }
-each_kind = pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
 
 
-@each_kind
-def test_half_precision(make: Callable[[], Problem]) -> None:
-    kernels.check_half_precision(make())
-
-
-@each_kind
-def test_in_one_graph(make: Callable[[], Problem]) -> None:
-    kernels.check_in_one_graph(make())
-
-
-@each_kind
-def test_registration(make: Callable[[], Problem]) -> None:
-    assert len(kernels.check_registration(make())) == 2  # forward and backward
-
-
-@each_kind
-def test_every_time_the_same(make: Callable[[], Problem]) -> None:
-    kernels.check_every_time_the_same(make())
-
-
-@pytest.mark.gpu
-@each_kind
-def test_cuda_graphs(make: Callable[[], Problem]) -> None:
-    """Nothing waits for the device: places that a graph was recorded with may change before it is replayed."""
-    problem = make()
-    given = {n: t.to(DEVICE, torch.bfloat16 if t.is_floating_point() else t.dtype) for n, t in problem.tensors.items()}
-
-    def run() -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = problem.operation(**given, **problem.settings, return_lse=True, backend="triton")
-        return result
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = run()
-    for name in ("query_start", "key_start"):
-        if name in given:
-            given[name].copy_(given[name].flip(0))
-    graph.replay()
-    for a, b in zip(got, run(), strict=True):
-        assert torch.equal(a, b)
-
-
-@each_kind
-def test_empty_batches(make: Callable[[], Problem]) -> None:
-    problem = make()
-    empty = Problem(problem.operation, {n: t[:0] for n, t in problem.tensors.items()}, problem.settings)
-    for name, right in empty.run("reference").items():
-        assert empty.run("triton")[name].shape == right.shape
+@kernels.each_check(MAKERS)
+def test_checks(check: Callable[[Case], None], make: Callable[[], Case]) -> None:
+    check(make())
 
 
 def test_no_groups_give_no_core_tokens() -> None:
@@ -181,9 +131,7 @@ def test_many_portions_of_the_keys() -> None:
 def test_the_operation_is_the_same_for_few_and_many_queries() -> None:
     problem = core_context(1, 1, 2, queries=12, start=30)
     tensors = {name: t.to(DEVICE) for name, t in problem.tensors.items()}
-    whole = core_context_attention(**tensors, **problem.settings, backend="triton")
+    whole, _ = core_context_attention(**tensors, **problem.settings, backend="triton")
     few = {**tensors, "q": tensors["q"][:, :, :5]}
-    part = core_context_attention(**few, **problem.settings, backend="triton")
-    assert isinstance(whole, Tensor)
-    assert isinstance(part, Tensor)
+    part, _ = core_context_attention(**few, **problem.settings, backend="triton")
     torch.testing.assert_close(part, whole[:, :, :5], atol=1e-5, rtol=1e-5)

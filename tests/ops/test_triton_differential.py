@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import kernel_case as kernels
@@ -41,12 +41,9 @@ def difference(
     tensors["factor"] = torch.rand(batch, tokens, heads) if per_token else torch.tensor(0.4)
     if norm and weighted:
         tensors["weight"] = torch.rand(dim) + 0.5
-    return Case(
-        ops.subtract_noise,
-        tensors,
-        {"groups": groups, **({"eps": 1e-2, "gain": 0.8} if norm else {}), **({"noise": None} if joint else {})},
-        KEPT,
-    )
+    settings = {"groups": groups, **({"eps": 1e-2, "gain": 0.8} if norm else {}), **({"noise": None} if joint else {})}
+    unbatched = ("weight",) if per_token else ("factor", "weight")
+    return Case(ops.subtract_noise, tensors, settings, KEPT, unbatched=unbatched)
 
 
 def both_maps(
@@ -68,15 +65,17 @@ def both_maps(
         tensors["weight"] = torch.rand(value_dim) + 0.5
     # a large epsilon: where both maps see one key the difference is small, and its norm is as exact as the difference is
     settings = {"is_causal": is_causal, "scale": 0.3, **({"eps": 1e-2, "gain": 0.8} if norm else {})}
-    return Case(ops.differential_attention, tensors, settings, KEPT)
+    unbatched = ("weight",) if per_token else ("factor", "weight")
+    return Case(ops.differential_attention, tensors, settings, KEPT, unbatched=unbatched)
+
+
+def size(name: str, want: Mapping[str, Tensor]) -> float:
+    """Lambda and the norm's weight have gradients from all tokens, which cancel."""
+    return kernels.largest(name, want) * max(1.0, want["out"].numel() / max(want[name].numel(), 1)) ** 0.5
 
 
 def compare(problem: Case) -> None:
-    want, got = problem.run("reference"), problem.run("triton")
-    for name, right in want.items():
-        terms = want["out"].numel() / max(right.numel(), 1)  # lambda and the weight have gradients from all tokens, which cancel
-        size = max(1.0, right.abs().max().item()) * max(1.0, terms**0.5)
-        torch.testing.assert_close(got[name], right, atol=2e-5 * size, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    kernels.check_against_plain_code(problem, size=size)
 
 
 @FEW
@@ -126,47 +125,19 @@ MAKERS: dict[str, Callable[[], Case]] = {
     "difference": difference,
     "maps": lambda: both_maps(queries=7 * LARGE, keys=9 * LARGE, dim=64 if DEVICE == "cuda" else 8, per_token=True),
 }
-every = pytest.mark.parametrize("make", MAKERS.values(), ids=list(MAKERS))
 
 
-@every
-def test_half_precision(make: Callable[[], Case]) -> None:
-    kernels.check_half_precision(make())
+NOBODY: dict[str, Callable[[], Case]] = {
+    "difference": difference,
+    "difference-one": lambda: difference(per_token=False),
+    "maps": both_maps,
+    "maps-unweighted": lambda: both_maps(weighted=False),
+}
 
 
-@every
-def test_in_one_graph(make: Callable[[], Case]) -> None:
-    kernels.check_in_one_graph(make())
-
-
-@every
-def test_registration(make: Callable[[], Case]) -> None:
-    assert len(kernels.check_registration(make())) == 2  # forward and backward
-
-
-@every
-@pytest.mark.gpu  # in the interpreter a run is one thread
-def test_every_time_the_same(make: Callable[[], Case]) -> None:
-    kernels.check_every_time_the_same(make())
-
-
-@pytest.mark.gpu
-@every
-def test_cuda_graphs(make: Callable[[], Case]) -> None:
-    kernels.check_cuda_graph(make())
-
-
-@pytest.mark.parametrize(
-    "make",
-    [lambda: difference(0), lambda: difference(0, per_token=False), lambda: both_maps(0), lambda: both_maps(0, weighted=False)],
-)
-def test_empty_batches(make: Callable[[], Case]) -> None:
-    problem = make()
-    got = problem.run("triton")
-    assert got["out"].shape[0] == 0
-    for name, tensor in problem.tensors.items():
-        assert got[name].shape == tensor.shape
-        assert not got[name].any()
+@kernels.each_check(MAKERS, empty_batch=NOBODY)
+def test_checks(check: Callable[[Case], None], make: Callable[[], Case]) -> None:
+    check(make())
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,15 @@ Without a GPU they run under TRITON_INTERPRET=1, which conftest.py sets.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
+import kernel_case as kernels
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_case import FEW
+from kernel_case import DEVICE, FEW, Case
 from torch import Tensor
 
 import attention_zoo as az
@@ -22,26 +24,11 @@ from attention_zoo.ops.head_map import select_heads
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [1, 3, 18] if DEVICE == "cpu" else [1, 18, 197, 1000]
 
 
 def heads(batch: int, number: int, length: int, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(batch, length, number, dim, device=DEVICE).transpose(1, 2).to(dtype)
-
-
-@FEW
-@given(
-    batch=st.integers(1, 3), kv_heads=st.sampled_from([1, 2, 3, 5]), more=st.integers(0, 4), length=st.sampled_from(LENGTHS),
-    dim=st.sampled_from([4, 8, 24]), each=st.booleans(),
-)  # fmt: skip
-def test_the_allocation(batch: int, kv_heads: int, more: int, length: int, dim: int, each: bool) -> None:
-    from attention_zoo.ops.triton.head_map import allocate_heads
-
-    k, num_heads = heads(batch, kv_heads, length, dim) * torch.rand(batch, kv_heads, 1, 1, device=DEVICE), kv_heads + more
-    allocation, head_map = allocate_heads(k, num_heads, each)
-    assert torch.equal(allocation, key_driven_allocation(k, num_heads, None, "sample" if each else "batch"))
-    assert torch.equal(head_map, allocation_to_head_map(allocation, num_heads))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
@@ -63,26 +50,55 @@ def test_many_keys_and_samples_of_few_heads(num_heads: int) -> None:
     assert torch.equal(allocate_heads(k, num_heads, False)[0], key_driven_allocation(k, num_heads, None, "batch"))
 
 
-def call(
-    batch: int = 2, kv_heads: int = 3, length: int = 18, dim: int = 8, value_dim: int = 16, each: bool = True
-) -> dict[str, Tensor]:
-    """q of five heads, k, v and a map that leaves a head out, of each sample its own or one for all."""
+def attend(
+    batch: int = 2, kv_heads: int = 3, length: int = 18, dim: int = 8, value_dim: int = 16, each: bool = True, learns: bool = False
+) -> Case:  # fmt: skip
+    """Five heads of queries, and a map that leaves a head out, of each sample its own or one for all. Kernels do not learn."""
     maps = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], device=DEVICE).clamp(max=kv_heads - 1)
     q, k, v = heads(batch, 5, length, dim), heads(batch, kv_heads, length, dim), heads(batch, kv_heads, length, value_dim)
-    return {"q": q, "k": k, "v": v, "head_map": maps[:batch] if each else maps[0]}
+    tensors = {"q": q, "k": k, "v": v, "head_map": maps[:batch] if each else maps[0]}
+    return Case(_attend, tensors, unbatched=() if each else ("head_map",), learns=learns, operators=1)
 
 
-def run(tensors: dict[str, Tensor], backend: str, grad: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Output, and the gradients of a fixed functional of it."""
-    leaves = [t.to(dtype).requires_grad_(grad) for t in (tensors["q"], tensors["k"], tensors["v"])]
+def _attend(q: Tensor, k: Tensor, v: Tensor, head_map: Tensor, *, backend: str) -> Tensor:
     with ops.use_backend(backend):
-        out = ops.attention_by_head_map(*leaves, tensors["head_map"])
-    if not grad:
-        return [out]
-    return [
-        out.detach(),
-        *torch.autograd.grad((out * torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out)).sum(), leaves),
-    ]
+        return ops.attention_by_head_map(q, k, v, head_map)
+
+
+def copies(length: int = 18, each: bool = True) -> Case:
+    case = attend(length=length, each=each)
+    tensors = {name: case.tensors[name] for name in ("k", "v", "head_map")}
+    return Case(_copy, tensors, outputs=("copies_of_k", "copies_of_v"), unbatched=case.unbatched)
+
+
+def _copy(k: Tensor, v: Tensor, head_map: Tensor, *, backend: str) -> tuple[Tensor, Tensor]:
+    from attention_zoo.ops.triton.head_map import copy_heads
+
+    return copy_heads(k, v, head_map) if backend == "triton" else (select_heads(k, head_map), select_heads(v, head_map))
+
+
+def allocation(batch: int = 2, kv_heads: int = 3, length: int = 18, dim: int = 8, num_heads: int = 5, each: bool = True) -> Case:
+    k = heads(batch, kv_heads, length, dim) * torch.rand(batch, kv_heads, 1, 1, device=DEVICE)
+    settings = {"num_heads": num_heads, "each": each}
+    return Case(_allocate, {"k": k}, settings, outputs=("allocation", "head_map"), learns=False, operators=1)
+
+
+def _allocate(k: Tensor, *, num_heads: int, each: bool, backend: str) -> tuple[Tensor, Tensor]:
+    from attention_zoo.ops.triton.head_map import allocate_heads
+
+    if backend == "triton":
+        return allocate_heads(k, num_heads, each)
+    allocation = key_driven_allocation(k, num_heads, None, "sample" if each else "batch")
+    return allocation, allocation_to_head_map(allocation, num_heads)
+
+
+@FEW
+@given(
+    batch=st.integers(1, 3), kv_heads=st.sampled_from([1, 2, 3, 5]), more=st.integers(0, 4), length=st.sampled_from(LENGTHS),
+    dim=st.sampled_from([4, 8, 24]), each=st.booleans(),
+)  # fmt: skip
+def test_the_allocation(kv_heads: int, more: int, **sizes: Any) -> None:
+    kernels.check_against_plain_code(allocation(kv_heads=kv_heads, num_heads=kv_heads + more, **sizes), atol=0, rtol=0)
 
 
 @FEW
@@ -91,66 +107,49 @@ def run(tensors: dict[str, Tensor], backend: str, grad: bool, dtype: torch.dtype
     each=st.booleans(),
 )  # fmt: skip
 def test_attention(**sizes: Any) -> None:
-    tensors = call(**sizes)
-    torch.testing.assert_close(run(tensors, "triton", False), run(tensors, "torch", False), atol=1e-5, rtol=1e-4)
+    kernels.check_against_plain_code(attend(**sizes), atol=1e-5, size=kernels.constant)
 
 
 @pytest.mark.parametrize("length", [70, 130])
 def test_several_tiles(length: int) -> None:
-    tensors = call(1, length=length, dim=16)
-    torch.testing.assert_close(run(tensors, "triton", False), run(tensors, "torch", False), atol=1e-5, rtol=1e-4)
+    kernels.check_against_plain_code(attend(1, length=length, dim=16), atol=1e-5, size=kernels.constant)
 
 
 @pytest.mark.parametrize("each", [True, False])
 @pytest.mark.parametrize("length", LENGTHS[1:])
 def test_copies_and_their_gradients(each: bool, length: int) -> None:
-    from attention_zoo.ops.triton.head_map import copy_heads
-
-    tensors = call(length=length, each=each)
-    found = []
-    for copy in (copy_heads, lambda k, v, head_map: (select_heads(k, head_map), select_heads(v, head_map))):
-        leaves = [tensors[name].clone().requires_grad_() for name in "kv"]
-        copies = copy(*leaves, tensors["head_map"])
-        objective = sum((c * torch.linspace(-1, 1, c.numel(), device=DEVICE).view_as(c)).sum() for c in copies)
-        found.append([*copies, *torch.autograd.grad(objective, leaves)])
-    assert all(torch.equal(a, b) for a, b in zip(found[0][:2], found[1][:2], strict=True))
-    torch.testing.assert_close(found[0][2:], found[1][2:])
-    assert not found[0][2][:, 2].any()  # nobody reads it
+    case = copies(length, each)
+    got, want = case.run("triton"), case.run("reference")
+    assert all(torch.equal(got[name], want[name]) for name in case.outputs)
+    torch.testing.assert_close(got, want)
+    assert not got["k"][:, 2].any()  # nobody reads it
 
 
-def test_half_precision() -> None:
-    tensors = call(dim=16)
-    (exact,) = run(tensors, "torch", False)
-    for dtype in (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,):  # numbers of numpy's interpret it
-        (got,) = run(tensors, "triton", False, dtype)
-        assert (got.float() - exact).norm() / exact.norm() < 6 * torch.finfo(dtype).eps
+MAKERS: dict[str, Callable[[], Case]] = {
+    "attend": lambda: attend(dim=16),
+    "copy": copies,
+    "allocate": allocation,
+    "allocate-together": lambda: allocation(each=False),
+}
+
+
+@kernels.each_check(
+    MAKERS,
+    half_precision={name: MAKERS[name] for name in ("attend", "copy")},  # an allocation is of whole numbers
+    empty_batch={"copy": copies},  # nothing attends there
+)
+def test_checks(check: Callable[[Case], None], make: Callable[[], Case]) -> None:
+    check(make())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_on_the_device(dtype: torch.dtype) -> None:
-    tensors = call(length=197, dim=64, value_dim=64)
-    for got, want in zip(run(tensors, "auto", True, dtype), run(tensors, "reference", True), strict=True):
-        assert (got.float() - want).norm() / want.norm().clamp_min(1e-6) < max(2e-3, 10 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("operator", ["attend", "copy", "allocate"])
-def test_registration(operator: str) -> None:
-    """What the operators tell the compiler (shapes, strides, aliases) is what they do."""
-    from attention_zoo.ops.triton import head_map as kernels
-
-    tensors = call()
-    k = tensors["k"]
-    arguments: list[tuple[Any, tuple[Any, ...]]] = {
-        "attend": [(kernels._attend_by_map, (tensors["q"], k, tensors["v"], tensors["head_map"], 0.3))],
-        "copy": [
-            (kernels._copy_heads, (k, tensors["v"], tensors["head_map"])),
-            (kernels._add_up_heads, (tensors["q"], tensors["q"].clone(), tensors["head_map"], 3)),
-        ],
-        "allocate": [(kernels._allocate_heads, (k, 5, True)), (kernels._allocate_heads, (k, 5, False))],
-    }[operator]
-    for function, args in arguments:
-        torch.library.opcheck(function.registered, args, test_utils=("test_schema", "test_faketensor"))
+    case = attend(length=197, dim=64, value_dim=64, learns=True)
+    got = case.run("auto", dtype)
+    for name, want in case.run("reference").items():
+        error = (got[name].float() - want).norm() / want.norm().clamp_min(1e-6)
+        assert error < max(2e-3, 10 * torch.finfo(dtype).eps), name
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -205,17 +204,17 @@ def test_cuda_graphs() -> None:
 
 
 def test_maps_that_do_not_fit() -> None:
-    tensors = call()
-    with pytest.raises(ValueError, match="head_map"):
-        ops.attention_by_head_map(tensors["q"], tensors["k"], tensors["v"], tensors["head_map"][:, 1:])
-    with pytest.raises(ValueError, match="int64"):
-        ops.attention_by_head_map(tensors["q"], tensors["k"], tensors["v"], tensors["head_map"].int())
+    tensors = attend().tensors
+    head_map = tensors.pop("head_map")
+    for wrong, match in ((head_map[:, 1:], "head_map"), (head_map.int(), "int64")):
+        with pytest.raises(ValueError, match=match):
+            ops.attention_by_head_map(**tensors, head_map=wrong)
 
 
 @pytest.mark.parametrize("sizes", [{"batch": 0}, {"length": 0}], ids=str)
 def test_empty(sizes: dict[str, int]) -> None:
-    tensors = call(**sizes)
-    assert run(tensors, "auto", False)[0].shape == (*tensors["q"].shape[:3], 16)
+    case = attend(**sizes)
+    assert case.run("auto")["out"].shape == (*case.tensors["q"].shape[:3], 16)
 
 
 @pytest.mark.parametrize("kind", ["diff", "ema"])

@@ -6,10 +6,13 @@ Without a GPU they run under TRITON_INTERPRET=1, which conftest.py sets.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
+import kernel_case as kernels
 import pytest
 import torch
+from kernel_case import DEVICE, Case
 from torch import Tensor
 
 import attention_zoo as az
@@ -18,76 +21,45 @@ from attention_zoo.attention import combiner_patterns
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-
-def parts(count: int, dtype: torch.dtype = torch.float32, batch: int = 2) -> tuple[list[Tensor], list[Tensor]]:
+def parts(count: int, batch: int = 2) -> Case:
     """Outputs (B, H, S, L, D), computed row by row or column by column, and normalisers; some have seen nothing."""
     sizes = {True: (batch, 3, 2, 5), False: (batch, 2, 5, 3)}  # (B, S, H, L) or (B, H, L, S) in memory
-    outs = []
+    tensors = {}
     for i in range(count):
-        out = torch.randn(*sizes[i % 2 == 0], 8, device=DEVICE)
-        outs.append((out.transpose(1, 2) if i % 2 == 0 else out.transpose(2, 3)).to(dtype).requires_grad_())
-    lses = [torch.randn(batch, 2, 3, 5, device=DEVICE) for _ in range(count)]
-    for i, lse in enumerate(lses):
+        out, lse = torch.randn(*sizes[i % 2 == 0], 8), torch.randn(batch, 2, 3, 5)
         lse[:, 0, 0] = -torch.inf  # nobody has
         lse[:, 1, i % 3] = -torch.inf
-    return outs, [lse.requires_grad_() for lse in lses]
+        tensors |= {f"out{i}": out.transpose(1, 2) if i % 2 == 0 else out.transpose(2, 3), f"lse{i}": lse}
+    lses = tuple(name for name in tensors if name.startswith("lse"))
+    return Case(_merge, tensors, outputs=("out", "lse"), single=("lse", *lses), spacings=3.0)
 
 
-def run(outs: list[Tensor], lses: list[Tensor], kernel: bool) -> list[Tensor]:
-    """What is merged, and gradients of a fixed functional of it."""
-    if kernel:
+def _merge(*, backend: str, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+    outs, lses = ([t for name, t in tensors.items() if name.startswith(kind)] for kind in ("out", "lse"))
+    if backend == "triton":
         from attention_zoo.ops.triton.merge import merge_attention_triton
 
-        out, lse = merge_attention_triton(outs, lses)
-    else:
-        with ops.use_backend("torch"):
-            out, lse = ops.merge_attention(outs, lses)
-    objective = (out.float() * torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)).sum()
-    objective = (
-        objective
-        + (torch.where(lse.isfinite(), lse, 0.0) * torch.linspace(1, -1, lse.numel(), device=DEVICE).view(lse.shape)).sum()
-    )
-    return [out.detach(), lse.detach(), *torch.autograd.grad(objective, [*outs, *lses])]
+        return merge_attention_triton(outs, lses)
+    with ops.use_backend("torch"):
+        return ops.merge_attention(outs, lses)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_merging(count: int) -> None:
-    tensors = parts(count)
-    for got, want in zip(run(*tensors, kernel=True), run(*tensors, kernel=False), strict=True):
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    kernels.check_against_plain_code(parts(count), atol=1e-5, rtol=1e-5, size=kernels.constant)
 
 
-def test_half_precision() -> None:
-    outs, lses = parts(3, torch.bfloat16 if DEVICE == "cuda" else torch.float16)
-    exact = run([o.detach().float().requires_grad_() for o in outs], lses, kernel=False)
-    for got, want in zip(run(outs, lses, kernel=True), exact, strict=True):
-        seen = want.isfinite()
-        assert (got.float() - want)[seen].norm() / want[seen].norm() < 3 * torch.finfo(outs[0].dtype).eps
-
-
-def test_registration() -> None:
-    """What the operators tell the compiler (shapes, strides, aliases) is what they do."""
-    from attention_zoo.ops.triton import merge
-
-    outs, lses = ([t.detach() for t in tensors] for tensors in parts(2))
-    out, lse = merge._merge_forward(outs, lses)
-    for function, args in (
-        (merge._merge_forward, (outs, lses)),
-        (merge._merge_backward, (outs, lses, out, lse, out.clone(), None)),
-    ):
-        torch.library.opcheck(function.registered, args, test_utils=("test_schema", "test_faketensor"))
-
-
-def test_empty_batches() -> None:
-    assert all(not gradient.numel() for gradient in run(*parts(2, batch=0), kernel=True))
+@kernels.each_check({"merge": lambda: parts(3)})
+def test_checks(check: Callable[[Case], None], make: Callable[[], Case]) -> None:
+    check(make())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dims", [4, 5])
 def test_that_it_is_taken_on_the_device(dims: int) -> None:
-    outs, lses = parts(3)
+    given = parts(3).given()
+    outs, lses = ([given[f"{kind}{i}"] for i in range(3)] for kind in ("out", "lse"))
     if dims == 4:
         outs, lses = [o.flatten(2, 3) for o in outs], [lse.flatten(2, 3) for lse in lses]
     with ops.use_backend("torch"):

@@ -6,14 +6,15 @@ Without a GPU they run under TRITON_INTERPRET=1, which conftest.py sets.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
+import kernel_case as kernels
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_case import FEW
+from kernel_case import DEVICE, FEW, Case
 from torch import Tensor, nn
 
 import attention_zoo as az
@@ -21,40 +22,13 @@ from attention_zoo import ops
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-LONG = 9 if ON_GPU else 1  # times as long on a GPU
-
-
-@dataclass
-class Problem:
-    """A call of `ops.mixture_attention` in float32, and the mask of what it computes, (B, H, N)."""
-
-    tensors: dict[str, Tensor]
-    chosen: Tensor
-    topk: int
-    settings: dict[str, Any]
-
-    @property
-    def active(self) -> Tensor:
-        shared = self.tensors["q"].shape[1] - self.chosen.shape[-1]
-        return nn.functional.pad(self.chosen.float(), (shared, 0), value=1.0).transpose(1, 2).to(DEVICE)
-
-    def run(self, backend: str, dtype: torch.dtype = torch.float32, function: Any = ops.mixture_attention) -> dict[str, Tensor]:
-        """Output and gradients of a fixed functional of it, by name; gradients of gates where pairs are computed."""
-        kept = {name: torch.float32 if name == "gates" else dtype for name in self.tensors}
-        leaves = {name: t.to(DEVICE, kept[name]).requires_grad_() for name, t in self.tensors.items()}
-        out = function(**leaves, chosen=self.chosen.to(DEVICE), topk=self.topk, **self.settings, backend=backend)
-        slopes = torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)
-        gradients = dict(zip(leaves, torch.autograd.grad((out.float() * slopes).sum(), list(leaves.values())), strict=True))
-        gradients["gates"] = gradients["gates"] * self.active
-        return {"out": out.detach(), **gradients}
+LONG = 9 if DEVICE == "cuda" else 1  # times as long on a GPU
 
 
 def mixture(
     batch: int = 2, kv_heads: int = 2, group: int = 2, shared: int = 1, topk: int = 2, tokens: int = 20, keys: int | None = None,
     dim: int = 16, value_dim: int = 16, is_causal: bool = False, popular: bool = False, boolean: bool = False,
-) -> Problem:  # fmt: skip
+) -> Case:  # fmt: skip
     """`popular`: all tokens choose the same heads, so that nobody chooses the others."""
     heads, keys = kv_heads * group, tokens if keys is None else keys
     routed = heads - shared
@@ -64,18 +38,36 @@ def mixture(
         "q": torch.randn(batch, tokens, heads, dim).transpose(1, 2),
         "k": torch.randn(batch, kv_heads, keys, dim),
         "v": torch.randn(batch, keys, kv_heads, value_dim).transpose(1, 2),
-        "gates": torch.rand(batch, tokens, heads).transpose(1, 2)
-        * nn.functional.pad(chosen, (shared, 0), value=1.0).transpose(1, 2),
+        "gates": torch.rand(batch, tokens, heads).transpose(1, 2),
+        "chosen": chosen.bool(),
     }
-    return Problem(tensors, chosen.bool() if boolean else chosen, topk, {"scale": 0.3, "is_causal": is_causal})
+    settings = {"topk": topk, "scale": 0.3, "is_causal": is_causal, "boolean": boolean}
+    return Case(_mix, tensors, settings, single=("gates",), spacings=2.5)
 
 
-def compare(problem: Problem, function: Any = ops.mixture_attention) -> None:
-    """Sums over many tokens are as exact as the largest of them lets them be."""
-    want, got = problem.run("reference"), problem.run("triton", function=function)
-    for name, right in want.items():
-        atol = 2e-5 * max(1.0, float(right.abs().max()))
-        torch.testing.assert_close(got[name], right, atol=atol, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+def _mix(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, chosen: Tensor, *, boolean: bool, **settings: Any) -> Tensor:
+    """With gates, and gradients of gates, where pairs are computed."""
+    active = nn.functional.pad(chosen.float(), (q.shape[1] - chosen.shape[-1], 0), value=1.0).transpose(1, 2)
+    chosen = chosen if boolean else chosen.float()
+    return ops.mixture_attention(q, k, v, gates=gates * active, chosen=chosen, **settings)
+
+
+def gates(
+    batch: int = 2, tokens: int = 9, routed: int = 5, shared: int = 1, topk: int = 2, balanced: bool = True, ties: bool = False
+) -> Case:  # fmt: skip
+    logits = torch.randn(batch, tokens, routed + shared + 2)
+    settings = {"routed": routed, "shared": shared, "balanced": balanced, "topk": min(topk, routed)}
+    outputs = ("gates", "scores", "chosen")
+    return Case(_gate, {"logits": logits.round() if ties else logits}, settings, single=("logits", *outputs), outputs=outputs)
+
+
+def _gate(
+    logits: Tensor, *, routed: int, shared: int, balanced: bool, topk: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """All of a token's logits in one tensor, as the product of the three routers gives them."""
+    parts = logits.split([routed, shared, 2], dim=-1)
+    for_shared, balance = parts[1] if shared > 1 else None, parts[2] if balanced and shared else None
+    return ops.mixture_gates(parts[0], for_shared, balance, topk=topk, shared_heads=shared, backend=backend)
 
 
 @FEW
@@ -90,7 +82,7 @@ def test_any_shape(more: int, dims: tuple[int, int], seed: int, **options: Any) 
     heads = options["kv_heads"] * options["group"]
     options["shared"] = min(options["shared"], heads)
     options["topk"] = min(options["topk"], heads - options["shared"])
-    compare(mixture(keys=max(1, options["tokens"] + more), dim=dims[0], value_dim=dims[1], **options))
+    kernels.check_against_plain_code(mixture(keys=max(1, options["tokens"] + more), dim=dims[0], value_dim=dims[1], **options))
 
 
 @pytest.mark.parametrize(
@@ -104,13 +96,13 @@ def test_any_shape(more: int, dims: tuple[int, int], seed: int, **options: Any) 
 )
 def test_several_tiles(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    compare(mixture(batch=1, dim=8, **options))
+    kernels.check_against_plain_code(mixture(batch=1, dim=8, **options))
 
 
 @pytest.mark.parametrize("options", [{"shared": 0, "topk": 4}, {"shared": 4, "topk": 0}], ids=["all chosen", "all shared"])
 def test_nothing_to_skip(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    compare(mixture(tokens=7, **options))
+    kernels.check_against_plain_code(mixture(tokens=7, **options))
 
 
 @pytest.mark.parametrize("options", [{"batch": 0}, {"tokens": 0}, {"keys": 0}], ids=str)
@@ -122,46 +114,26 @@ def test_empty(options: dict[str, int]) -> None:
         assert not got.any(), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16], ids=str)
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_half_precision(dtype: torch.dtype, is_causal: bool) -> None:
-    torch.manual_seed(0)
-    problem = mixture(batch=1, tokens=40 * LONG, dim=24, is_causal=is_causal)
-    want, got = problem.run("reference"), problem.run("triton", dtype)
-    for name, right in want.items():
-        error = (got[name].float() - right).norm() / right.norm()
-        assert error < 2e-2, f"{name}: {error}"
+MAKERS: dict[str, Callable[[], Case]] = {
+    "mixture": lambda: mixture(batch=1, tokens=40 * LONG, dim=24),
+    "mixture-causal": lambda: mixture(batch=1, tokens=40 * LONG, dim=24, is_causal=True),
+    "gates": gates,
+}
+IN_ANY_PRECISION = {name: make for name, make in MAKERS.items() if name != "gates"}
 
 
-@pytest.mark.gpu  # in the interpreter a run is one thread
-def test_same_result_every_time() -> None:
-    torch.manual_seed(0)
-    problem = mixture(tokens=33 * LONG)
-    first, second = problem.run("triton"), problem.run("triton")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+@kernels.each_check(MAKERS, half_precision=IN_ANY_PRECISION)
+def test_checks(check: Callable[[Case], None], make: Callable[[], Case]) -> None:
+    check(make())
 
 
 def test_choices_that_are_not_top_k_touch_nothing_else() -> None:
     """A token that has chosen more heads than it may, which is not checked, must not write where it should not."""
     torch.manual_seed(0)
     problem = mixture(topk=1, shared=0)
-    problem.chosen[0, 3] = 1.0
-    problem.chosen[0, 4] = 0.0
+    problem.tensors["chosen"][0, 3] = True
+    problem.tensors["chosen"][0, 4] = False
     assert problem.run("triton")["out"].isfinite().all()
-
-
-def test_compiled() -> None:
-    torch.manual_seed(0)
-    compiled = torch.compile(ops.mixture_attention, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
-    compare(mixture(batch=1, tokens=20, is_causal=True), compiled)
-
-
-def test_operator_is_well_made() -> None:
-    from attention_zoo.ops.triton.mixture import _mixture_forward
-
-    problem = mixture(batch=1, tokens=9)
-    arguments = (*(t.to(DEVICE) for t in problem.tensors.values()), problem.chosen.to(DEVICE), problem.topk, 0, 0.3, False)
-    torch.library.opcheck(_mixture_forward.registered, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +151,7 @@ def test_operator_is_well_made() -> None:
 )
 def test_refusals(change: dict[str, Any], message: str) -> None:
     problem = mixture()
-    call = {**problem.tensors, "chosen": problem.chosen, "topk": problem.topk, "backend": "triton", **change}
+    call = {**problem.tensors, "topk": problem.settings["topk"], "backend": "triton", **change}
     with pytest.raises(ValueError, match=message):
         ops.mixture_attention(**{name: t.to(DEVICE) if isinstance(t, Tensor) else t for name, t in call.items()})
 
@@ -216,23 +188,21 @@ def test_by_default_on_a_gpu(options: dict[str, int], is_causal: bool, monkeypat
     torch.manual_seed(0)
     options = dict(options)
     group = options.pop("group", 1)
-    problem = mixture(batch=2, kv_heads=16 // group, group=group, tokens=600, dim=64, value_dim=64, is_causal=is_causal, **options)
+    sizes = {"batch": 2, "kv_heads": 16 // group, "group": group, "tokens": 600, "dim": 64, "value_dim": 64, **options}
+    problem, other = mixture(is_causal=is_causal, **sizes), mixture(is_causal=is_causal, **sizes)
     want, got = problem.run("reference"), problem.run("auto", torch.bfloat16)
     for name, right in want.items():
         error = (got[name].float() - right).norm() / right.norm()
         assert error < 2e-2, f"{name}: {error}"
-    given = {name: t.to(DEVICE, torch.bfloat16) for name, t in problem.tensors.items()}
-    call = {"chosen": problem.chosen.to(DEVICE), "topk": problem.topk, **problem.settings}
+    given = problem.given(torch.bfloat16)
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad():
-        ops.mixture_attention(**given, **call)
+        _mix(**given, **problem.settings, backend="auto")
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
-            out = ops.mixture_attention(**given, **call)
-    other = mixture(batch=2, kv_heads=16 // group, group=group, tokens=600, dim=64, value_dim=64, is_causal=is_causal, **options)
-    for name, t in given.items():
-        t.copy_(other.tensors[name])
-    call["chosen"].copy_(other.chosen)
+            out = _mix(**given, **problem.settings, backend="auto")
+        for name, t in given.items():
+            t.copy_(other.tensors[name])
     graph.replay()
     right = other.run("reference")["out"]
     assert (out.float() - right).norm() / right.norm() < 2e-2
@@ -243,39 +213,12 @@ def test_by_default_on_a_gpu(options: dict[str, int], is_causal: bool, monkeypat
     batch=st.integers(1, 2), tokens=st.integers(1, 40), routed=st.integers(1, 20), shared=st.integers(0, 5),
     topk=st.integers(1, 20), balanced=st.booleans(), ties=st.booleans(), seed=st.integers(0, 2**16),
 )  # fmt: skip
-def test_gates(batch: int, tokens: int, routed: int, shared: int, topk: int, balanced: bool, ties: bool, seed: int) -> None:
+def test_gates(seed: int, **sizes: Any) -> None:
     torch.manual_seed(seed)
-    logits = torch.randn(batch, tokens, routed + shared + 2, device=DEVICE)
-    if ties:
-        logits = logits.round()
-    cotangents = torch.randn(batch, tokens, routed + shared, device=DEVICE), torch.randn(batch, tokens, routed, device=DEVICE)
-    found = []
-    for backend in ("reference", "triton"):
-        leaf = logits.clone().requires_grad_()
-        parts = leaf.split([routed, shared, 2], dim=-1)
-        gates, scores, chosen = ops.mixture_gates(
-            parts[0],
-            parts[1] if shared > 1 else None,
-            parts[2] if balanced and shared else None,
-            topk=min(topk, routed),
-            shared_heads=shared,
-            backend=backend,
-        )
-        objective = (gates * cotangents[0]).sum() + (scores * cotangents[1]).sum()
-        found.append((gates.detach(), scores.detach(), chosen, torch.autograd.grad(objective, leaf)[0]))
-        assert not chosen.requires_grad
-    for got, want in zip(found[1], found[0], strict=True):
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
-
-
-def test_gates_compiled() -> None:
-    torch.manual_seed(0)
-    logits, balance = torch.randn(2, 9, 5, device=DEVICE), torch.randn(2, 9, 2, device=DEVICE)
-    call = {"topk": 2, "shared_heads": 1}
-    compiled = torch.compile(ops.mixture_gates, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager")
-    want = ops.mixture_gates(logits, None, balance, **call, backend="reference")
-    for got, right in zip(compiled(logits, None, balance, **call, backend="triton"), want, strict=True):
-        torch.testing.assert_close(got, right)
+    case = gates(**sizes)
+    kernels.check_against_plain_code(case, atol=1e-5, size=kernels.constant)
+    *_, chosen = _gate(**case.given(), **case.settings, backend="triton")
+    assert not chosen.requires_grad
 
 
 def test_choice() -> None:

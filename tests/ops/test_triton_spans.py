@@ -7,50 +7,51 @@ levels there.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
+import kernel_case as kernels
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_case import FEW
+from kernel_case import DEVICE, FEW, Case
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention_zoo as az
 from attention_zoo import ops
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LONG = 35 if DEVICE == "cuda" else 1  # times as long on a GPU
 
 
-def make(batch: int = 1, heads: int = 2, length: int = 37, dim: int = 8, value_dim: int = 16, pools: int = 0) -> dict[str, Tensor]:
-    """Tensors of a call; `pools`: how many of what is pooled are apart from q and k."""
+def spans(
+    batch: int = 1, heads: int = 2, length: int = 37, dim: int = 8, value_dim: int = 16, pools: int = 0, is_causal: bool = True
+) -> Case:  # fmt: skip
+    """`pools`: how many of what is pooled are apart from q and k."""
 
     def normal(channels: int) -> Tensor:
         return torch.randn(batch, length, heads, channels).transpose(1, 2)
 
     tensors = {"q": normal(dim), "k": normal(dim), "v": torch.randn(batch, heads, length, value_dim)}
-    return tensors | {name: normal(dim) for name in ("pool_k", "pool_q")[:pools]}
+    tensors |= {name: normal(dim) for name in ("pool_k", "pool_q")[:pools]}
+    settings = {"is_causal": is_causal, "scale": 0.4, "return_lse": True}
+    return Case(ops.span_attention, tensors, settings, single=("lse",), outputs=("out", "lse"), spacings=16.0)
 
 
-def run(
-    tensors: dict[str, Tensor], backend: str, dtype: torch.dtype = torch.float32, function: Any = ops.span_attention, **options: Any
-) -> dict[str, Tensor]:
-    """Output, log-normaliser, and gradients of a fixed functional of both, by name."""
-    leaves = {name: t.to(DEVICE, dtype).requires_grad_() for name, t in tensors.items()}
-    out, lse = function(**leaves, scale=0.4, return_lse=True, backend=backend, **options)
-    objective = (out.float() * torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape)).sum()
-    objective = objective + (lse * torch.linspace(1, -1, lse.numel(), device=DEVICE).view(lse.shape)).sum()
-    gradients = torch.autograd.grad(objective, list(leaves.values()))
-    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(leaves, gradients, strict=True))}
+def exactly_pooled() -> Case:
+    """What is pooled differs from token to token in any precision."""
+    length = 33 if DEVICE == "cpu" else 200
+    case = spans(1, 1, length, pools=2)
+    for name in ("pool_q", "pool_k"):
+        order = torch.rand(1, 1, length, 8).argsort(2)
+        case.tensors[name] = (order - length // 2) / 64
+    return case
 
 
-def compare(tensors: dict[str, Tensor], **options: Any) -> None:
-    want, got = run(tensors, "reference", **options), run(tensors, "triton", **options)
-    for name, right in want.items():
-        torch.testing.assert_close(got[name], right, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+def compare(case: Case) -> None:
+    kernels.check_against_plain_code(case, atol=1e-4, rtol=1e-3, size=kernels.constant)
 
 
 @FEW
@@ -58,119 +59,56 @@ def compare(tensors: dict[str, Tensor], **options: Any) -> None:
     batch=st.sampled_from([1, 1, 2]), length=st.sampled_from([1, 2, 5, 17, 33]),
     dims=st.sampled_from([(8, 16), (16, 16), (24, 8)]), pools=st.integers(0, 2), is_causal=st.booleans(),
 )  # fmt: skip
-def test_small(dims: tuple[int, int], is_causal: bool, **sizes: Any) -> None:
-    compare(make(heads=1, dim=dims[0], value_dim=dims[1], **sizes), is_causal=is_causal)
+def test_small(dims: tuple[int, int], **sizes: Any) -> None:
+    compare(spans(heads=1, dim=dims[0], value_dim=dims[1], **sizes))
 
 
 @pytest.mark.parametrize("length", [100] if DEVICE == "cpu" else [2048, 4097])
 def test_many_levels(length: int) -> None:
-    compare(make(1, 1, length, pools=1))
+    compare(spans(1, 1, length, pools=1))
 
 
 def test_equal_numbers_share_nothing() -> None:
     """The gradient of a pool goes to one of equal tokens: all of it arrives, once."""
-    tensors = make(heads=1, length=21, dim=4, pools=2)
-    tensors |= {name: tensors[name].round() for name in ("pool_q", "pool_k")}
-    want, got = run(tensors, "reference"), run(tensors, "triton")
+    case = spans(heads=1, length=21, dim=4, pools=2)
+    case = case.of(**{name: case.tensors[name].round() for name in ("pool_q", "pool_k")})
+    want, got = case.run("reference"), case.run("triton")
     for name in ("out", "lse", "q", "k", "v"):
         torch.testing.assert_close(got[name], want[name], atol=3e-5, rtol=2e-4)
     for name in ("pool_q", "pool_k"):
         torch.testing.assert_close(got[name].sum(2), want[name].sum(2), atol=3e-5, rtol=2e-4)
 
 
-def test_half_precision() -> None:
-    """Within what a plain computation in the same dtype may err. What is pooled differs from token to token in any precision."""
-    length = 33 if DEVICE == "cpu" else 200
-    tensors = make(1, 1, length, pools=2)
-    for name in ("pool_q", "pool_k"):
-        order = torch.rand(1, 1, length, 8).argsort(2)
-        tensors[name] = (order - length // 2) / 64  # all of them exact
-    for dtype in (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,):  # numbers of numpy's interpret it
-        rounded = {name: t.to(dtype).float() for name, t in tensors.items()}
-        exact, got = run(rounded, "reference"), run(rounded, "triton", dtype)
-        for name, right in exact.items():
-            error = (got[name].float() - right).norm() / right.norm()
-            assert error < 16 * torch.finfo(dtype).eps, f"{name} {dtype}: {error}"
+MAKERS: dict[str, Callable[[], Case]] = {
+    "spans": lambda: spans(1, 1, 20 * LONG),
+    "pooled": lambda: spans(1, 1, 20 * LONG, pools=1),
+    "pooled-exactly": exactly_pooled,
+}
 
 
-def test_in_one_graph() -> None:
-    tensors = make(heads=1, length=5)
-    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
-    torch._dynamo.reset()
-    compiled = run(tensors, "triton", function=torch.compile(ops.span_attention, fullgraph=True, backend=backend))
-    for name, right in run(tensors, "triton").items():
-        torch.testing.assert_close(compiled[name], right, atol=1e-5, rtol=1e-5)
+@kernels.each_check(MAKERS, half_precision={"pooled-exactly": exactly_pooled})
+def test_checks(check: Callable[[Case], None], make: Callable[[], Case]) -> None:
+    check(make())
 
 
-@pytest.mark.parametrize("pools", [0, 1])
-def test_registration(pools: int) -> None:
-    """What the operators tell the compiler (shapes, strides, aliases, gradients) is what they do."""
-    tensors, calls = make(heads=1, length=20, pools=pools), []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "attention_zoo":
-                calls.append((func, args))
-            return func(*args, **(kwargs or {}))
-
-    def copy(value: Any) -> Any:
-        if isinstance(value, list):
-            return [copy(item) for item in value]
-        return value.detach().clone() if isinstance(value, Tensor) else value
-
-    with Record():
-        run(tensors, "triton")
-    assert len({func for func, _ in calls}) == 2
-    for func, args in calls:
-        torch.library.opcheck(func, copy(list(args)), test_utils=("test_schema", "test_faketensor"))
-
-
-@pytest.mark.gpu  # in the interpreter a run is one thread
-def test_every_time_the_same() -> None:
-    tensors = make(1, 1, length=40 if DEVICE == "cpu" else 2000)
-    first, second = run(tensors, "triton"), run(tensors, "triton")
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.gpu
-def test_cuda_graphs() -> None:
-    leaves = {name: t.cuda().bfloat16().requires_grad_() for name, t in make(length=700, pools=2).items()}
-
-    def once() -> tuple[Tensor, ...]:
-        out = ops.span_attention(**leaves, backend="triton")
-        assert isinstance(out, Tensor)
-        return out, *torch.autograd.grad(out.square().sum(), list(leaves.values()))
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            want = once()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = once()
-    graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
-@pytest.mark.parametrize("sizes", [{"batch": 0}, {"length": 0}, {"heads": 0}], ids=str)
+@pytest.mark.parametrize("sizes", [{"length": 0}, {"heads": 0}], ids=str)
 def test_empty(sizes: dict[str, int]) -> None:
-    tensors = make(**sizes)
-    want = run(tensors, "reference")
-    for name, tensor in run(tensors, "triton").items():
+    case = spans(**sizes)
+    want = case.run("reference")
+    for name, tensor in case.run("triton").items():
         assert tensor.shape == want[name].shape
 
 
 @pytest.mark.parametrize(("channels", "kind", "match"), [(320, torch.float32, "256"), (8, torch.float64, "float64")], ids=str)
 def test_what_the_kernels_refuse(channels: int, kind: torch.dtype, match: str) -> None:
-    tensors = {name: t.to(DEVICE, kind) for name, t in make(length=3, dim=channels).items()}
+    tensors = {name: t.to(DEVICE, kind) for name, t in spans(length=3, dim=channels).tensors.items()}
     with pytest.raises(ops.BackendError, match=match):
         ops.span_attention(**tensors, backend="triton")
     ops.span_attention(**tensors)  # "auto" goes another way
 
 
 def test_tensors_that_do_not_fit() -> None:
-    tensors = make()
+    tensors = spans().tensors
     with pytest.raises(ValueError, match="alike"):
         ops.span_attention(tensors["q"], tensors["k"][:, :, 1:], tensors["v"])
 
@@ -199,7 +137,7 @@ def test_what_the_mechanism_keeps_from_the_kernels() -> None:
 
 def test_probabilities_for_those_who_look_on() -> None:
     """They weigh the values: the token itself, then one span of each level."""
-    q, k, v = (t.to(DEVICE) for t in make(1, 1, 9).values())
+    q, k, v = (t.to(DEVICE) for t in spans(1, 1, 9).tensors.values())
     from attention_zoo.ops._tap import add_tap, remove_tap
 
     seen: list[Tensor] = []
