@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import itertools
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -16,3 +17,17 @@ def slow_but(quick: Collection[Any] | int, values: Iterable[Any]) -> list[Any]:
         arguments = value if isinstance(value, tuple) else (value,)
         found.append(pytest.param(*arguments, marks=() if is_quick else pytest.mark.slow))
     return found
+
+
+def covering(values: Sequence[tuple[Any, ...]], together: int = 1) -> list[tuple[Any, ...]]:
+    """Some of `values` among which is, in every place, whatever is there in any of them; in every two places with `together=2`."""
+
+    def seen(value: tuple[Any, ...]) -> set[Any]:
+        return set(itertools.combinations(enumerate(value), together))
+
+    chosen: list[tuple[Any, ...]] = []
+    missing = set().union(*map(seen, values))
+    while missing:
+        chosen.append(max(values, key=lambda value: len(seen(value) & missing)))
+        missing -= seen(chosen[-1])
+    return chosen

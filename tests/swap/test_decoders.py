@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from marks import covering, slow_but
 from swap_case import assert_same_state, shake, snapshot
 from transformers import StaticCache
 
@@ -100,7 +101,7 @@ def test_layers_are_found_and_described(kind: str) -> None:
         assert ("q_proj.bias" in state, "o_proj.bias" in state) == (host.qkv_bias, host.proj_bias)
 
 
-@pytest.mark.parametrize(("kind", "name"), PAIRS)
+@pytest.mark.parametrize(("kind", "name"), slow_but(covering(PAIRS), PAIRS))
 def test_every_mechanism_in_every_host(kind: str, name: str) -> None:
     """Forward and backward, padding, the function where it can be kept, generation, and the very same model after undoing."""
     model = HOSTS[kind]()

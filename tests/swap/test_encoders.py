@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from marks import covering, slow_but
 from swap_case import BIDIRECTIONAL, PRESERVING, assert_same_state, fits, put, shake, snapshot
 from torch import nn
 
@@ -85,7 +86,8 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
 
 
-PAIRS = [(kind, name) for kind in HOSTS for name in BIDIRECTIONAL if fits(adapter_of(kind).find(make(kind))[0], name)]
+FOUND = {kind: adapter_of(kind).find(make(kind))[0] for kind in HOSTS}
+PAIRS = [(kind, name) for kind, host in FOUND.items() for name in BIDIRECTIONAL if fits(host, name)]
 
 
 @pytest.mark.parametrize("kind", HOSTS)
@@ -106,7 +108,7 @@ def test_layers_are_found_and_described(kind: str) -> None:
     assert other.find(model) == []
 
 
-@pytest.mark.parametrize(("kind", "name"), PAIRS)
+@pytest.mark.parametrize(("kind", "name"), slow_but(covering(PAIRS), PAIRS))
 def test_every_mechanism_in_every_host(kind: str, name: str) -> None:
     """Forward and backward, the function where it can be kept (padding included), and the very same model after undoing."""
     model, adapter = make(kind), adapter_of(kind)

@@ -566,7 +566,8 @@ def test_a_new_function_is_one_registration_away(monkeypatch: pytest.MonkeyPatch
         functional("bert", "zoo_mha")(**inputs_of("bert"))
 
 
-@pytest.mark.parametrize("first", ["attention_zoo", pytest.param("transformers", marks=pytest.mark.slow)])
+@pytest.mark.slow  # by default a decoder is built in such a process (tests/models/test_decoders.py), "zoo" chosen in it
+@pytest.mark.parametrize("first", ["attention_zoo", "transformers"])
 def test_any_order_of_imports(first: str) -> None:
     """Names are known once both packages are imported, those registered before transformers too."""
     second = {"attention_zoo": "transformers", "transformers": "attention_zoo"}[first]

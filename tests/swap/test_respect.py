@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import transformers
+from marks import covering, slow_but
 from swap_case import assert_same_state, shake, snapshot
 from swap_hosts import HEAD_DIM, HEADS, HOSTS, HostCase
 from torch import Tensor, nn
@@ -156,15 +157,20 @@ def mask_of(kind: str, causal: bool, real: Tensor) -> Any:
     return {"sdpa": allowed, "padding": real, "none": None}[kind]
 
 
-@pytest.mark.parametrize("mechanism", ["gqa", "combiner", "cca", "moh"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["hf-gpt2", "hf-bert", "hf-siglip_text", "hf-clip_text"])
+MASKED = [
+    (name, kind, mechanism)
+    for name in ("hf-gpt2", "hf-bert", "hf-siglip_text", "hf-clip_text")
+    for kind in KINDS
+    for mechanism in ("gqa", "combiner", "cca", "moh")
+    if mechanism != "cca" or HOSTS[name].traits.is_causal
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "mechanism"), slow_but(covering(MASKED, together=2), MASKED))
 def test_masks_of_every_implementation(name: str, kind: str, mechanism: str) -> None:
     """None, padding, boolean, added and block masks say the same to a layer."""
     case, model = HOSTS[name], HOSTS[name].build()
     causal = case.traits.is_causal
-    if mechanism == "cca" and not causal:
-        pytest.skip("cca is causal")
     az.swap_attention(model, mechanism)
     slot = slots(model)[0]
     real = torch.ones(2, 9, dtype=torch.bool)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from marks import covering, slow_but
 from swap_case import BIDIRECTIONAL, PRESERVING, assert_same_state, build, fits, put, shake, snapshot
 from timm.layers import AttentionRope
 from timm.models._features_fx import create_feature_extractor
@@ -49,7 +50,8 @@ def images() -> torch.Tensor:
     return torch.randn(2, 3, 32, 32)
 
 
-PAIRS = [(kind, name) for kind in HOSTS for name in BIDIRECTIONAL if fits(ADAPTER.find(make(kind))[0], name)]
+FOUND = {kind: ADAPTER.find(make(kind))[0] for kind in HOSTS}
+PAIRS = [(kind, name) for kind, host in FOUND.items() for name in BIDIRECTIONAL if fits(host, name)]
 
 
 @pytest.mark.parametrize("kind", HOSTS)
@@ -68,7 +70,7 @@ def test_layers_are_found_and_described(kind: str) -> None:
         assert host.qkv_bias == (kind not in ("vit_norm", "dinov3"))
 
 
-@pytest.mark.parametrize(("kind", "name"), PAIRS)
+@pytest.mark.parametrize(("kind", "name"), slow_but(covering(PAIRS), PAIRS))
 def test_every_mechanism_in_every_host(kind: str, name: str) -> None:
     """Forward and backward, the function where it can be kept, and the very same model after undoing."""
     model, x = make(kind), images()
