@@ -12,6 +12,7 @@ import torch
 from attention_case import rotary_tables
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from marks import slow_but
 from parity_case import load_case
 from timm.layers import Attention
 from torch import Tensor, nn
@@ -309,12 +310,12 @@ def test_large_logits_in_half_precision_stay_finite() -> None:
     assert out.isfinite().all()
 
 
-def test_compiles_with_core_tokens() -> None:
+@pytest.mark.parametrize("masked", slow_but(1, [True, False]))
+def test_compiles_with_core_tokens(masked: bool) -> None:
     torch._dynamo.reset()
     module, x = build(3, 2), tokens(11)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    close(compiled(x), module(x))
-    mask = padding(11, (11, 6))
+    mask = padding(11, (11, 6)) if masked else None
     close(compiled(x, attention_mask=mask), module(x, attention_mask=mask))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from marks import slow_but
 from timm.layers import Attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -349,7 +350,7 @@ def test_conversion_refusals() -> None:
     ],
     ids=["plain", "bias", "masked, one projection"],
 )
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", slow_but(1, [False, True]))
 def test_kernels_compute_the_same(options: dict[str, Any], compiled: bool) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module = az.create_attention("hilo", dim=16, num_heads=2, device=device, **options)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from attention_case import make_generic, rotary_tables, run
+from marks import slow_but
 from safetensors import safe_open
 from timm.layers import Attention as TimmAttention
 from torch import Tensor, nn
@@ -563,7 +564,7 @@ def test_checkpointed_layers_keep_a_right_loss() -> None:
     torch.testing.assert_close(module.router.weight.grad, gradient)
 
 
-@pytest.mark.parametrize("router", ["linear", "query_norm"])
+@pytest.mark.parametrize("router", slow_but(1, ["query_norm", "linear"]))
 def test_compiled_training_step_keeps_the_loss(router: str) -> None:
     torch._dynamo.reset()
     module = build(dim=8, num_heads=4, shared_heads=2, routed_topk=1, router=router).train()

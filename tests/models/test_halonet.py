@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from marks import slow_but
 from model_case import check_gradient_checkpointing, check_one_graph, close, make_generic, small_model
 from timm.layers.halo_attn import HaloAttn
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ TIMM = {
     "lamhalobotnet50ts_256": (22.57, 5.02, 256),
     "halo2botnet50ts_256": (22.64, 5.02, 256),
 }
+QUICK = {"halonet26t", "haloregnetz_b", "lamhalobotnet50ts_256"}  # of them
 TINY: dict[str, Any] = {
     "blocks": [
         {"type": "bottle", "d": 1, "c": 16, "s": 1, "br": 0.5},
@@ -85,7 +87,7 @@ def multiply_adds(model: nn.Module, side: int) -> int:
     return total
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", slow_but(1, PAPER))
 def test_the_papers_family(name: str) -> None:
     millions, giga, side = PAPER[name]
     model = az.create_model(name, device="meta").eval()
@@ -97,7 +99,7 @@ def test_the_papers_family(name: str) -> None:
     assert all(layer.mask_padding for layer in layers_of(model))
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("name", slow_but(QUICK, TIMM))
 def test_timms_networks(name: str) -> None:
     millions, giga, side = TIMM[name]
     with torch.device("meta"):
@@ -135,7 +137,7 @@ def test_layout_of_the_paper() -> None:
 # --- timm's weights and outputs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("name", slow_but(QUICK, TIMM))
 def test_computes_what_timm_does(name: str) -> None:
     side = TIMM[name][2]
     options = {"num_classes": 3, **({"img_size": side} if name.endswith("_256") else {})}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from marks import slow_but
 from parity_case import load_case
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -75,7 +76,7 @@ def test_official_outputs_and_gradients(name: str) -> None:
 # --- the published variants -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", slow_but(2, VARIANTS))
 def test_variants(name: str) -> None:
     millions, giga, percentage = VARIANTS[name]
     model = az.create_model(name, device="meta").eval()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow_but
 from model_case import (
     backends,
     check_feature_maps,
@@ -61,13 +62,16 @@ def attentions(model: nn.Module) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("name", "parameters", "giga"),
-    [
-        ("moh_transnext", 90_020_632, 18.35),
-        ("moh_transnext_base_75", 90_020_632, 18.35),
-        ("moh_transnext_base_50", 90_023_512, 18.35),
-        ("moh_transnext_small_75", 49_910_548, 10.32),
-        ("moh_transnext_small_80", 49_910_548, 10.32),
-    ],
+    slow_but(
+        1,
+        [
+            ("moh_transnext_small_75", 49_910_548, 10.32),
+            ("moh_transnext_small_80", 49_910_548, 10.32),
+            ("moh_transnext", 90_020_632, 18.35),
+            ("moh_transnext_base_75", 90_020_632, 18.35),
+            ("moh_transnext_base_50", 90_023_512, 18.35),
+        ],
+    ),
 )
 def test_parameters_and_multiply_adds(name: str, parameters: int, giga: float) -> None:
     """All heads computed. The counter sees products of matrices and convolutions; the window's products are elementwise."""
@@ -90,12 +94,15 @@ def test_registered() -> None:
 
 @pytest.mark.parametrize(
     ("name", "shared", "topk", "rate", "active"),
-    [
-        ("moh_transnext_small_75", (3, 6, 3, 4), (0, 0, 6, 12), 0.45, 0.75),
-        ("moh_transnext_small_80", (3, 6, 3, 8), (0, 0, 6, 12), 0.45, 0.80),
-        ("moh_transnext_base_75", (4, 8, 4, 5), (0, 0, 8, 16), 0.60, 0.75),
-        ("moh_transnext_base_50", (2, 2, 2, 4), (2, 4, 6, 8), 0.60, 0.50),
-    ],
+    slow_but(
+        2,
+        [
+            ("moh_transnext_small_75", (3, 6, 3, 4), (0, 0, 6, 12), 0.45, 0.75),
+            ("moh_transnext_base_50", (2, 2, 2, 4), (2, 4, 6, 8), 0.60, 0.50),
+            ("moh_transnext_small_80", (3, 6, 3, 8), (0, 0, 6, 12), 0.45, 0.80),
+            ("moh_transnext_base_75", (4, 8, 4, 5), (0, 0, 8, 16), 0.60, 0.75),
+        ],
+    ),
 )
 def test_layout(name: str, shared: tuple[int, ...], topk: tuple[int, ...], rate: float, active: float) -> None:
     model = az.create_model(name, device="meta")

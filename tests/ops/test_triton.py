@@ -153,7 +153,11 @@ def test_several_tiles(make: Callable[[], Case]) -> None:
     compare(make())
 
 
-MAKERS = {"routed": lambda: routed(1, weights=True, mask=1), "halo": halo, "core_context": core_context}
+MAKERS = {
+    "routed": lambda: routed(1, weights=True, mask=1),
+    "halo": lambda: halo(heads=1),
+    "core_context": lambda: core_context(kv_heads=1, queries=24),
+}
 
 
 @kernels.each_check(MAKERS)
