@@ -24,6 +24,7 @@ from attention_zoo.attention.base import (
     check_choice,
     check_grid,
     check_tokens,
+    has_hooks,
     merge_heads,
     resolve_head_dim,
     split_heads,
@@ -31,6 +32,8 @@ from attention_zoo.attention.base import (
 from attention_zoo.attention.conversion import load_converted, projection_settings, source_heads, source_settings, split_projections
 from attention_zoo.attention.functional import pure_function
 from attention_zoo.attention.lepe import LocalPositionEncoding
+from attention_zoo.ops._operators import stands_alone
+from attention_zoo.ops.routed_layer import RoutedLayer, routed_layer
 from attention_zoo.ops.routed_map import Regions, best_regions, routed_map_attention, takes_map, with_values
 from attention_zoo.registry import register_attention
 
@@ -366,13 +369,9 @@ class BiLevelRoutingAttention(_BiLevelRouting, AttentionModule):
         prefix, image = x.split([min(self.num_prefix_tokens, x.shape[1]), max(x.shape[1] - self.num_prefix_tokens, 0)], dim=1)
         grid_size = check_grid(image, grid_size)
         regions = self.cut_grid(grid_size)
-        if (
-            not any(regions.padding(grid_size))
-            and self._is_bare()
-            and takes_map(x, regions, max(self.head_dim, self.qk_head_dim), dropout_p=self.attn_drop if self.training else 0.0)
-        ):
-            out, routes, best = self._attend_on_map(x, grid_size, regions)
-            out = self.proj_drop(self.proj(out))
+        if self._attends_on_map(x, grid_size, regions):
+            out, routes, best = (self._in_one_node if self._is_one_node(x) else self._on_map)(x, grid_size, regions)
+            out = self.proj_drop(out)
             return (out, routes, best.softmax(-1)) if return_routing else out
         q, k, v = self._project(prefix, image.unflatten(1, grid_size), regions)
         out, routing = self._attend_to_routed(q, k, v, grid_size, regions)
@@ -381,26 +380,55 @@ class BiLevelRoutingAttention(_BiLevelRouting, AttentionModule):
         out = self.proj_drop(self.proj(out))
         return (out, *routing) if return_routing else out
 
-    def _is_bare(self) -> bool:
-        """Whether regions are all there is to the attention, and nobody looks on: what the kernels on maps are for."""
+    def _attends_on_map(self, x: Tensor, grid_size: tuple[int, int], regions: Regions) -> bool:
+        """Whether regions that tile the map are all there is to the attention, nobody looks on, and the kernels serve it."""
         more = self.num_prefix_tokens or self.param_routing or self.diff_routing or self._downsamples()
-        return not more and not ops.is_observed()
+        if more or any(regions.padding(grid_size)) or ops.is_observed():
+            return False
+        return takes_map(x, regions, max(self.head_dim, self.qk_head_dim), dropout_p=self.attn_drop if self.training else 0.0)
 
-    def _attend_on_map(self, x: Tensor, grid_size: tuple[int, int], regions: Regions) -> tuple[Tensor, Tensor, Tensor]:
-        """Outputs (B, N, C) before the output projection, the routes and their products, without a region being cut out."""
+    def _is_one_node(self, x: Tensor) -> bool:
+        """Whether, besides, the layers are their weights and biases."""
+        layers = [self.qkv, self.proj, *([] if self.lepe is None else [self.lepe])]
+        plain = (nn.Linear, nn.Linear, LocalPositionEncoding)
+        return stands_alone(x) and all(type(t) is kind and not has_hooks(t) for t, kind in zip(layers, plain, strict=False))
+
+    def _in_one_node(self, x: Tensor, grid_size: tuple[int, int], regions: Regions) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_on_map`."""
+        linear: Any = self.proj
+        return routed_layer(
+            x,
+            RoutedLayer(
+                regions,
+                self.qk_dim,
+                self.num_heads,
+                self.scale,
+                min(self.topk, regions.rows * regions.columns),
+                self.soft_routing,
+                qkv=self.qkv.weight,
+                qkv_bias=self.qkv.bias,
+                proj=linear.weight,
+                proj_bias=linear.bias,
+                kernel=getattr(self.lepe, "weight", None),
+                kernel_bias=getattr(self.lepe, "bias", None),
+            ),
+        )
+
+    def _on_map(self, x: Tensor, grid_size: tuple[int, int], regions: Regions) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs, the routes and their products, without a region being cut out."""
         qkv = self.qkv(x)
         qkv = qkv.view(qkv.shape[0], *grid_size, qkv.shape[2])
         routes, best = best_regions(
             qkv[..., : 2 * self.qk_dim], regions, scale=self.scale, topk=min(self.topk, regions.rows * regions.columns)
         )
         weights = best.softmax(-1) if self.soft_routing else None
-        settings: dict[str, Any] = {"qk_dim": self.qk_dim, "heads": self.num_heads, "scale": self.scale, "route_weights": weights}
-        if self.lepe is None:
-            return routed_map_attention(qkv, routes, regions, **settings).flatten(1, 2), routes, best
         qkv, values = with_values(qkv, 2 * self.qk_dim)
-        out = routed_map_attention(qkv, routes, regions, **settings)
-        out = self.lepe(values, add=out) if type(self.lepe) is LocalPositionEncoding else out + self.lepe(values)
-        return out.flatten(1, 2), routes, best
+        out = routed_map_attention(
+            qkv, routes, regions, qk_dim=self.qk_dim, heads=self.num_heads, scale=self.scale, route_weights=weights
+        )
+        if self.lepe is not None:
+            out = self.lepe(values, add=out) if type(self.lepe) is LocalPositionEncoding else out + self.lepe(values)
+        return self.proj(out.flatten(1, 2)), routes, best
 
     def _project(self, prefix: Tensor, image: Tensor, regions: Regions) -> tuple[tuple[Tensor, Tensor], ...]:
         """q, k and v, each as prefix tokens (B, P, C) and map (B, H, W, C), or with pad_mode="input" the whole padded map."""

@@ -309,7 +309,8 @@ def module_task(module: nn.Module, x: Tensor, wrap: Wrap, **inputs: Any) -> Task
     call = wrap(module)
 
     def forward() -> None:
-        module.eval()
+        if module.training:  # to set the mode takes the host longer than some layers
+            module.eval()
         with torch.no_grad():
             call(x, **inputs)
 
@@ -317,7 +318,8 @@ def module_task(module: nn.Module, x: Tensor, wrap: Wrap, **inputs: Any) -> Task
         gradient = torch.randn_like(module.eval()(x, **inputs))
 
     def train() -> None:
-        module.train()
+        if not module.training:
+            module.train()
         torch.autograd.grad(call(x, **inputs), leaves, gradient, allow_unused=True)
 
     return Task(forward, train)

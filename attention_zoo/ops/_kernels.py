@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from importlib.util import find_spec
 
@@ -56,10 +57,16 @@ def _reason(tensors: tuple[Tensor, ...], dropout_p: float) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _unusable(device: torch.device) -> str | None:
-    if find_spec("triton") is None:
+    if not _is_installed():
         return "Triton is not installed"
     if device.type == "cpu":
         return None if os.environ.get("TRITON_INTERPRET") == "1" else "on a CPU the kernels run under TRITON_INTERPRET=1 only"
     if device.type != "cuda":
         return f"the kernels run on CUDA devices, not on {device.type}"
     return None if compute_capability(device) >= 80 else "the kernels need compute capability 8.0 or higher"
+
+
+@functools.cache
+def _is_installed() -> bool:
+    """To look it up takes longer than some kernels."""
+    return find_spec("triton") is not None

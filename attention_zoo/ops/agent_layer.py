@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from attention_zoo.ops._kernels import use_kernel
+from attention_zoo.ops._one_node import apply_node, convolution_gradients, linear_gradients
 from attention_zoo.ops.agent import Grid, fits_columns, too_many_agents
 
 __all__ = ["AgentLayer", "agent_layer", "takes_layer"]
@@ -64,12 +65,8 @@ def takes_layer(x: Tensor, number: int, channels: int, grid_size: Grid, dropout_
 
 def agent_layer(x: Tensor, layer: AgentLayer) -> Tensor:
     """From tokens (B, H W, C) to tokens (B, H W, C'), by the kernels. No gradients of gradients."""
-    settings, parameters, device = layer[:4], layer.parameters(), x.device.type
-    if not torch.is_autocast_enabled(device):
-        return _Layer.apply(x, settings, *parameters)  # type: ignore[no-any-return]
-    dtype = torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):
-        return _Layer.apply(x.to(dtype), settings, *(None if t is None else t.to(dtype) for t in parameters))  # type: ignore[no-any-return]
+    out: Tensor = apply_node(_Layer, x, layer[:4], layer.parameters())
+    return out
 
 
 class _Layer(torch.autograd.Function):
@@ -107,15 +104,11 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         from attention_zoo.ops.triton import agent as kernels
-        from attention_zoo.ops.triton.depthwise import backward_operator as convolve_backward
 
         x, qkv, pooled, key_bias, query_bias, read, lse, out, qkv_weight, proj, kernel = ctx.saved_tensors
         grid, bins, heads, scale = ctx.settings
         needs_x, _, *needs = ctx.needs_input_grad
-        grad = grad.reshape(-1, grad.shape[-1])
-        dout = torch.mm(grad, proj).view_as(out)
-        d_proj = torch.mm(grad.t(), out.view(-1, out.shape[-1])) if needs[2] else None
-        d_proj_bias = grad.sum(0) if needs[3] else None
+        dout, d_proj, d_proj_bias = linear_gradients(grad, out, proj, True, *needs[2:4])
 
         q, k, v = _heads(qkv, heads)
         agents, by_head = (t.view(*t.shape[:2], heads, -1).transpose(1, 2) for t in (pooled, dout))
@@ -136,14 +129,9 @@ class _Layer(torch.autograd.Function):
             of_v.copy_(dv.transpose(1, 2).flatten(2))
         else:
             values = qkv.chunk(3, -1)[2].unflatten(1, grid)
-            near, sums = convolve_backward(values, kernel, dout.unflatten(1, grid), True, needs[4] or needs[5])
+            near, d_kernel, d_kernel_bias = convolution_gradients(dout.unflatten(1, grid), values, kernel, *needs[4:6])
             torch.add(dv.transpose(1, 2).flatten(2), near.flatten(1, 2), out=of_v)
-            if needs[4] or needs[5]:
-                d_kernel, d_kernel_bias = sums[:-1].t().reshape(kernel.shape).to(kernel.dtype), sums[-1].to(kernel.dtype)
-        flat = dqkv.view(-1, dqkv.shape[-1])
-        dx = torch.mm(flat, qkv_weight).view_as(x) if needs_x else None
-        d_qkv = torch.mm(flat.t(), x.reshape(-1, x.shape[-1])) if needs[0] else None
-        d_qkv_bias = flat.sum(0) if needs[1] else None
+        dx, d_qkv, d_qkv_bias = linear_gradients(dqkv, x, qkv_weight, needs_x, *needs[:2])
         tables: list[Tensor | None] = [None] * 6
         if wants_key:
             square, rows, columns = kernels.bias_backward_operator(d_key[0], 0, *grid, *ctx.sides[0], x.dtype)

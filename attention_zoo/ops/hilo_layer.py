@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from attention_zoo.ops._one_node import apply_node, linear_gradients
+
 __all__ = ["HiloSettings", "hilo_layer"]
 
 
@@ -46,12 +48,8 @@ def hilo_layer(
 
     Returns: (B, N, C').
     """
-    parameters, device = (*weights, *biases, *out_weights, *out_biases), x.device.type
-    if not torch.is_autocast_enabled(device):
-        return _Layer.apply(x, settings, *parameters)  # type: ignore[no-any-return]
-    dtype = torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):
-        return _Layer.apply(x.to(dtype), settings, *(t if t is None else t.to(dtype) for t in parameters))  # type: ignore[no-any-return]
+    out: Tensor = apply_node(_Layer, x, settings, (*weights, *biases, *out_weights, *out_biases))
+    return out
 
 
 class _Layer(torch.autograd.Function):
@@ -86,16 +84,13 @@ class _Layer(torch.autograd.Function):
         grad = grad.reshape(-1, grad.shape[-1])
         dout, of_out_parameters = _back_through_output(grad, out.view(-1, out.shape[-1]), out_weights, of_out)
         dqkv, dkv = backward_operator(qkv, kv, out, lse, dout.view_as(out), height, width, side, *heads, scale, masked)
-        flat, flat_kv = dqkv.view(-1, dqkv.shape[-1]), dkv.view(-1, dkv.shape[-1])
-        dx = None
-        if needs[0]:
-            dmeans = torch.mm(flat_kv, w_kv).view_as(means)
-            dx = means_backward_operator(dmeans, torch.mm(flat, weight).view_as(x), height, width, side, masked).view_as(x)
-        whole, rows = (None, None), (weight.shape[0] - w_kv.shape[0] // 2, w_kv.shape[0] // 2)
-        dw = torch.mm(flat.t(), x.reshape(-1, x.shape[-1])).split(rows) if of_in[0] or of_in[1] else whole
-        dw_kv = torch.mm(flat_kv.t(), means.view(-1, means.shape[-1])) if of_in[2] else None
-        db = flat.sum(0).split(rows) if of_in[3] or of_in[4] else whole
-        return dx, None, *dw, dw_kv, *db, flat_kv.sum(0) if of_in[5] else None, *of_out_parameters
+        dx, dw, db = linear_gradients(dqkv, x, weight, needs[0], of_in[0] or of_in[1], of_in[3] or of_in[4])
+        dmeans, dw_kv, db_kv = linear_gradients(dkv, means, w_kv, needs[0], of_in[2], of_in[5])
+        if dx is not None:
+            dx = means_backward_operator(dmeans, dx, height, width, side, masked).view_as(x)
+        rows = weight.shape[0] - w_kv.shape[0] // 2, w_kv.shape[0] // 2
+        pairs = [(None, None) if t is None else t.split(rows) for t in (dw, db)]
+        return dx, None, *pairs[0], dw_kv, *pairs[1], db_kv, *of_out_parameters
 
 
 def _take(parameters: tuple[Any, ...]) -> tuple[Any, Any, Any]:

@@ -17,7 +17,7 @@ from attention_zoo.registry import attention_info
 # The operators that a mechanism calls at least, and what it needs to be built.
 KERNELS: dict[str, tuple[set[str], dict[str, Any]]] = {
     "agent": ({"agents_read_forward", "tokens_read_forward"}, {}),
-    "bra": ({"routed_forward"}, {}),
+    "bra": ({"routed_map_forward", "best_regions"}, {}),
     "cca": ({"core_context_forward", "core_pooling_forward"}, {"window_size": 32, "group_size": 4}),
     "diff": ({"subtract_noise_forward"}, {}),
     "gda": ({"subtract_noise_forward"}, {}),
@@ -27,7 +27,7 @@ KERNELS: dict[str, tuple[set[str], dict[str, Any]]] = {
 }
 SPATIAL_MODELS = {
     "agent_deit_t": "agents_read_forward",
-    "biformer_tiny": "routed_forward",
+    "biformer_tiny": "routed_map_forward",
     "halonet_paper_h0": "halo_forward",
     "litv2_s": "hilo_forward",
 }

@@ -95,7 +95,10 @@ def test_regions_that_are_not_numbers_lead_nowhere_else() -> None:
     assert which.max() < 4
 
 
-MAKERS: dict[str, Callable[[], Case]] = {"attention": lambda: attention(weights=True), "bare": attention}
+MAKERS: dict[str, Callable[[], Case]] = {
+    "attention": lambda: attention(LARGER, LARGER, weights=True),
+    "bare": lambda: attention(LARGER, LARGER),
+}
 
 
 @kernels.each_check(MAKERS, half_precision={"attention": attention})
@@ -109,22 +112,38 @@ def test_checks_of_the_router(check: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"soft_routing": True}, {"side_dwconv": 0, "qk_dim": 8}, {"topk": 9}, {"qkv_bias": False, "n_win": (1, 4)}],
-    ids=["plain", "soft", "without LePE", "all regions", "rows"],
+    ("options", "learns"),
+    [
+        ({}, "everything"),
+        ({"soft_routing": True}, "everything"),
+        ({"side_dwconv": 0, "qk_dim": 8}, "everything"),
+        ({"topk": 9}, "everything"),
+        ({"qkv_bias": False, "n_win": (1, 4)}, "everything"),
+        ({}, "x"),
+        ({}, "lepe.bias|qkv.weight"),
+        ({}, "proj.weight"),
+    ],
+    ids=["plain", "soft", "without LePE", "all regions", "rows", "input only", "some parameters", "one parameter"],
 )
-def test_the_mechanism(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("hooked", [False, True], ids=["one node", "nodes"])
+def test_the_mechanism(options: dict[str, Any], learns: str, hooked: bool) -> None:
+    """Outputs, routes and the gradients of what learns; the layers' own forwards where somebody waits for them."""
     module = az.create_attention("bra", 16, 2, **{"n_win": (2, 3), "topk": 2, **options}, device=DEVICE)
-    x = torch.randn(2, 4 * 12, 16, device=DEVICE)
-    leaves = [x.requires_grad_(), *module.parameters()]
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(learns == "everything" or name in learns.split("|"))
+    if hooked:
+        module.proj.register_forward_hook(lambda *_: None)
+    x = torch.randn(LARGER, 4 * 12, 16, device=DEVICE, requires_grad=learns in ("everything", "x"))
+    leaves = [t for t in (x, *module.parameters()) if t.requires_grad]
     found = []
-    for backend in ("triton", "reference"):
+    for backend in ("reference", "triton"):
         with ops.use_backend(backend), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             out, which, weights = module(x, grid_size=(4, 12), return_routing=True)
             slopes = torch.arange(out.numel(), device=DEVICE).cos().view_as(out)
-            gradients = torch.autograd.grad((out * slopes).sum(), leaves, materialize_grads=True)
+            gradients = torch.autograd.grad((out * slopes).sum(), leaves)
             found.append((out, weights, which.sort(-1).values.float(), *gradients))
-    torch.testing.assert_close(found[0], found[1], atol=5e-5, rtol=1e-4)
+    assert (type(out.grad_fn).__name__ == "_LayerBackward") is not hooked
+    torch.testing.assert_close(found[1], found[0], atol=5e-5, rtol=1e-4)
 
 
 def test_what_the_kernels_do_not_take() -> None:

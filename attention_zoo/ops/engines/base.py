@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 from abc import ABC, abstractmethod
@@ -195,6 +196,11 @@ def _version(package: str) -> str:
 @torch.compiler.assume_constant_result
 def compute_capability(device: torch.device) -> int:
     """Of a CUDA device, as one number: 90 for 9.0. (Dynamo of torch 2.11 cannot compare tuples that are such constants.)"""
+    return _capability(device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

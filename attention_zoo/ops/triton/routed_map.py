@@ -176,3 +176,7 @@ def routed_map_attention_triton(
 def best_regions_triton(qk: Tensor, *, size: tuple[int, int], scale: float, topk: int) -> tuple[Tensor, Tensor]:
     """Numbers (B, R, K) of the best regions and their logits, of queries and keys (B, Y, X, 2 C); no gradient."""
     return _best_regions(qk.detach(), *size, scale, topk)
+
+
+# for `ops.routed_layer`, which writes out what comes between them
+best_operator, map_operator, map_backward_operator = _best_regions, _map_forward, _map_backward

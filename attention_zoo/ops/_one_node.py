@@ -1,0 +1,42 @@
+"""What layers that are one node of autograd share: the casts of autocast, and the gradients of their linear and local parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["apply_node", "convolution_gradients", "linear_gradients"]
+
+
+def apply_node(node: type[torch.autograd.Function], x: Tensor, settings: Any, parameters: tuple[Tensor | None, ...]) -> Any:
+    """`node` of x, the settings and the parameters, which autocast casts first, on the tape."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return node.apply(x, settings, *parameters)
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        return node.apply(x.to(dtype), settings, *(None if t is None else t.to(dtype) for t in parameters))
+
+
+def linear_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool, wants_bias: bool
+) -> tuple[Any, Tensor | None, Tensor | None]:
+    """Of `F.linear(x, weight, bias)`, from `grad` (..., out): of x (..., in), weight and bias, each None if it is not wanted."""
+    flat = grad.reshape(-1, grad.shape[-1])
+    dx = torch.mm(flat, weight).view(x.shape) if wants_x else None
+    d_weight = torch.mm(flat.t(), x.reshape(-1, x.shape[-1])) if wants_weight else None
+    return dx, d_weight, flat.sum(0) if wants_bias else None
+
+
+def convolution_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, wants_weight: bool, wants_bias: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Of `depthwise_conv2d(x, weight, bias)` on our kernels: of x, and of weight and bias, None if neither is wanted."""
+    from attention_zoo.ops.triton.depthwise import backward_operator
+
+    dx, sums = backward_operator(x, weight, grad, True, wants_weight or wants_bias)
+    if not (wants_weight or wants_bias):
+        return dx, None, None
+    return dx, sums[:-1].t().reshape(weight.shape).to(weight.dtype), sums[-1].to(weight.dtype)

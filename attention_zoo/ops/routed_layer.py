@@ -1,0 +1,97 @@
+"""Bi-level routing attention with its projections as one function, forward and backward, for eager calls on small maps.
+
+As `hilo_layer`: projections, router, attention and LePE are one node of autograd. Compilers get the same from
+`routed_map_attention` and its neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from attention_zoo.ops._one_node import apply_node, convolution_gradients, linear_gradients
+from attention_zoo.ops.routed_map import Regions
+
+__all__ = ["RoutedLayer", "routed_layer"]
+
+
+class RoutedLayer(NamedTuple):
+    """Parameters and settings of a layer.
+
+    Attributes:
+        regions: how the map is cut; they tile it.
+        qk_dim, heads, scale: as for `routed_map_attention`.
+        topk: regions that each one is routed to.
+        soft: whether the softmax of their products weights them.
+        qkv, qkv_bias: (2 qk_dim + C, C) and (2 qk_dim + C,).
+        proj, proj_bias: (C', C) and (C',).
+        kernel, kernel_bias: (C, 1, k, k) and (C,), of LePE; None: there is none.
+    """
+
+    regions: Regions
+    qk_dim: int
+    heads: int
+    scale: float
+    topk: int
+    soft: bool
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    proj: Tensor
+    proj_bias: Tensor | None
+    kernel: Tensor | None
+    kernel_bias: Tensor | None
+
+
+def routed_layer(x: Tensor, layer: RoutedLayer) -> tuple[Tensor, Tensor, Tensor]:
+    """From tokens (B, H W, C) to tokens (B, H W, C'), the routes (B, R, K) and their products, where `takes_map` says so.
+
+    No gradients of gradients, and none through the routes.
+    """
+    found: tuple[Tensor, Tensor, Tensor] = apply_node(_Layer, x, layer[:6], layer[6:])
+    return found
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, settings: tuple[Regions, int, int, float, int, bool], *parameters: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from attention_zoo.ops.triton import routed_map as kernels
+        from attention_zoo.ops.triton.depthwise import forward_operator as convolve
+
+        regions, qk_dim, heads, scale, topk, soft = settings
+        qkv_weight, qkv_bias, proj, proj_bias, kernel, kernel_bias = parameters
+        size = regions.height, regions.width
+        grid = regions.rows * size[0], regions.columns * size[1]
+        qkv = F.linear(x, qkv_weight, qkv_bias)
+        qkv = qkv.view(qkv.shape[0], *grid, qkv.shape[2])
+        routes, best = kernels.best_operator(qkv[..., : 2 * qk_dim], *size, scale, topk)
+        weights = best.softmax(-1) if soft else None
+        attended, lse = kernels.map_operator(qkv, routes, weights, qk_dim, heads, *size, scale)
+        out = attended if kernel is None else convolve(qkv[..., 2 * qk_dim :], kernel, kernel_bias, attended)
+        ctx.settings = settings
+        ctx.save_for_backward(x, qkv, routes, weights, attended, lse, out, qkv_weight, proj, kernel)
+        ctx.mark_non_differentiable(routes, best)
+        return F.linear(out.flatten(1, 2), proj, proj_bias), routes, best
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *others: Any) -> tuple[Any, ...]:
+        from attention_zoo.ops.triton import routed_map as kernels
+
+        x, qkv, routes, weights, attended, lse, out, qkv_weight, proj, kernel = ctx.saved_tensors
+        regions, qk_dim, heads, scale, _, _ = ctx.settings
+        needs_x, _, *needs = ctx.needs_input_grad
+        dout, d_proj, d_proj_bias = linear_gradients(grad, out, proj, True, *needs[2:4])
+        size = regions.height, regions.width
+        dqkv, _ = kernels.map_backward_operator(qkv, routes, weights, attended, lse, dout, qk_dim, heads, *size, scale, False)
+        d_kernel, d_kernel_bias = None, None
+        if kernel is not None:
+            near, d_kernel, d_kernel_bias = convolution_gradients(dout, qkv[..., 2 * qk_dim :], kernel, *needs[4:6])
+            dqkv[..., 2 * qk_dim :] += near
+        dx, d_qkv, d_qkv_bias = linear_gradients(dqkv, x, qkv_weight, needs_x, *needs[:2])
+        return dx, None, d_qkv, d_qkv_bias, d_proj, d_proj_bias, d_kernel, d_kernel_bias
