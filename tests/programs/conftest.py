@@ -31,6 +31,10 @@ def call(program: str, *arguments: Any) -> Result:
 @pytest.fixture
 def tiny(tmp_path: Path) -> dict[str, Any]:
     """The sections of the recipe; its run is tmp_path/runs/tiny."""
+    return sections(tmp_path / "runs")
+
+
+def sections(root: Path) -> dict[str, Any]:
     return {
         "model": {
             "name": "vit_tiny_patch16_224",
@@ -52,7 +56,7 @@ def tiny(tmp_path: Path) -> dict[str, Any]:
         "schedule": {"epochs": 2, "warmup_epochs": 1},
         "ema": {"decay": 0.9},
         "engine": {"cpu": True, "deterministic": True},
-        "output": {"root": str(tmp_path / "runs"), "name": "tiny", "tensorboard": False},
+        "output": {"root": str(root), "name": "tiny", "tensorboard": False},
     }
 
 

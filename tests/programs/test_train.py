@@ -28,7 +28,7 @@ from attention_zoo.training.optim import create_optimizer, create_scheduler, par
 from attention_zoo.training.recipe import OptimizerRecipe, RecipeError, ScheduleRecipe, make_recipe
 from attention_zoo.training.report import read_log
 
-from .conftest import SCRIPTS, call
+from .conftest import SCRIPTS, call, sections
 
 
 @pytest.fixture(autouse=True)
@@ -92,9 +92,14 @@ def test_a_run_learns_and_leaves_everything_behind(tiny: dict[str, Any]) -> None
         assert json.loads(file.metadata()["attention_zoo"])["kwargs"]["num_classes"] == 10
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """A run that nothing stopped."""
+    return run(sections(tmp_path_factory.mktemp("runs")), "whole")
+
+
 @pytest.mark.parametrize("stop", [3, 11, 16], ids=["within an epoch", "at its end", "in the second"])
-def test_a_stopped_run_goes_on_bit_for_bit(tiny: dict[str, Any], stop: int) -> None:
-    whole = run(tiny, "whole")
+def test_a_stopped_run_goes_on_bit_for_bit(tiny: dict[str, Any], whole: Trainer, stop: int) -> None:
     StopsAt.update = stop
     with pytest.raises(Stopped, match="SIGTERM") as stopped:
         run(tiny, "stopped", StopsAt)
@@ -125,8 +130,8 @@ def test_accumulation_resumes_too(tiny: dict[str, Any]) -> None:
 
 def test_a_killed_run_goes_on_bit_for_bit(tiny: dict[str, Any], recipe_file: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle of an epoch, in a process of its own; what is lost is at most what came after the last checkpoint."""
-    sections = {"output": {"checkpoint_every": 2}, "schedule": {"epochs": 4}}
-    overrides = [f"{section}.{key}={value}" for section, keys in sections.items() for key, value in keys.items()]
+    longer = {"output": {"checkpoint_every": 2}, "schedule": {"epochs": 4}}
+    overrides = [f"{section}.{key}={value}" for section, keys in longer.items() for key, value in keys.items()]
     killed = subprocess.Popen(
         [sys.executable, str(SCRIPTS / "train.py"), str(recipe_file), *overrides, "output.name=killed"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -145,7 +150,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny: dict[str, Any], recipe_file: Pat
     resumed = call("train", recipe_file, *overrides, "output.name=killed", "--resume", "auto")
     assert resumed.exit_code == 0, resumed.output
     assert "going on from" in resumed.output
-    whole = run(tiny, "whole", **sections)
+    whole = run(tiny, "whole", **longer)
     assert same(whole.run.folder / "model.safetensors", runs / "killed" / "model.safetensors")
     assert [r["epoch"] for r in read_log(runs / "killed" / "log.csv")] == list(range(4))
 
