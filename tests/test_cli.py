@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -161,16 +159,3 @@ def test_what_cannot_be_found_is_one_clear_line(arguments: tuple[str, ...], mess
 @pytest.mark.parametrize("arguments", [("info",), ("lst",), ("list", "--fast"), ("backends", "torch")], ids=str)
 def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
     assert "Traceback" not in run(*arguments, code=2).output
-
-
-def test_starting_brings_in_nothing_heavy() -> None:
-    code = """
-import sys
-from typer.testing import CliRunner
-from attention_zoo.cli import app
-assert CliRunner().invoke(app, ["list"]).exit_code == 0
-heavy = {"transformers", "flash_attn", "xformers", "accelerate", "matplotlib", "sklearn", "torch.utils.tensorboard"}
-print(sorted(heavy & set(sys.modules)))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

@@ -32,6 +32,8 @@ OPTIONAL = {
     *("attention_zoo.ops.triton", "attention_zoo.cli", "attention_zoo.training", "attention_zoo.analysis"),
 }
 
+HEAVY = {"transformers", "flash_attn", "xformers", "accelerate", "matplotlib", "sklearn", "torch.utils.tensorboard"}
+
 FILES = sorted([*ROOT.glob("attention_zoo/**/*.py"), *ROOT.glob("models/**/*.py"), *ROOT.glob("configs/**/*.py")])
 
 
@@ -125,7 +127,7 @@ def test_the_walls_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_importing_brings_in_nothing_optional_and_has_no_side_effects() -> None:
     """In a process of its own, beyond what torch and timm themselves import: threads, default dtype and device, the random state
-    and the warning filters stay as they were."""
+    and the warning filters stay as they were. Nor does listing the mechanisms bring in anything heavy."""
     program = (
         "import sys, torch, timm, safetensors, warnings, logging\n"
         "def state():\n"
@@ -137,6 +139,10 @@ def test_importing_brings_in_nothing_optional_and_has_no_side_effects() -> None:
         "assert state() == before, (before, state())\n"
         "assert not torch.cuda.is_initialized()\n"
         f"print(*[m for m in {OPTIONAL!r} if m in sys.modules and m not in modules])\n"
+        "from typer.testing import CliRunner\n"  # and then the command line
+        "from attention_zoo.cli import app\n"
+        "assert CliRunner().invoke(app, ['list']).exit_code == 0\n"
+        f"print(*{HEAVY!r} & set(sys.modules))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT.parent)
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, [], "")

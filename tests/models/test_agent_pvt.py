@@ -50,7 +50,7 @@ def tiny(**options: Any) -> Any:
 # --- the published variants -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(2, NAMES))
 def test_parameters(name: str) -> None:
     model = timm.create_model(name, device="meta")
     assert sum(p.numel() for p in model.parameters()) == MANIFESTS[name]["parameters"]

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_case import DEVICE, FEW, Case
+from marks import slow_but
 from torch import Tensor
 
 import attention_zoo as az
@@ -111,23 +112,23 @@ def test_checks_of_the_router(check: str) -> None:
     kernels.CHECKS[check](routes())
 
 
-@pytest.mark.parametrize(
-    ("options", "learns"),
-    [
-        ({}, "everything"),
-        ({"soft_routing": True}, "everything"),
-        ({"side_dwconv": 0, "qk_dim": 8}, "everything"),
-        ({"topk": 9}, "everything"),
-        ({"qkv_bias": False, "n_win": (1, 4)}, "everything"),
-        ({}, "x"),
-        ({}, "lepe.bias|qkv.weight"),
-        ({}, "proj.weight"),
-    ],
-    ids=["plain", "soft", "without LePE", "all regions", "rows", "input only", "some parameters", "one parameter"],
-)
-@pytest.mark.parametrize("hooked", [False, True], ids=["one node", "nodes"])
-def test_the_mechanism(options: dict[str, Any], learns: str, hooked: bool) -> None:
+LAYERS: dict[str, tuple[dict[str, Any], str]] = {
+    "plain": ({}, "everything"),
+    "soft": ({"soft_routing": True}, "everything"),
+    "without LePE": ({"side_dwconv": 0, "qk_dim": 8}, "everything"),
+    "all regions": ({"topk": 9}, "everything"),
+    "rows": ({"qkv_bias": False, "n_win": (1, 4)}, "everything"),
+    "input only": ({}, "x"),
+    "some parameters": ({}, "lepe.bias|qkv.weight"),
+    "one parameter": ({}, "proj.weight"),
+}
+NODES = [(kind, nodes) for nodes in ("one node", "nodes") for kind in LAYERS]
+
+
+@pytest.mark.parametrize(("kind", "nodes"), slow_but({("plain", "nodes"), *NODES[: len(LAYERS)]}, NODES))
+def test_the_mechanism(kind: str, nodes: str) -> None:
     """Outputs, routes and the gradients of what learns; the layers' own forwards where somebody waits for them."""
+    (options, learns), hooked = LAYERS[kind], nodes == "nodes"
     module = az.create_attention("bra", 16, 2, **{"n_win": (2, 3), "topk": 2, **options}, device=DEVICE)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(learns == "everything" or name in learns.split("|"))

@@ -400,7 +400,7 @@ def whole_graph(host: str, name: str) -> None:
 
 
 def test_compiled() -> None:
-    whole_graph("llama", "zoo_cca_t")
+    whole_graph("llama", "zoo_gqa_t")
 
 
 @pytest.mark.slow
