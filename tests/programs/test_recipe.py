@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from marks import slow_but
 
 from attention_zoo.training.checkpoint import build_model
 from attention_zoo.training.optim import create_optimizer
@@ -125,7 +126,7 @@ def test_the_zoos_recipes_are_right(name: str) -> None:
     assert load_recipe(name.rsplit("/", 1)[-1]) == recipe
 
 
-@pytest.mark.parametrize("name", list_recipes())
+@pytest.mark.parametrize("name", slow_but({"train/litv2_digits", "finetune/vit_kdgqa_digits"}, list_recipes()))
 def test_the_zoos_recipes_build_their_models(name: str) -> None:
     recipe = load_recipe(name, ["model.pretrained=false", "model.checkpoint_path=null"])
     model = build_model(recipe.model, 10)
