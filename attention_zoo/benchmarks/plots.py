@@ -271,7 +271,7 @@ def _ratios(results: Mapping[str, Any]) -> Any:
     axis.axvline(1.0, color=_GREY, linewidth=1.0)
     axis.set_xscale("log", base=2)
     least, most = axis.get_xlim()
-    ticks = [2.0**i for i in range(-7, 5) if least <= 2.0**i <= most]
+    ticks = [2.0**i for i in range(-7, 9) if least <= 2.0**i <= most]
     axis.set_xticks(ticks, [f"{t:.3g}" for t in ticks])
     axis.minorticks_off()
     axis.set_yticks(range(len(rows)), [f"{r['group']}: {r['setting']}" for r in rows], fontsize=8.5)
