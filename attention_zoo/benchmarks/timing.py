@@ -50,23 +50,22 @@ class Clock:
         return max(self.least, min(self.most, round(1e3 * self.seconds / max(ms, 1e-3))))
 
 
-def time_call(run: Call, clock: Clock, *, capturable: bool = True) -> dict[str, float]:
+def time_call(run: Call, clock: Clock, *, capturable: bool = True) -> dict[str, Any]:
     """Milliseconds of a call: "eager", called from Python back to back, and on CUDA "graph", replayed, without Python's time.
 
-    A call that cannot be captured, because it waits for the device, has no "graph". In calls of more than
-    20 milliseconds neither Python nor the cache has a share: one time is taken for both.
+    A call that cannot be captured, because it waits for the device, has no "graph" but "not_captured", the reason. In calls of
+    more than 20 milliseconds neither Python nor the cache has a share: one time is taken for both.
     """
     if not torch.cuda.is_available():
         return {"eager": round(median_ms(run, clock), 5)}
-    found = {"eager": round(pipelined_ms(run, clock), 5)}
+    found: dict[str, Any] = {"eager": round(pipelined_ms(run, clock), 5)}
     if capturable and found["eager"] > _LONG:
         found["graph"] = found["eager"]
     elif capturable:
         try:
             replay = captured(run)
-        except Exception:  # whatever a library raises inside a capture
-            torch.cuda.synchronize()
-            return found
+        except Exception as error:  # whatever a library raises inside a capture
+            return found | {"not_captured": f"{type(error).__name__}: {str(error)[:200]}"}
         found["graph"] = round(median_ms(replay, clock), 5)
     return found
 
@@ -121,6 +120,15 @@ def captured(run: Call) -> Callable[[], None]:
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(stream)
+    try:
+        return _capture(run)
+    except Exception:
+        torch.cuda.synchronize()
+        _capture(torch.zeros(1, device="cuda").zero_)  # a failure leaves the random generators waiting for a capture's end
+        raise
+
+
+def _capture(run: Call) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()

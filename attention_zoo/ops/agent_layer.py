@@ -6,6 +6,7 @@ As `hilo_layer`: some thirty operations, views, tables and sums of gradients are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,22 +83,15 @@ class _Layer(torch.autograd.Function):
         q, k, v = _heads(qkv, heads)
         pooled = kernels.pool_operator(flat_q, *grid, *bins)
         agents = pooled.view(*pooled.shape[:2], heads, -1).transpose(1, 2)
-        key_bias, query_bias = None, None
-        if tables[0] is not None:
-            square, rows, columns = tables[:3]
-            agents_first = rows[0, ..., 0], columns[0, :, :, 0]
-            key_bias = kernels.bias_operator(square, *agents_first, None, *grid, x.dtype)[None]
-        if tables[3] is not None:
-            square, rows, columns = tables[3:]
-            agents_first = rows[0, :, :, 0].transpose(1, 2), columns[0, :, 0].transpose(1, 2)
-            query_bias = kernels.bias_operator(square, *agents_first, None, *grid, x.dtype)[None]
+        key_bias = _bias(tables[:3], grid, x.dtype, agents_first=True)
         read, lse = kernels.agents_read_operator(agents, k, v, key_bias, None, scale)
+        del key_bias
+        query_bias = _bias(tables[3:], grid, x.dtype, agents_first=False)
         out = kernels.tokens_read_operator(q, agents, read, query_bias, scale).transpose(1, 2).flatten(2)
         if kernel is not None:
             out = convolve(flat_v.unflatten(1, grid), kernel, kernel_bias, out.unflatten(1, grid)).flatten(1, 2)
         ctx.settings = settings
-        ctx.save_for_backward(x, qkv, pooled, key_bias, query_bias, read, lse, out, qkv_weight, proj, kernel)
-        ctx.sides = [None if t[0] is None else t[0].shape[2:] for t in (tables[:3], tables[3:])]
+        ctx.save_for_backward(x, qkv, pooled, read, lse, out, qkv_weight, proj, kernel, *tables)
         return F.linear(out, proj, proj_bias)
 
     @staticmethod
@@ -105,41 +99,64 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         from attention_zoo.ops.triton import agent as kernels
 
-        x, qkv, pooled, key_bias, query_bias, read, lse, out, qkv_weight, proj, kernel = ctx.saved_tensors
+        x, qkv, pooled, read, lse, out, qkv_weight, proj, kernel, *tables = ctx.saved_tensors
         grid, bins, heads, scale = ctx.settings
         needs_x, _, *needs = ctx.needs_input_grad
         dout, d_proj, d_proj_bias = linear_gradients(grad, out, proj, True, *needs[2:4])
-
         q, k, v = _heads(qkv, heads)
         agents, by_head = (t.view(*t.shape[:2], heads, -1).transpose(1, 2) for t in (pooled, dout))
-        wants_key, wants_query = any(needs[6:9]), any(needs[9:12])
-        dq, d_agents, d_read, d_query = kernels.tokens_read_backward_operator(
-            q, agents, read, query_bias, by_head, scale, wants_query
-        )
-        more, dk, dv, d_key = kernels.agents_read_backward_operator(
-            agents, k, v, key_bias, None, read, lse, d_read, scale, wants_key
-        )
-        d_pooled = (d_agents + more).transpose(1, 2).flatten(2)
+
+        # biases are computed again, and let go of as soon as they are used: each has n numbers for a token and head
+        wanted = any(needs[9:12])
+        bias = _bias(tables[3:], grid, x.dtype, agents_first=False)
+        dq, d_agents, d_read, d_bias = kernels.tokens_read_backward_operator(q, agents, read, bias, by_head, scale, wanted)
+        d_query_tables = _table_gradients(d_bias, tables[3], grid, agents_first=False) if wanted else (None,) * 3
+        wanted = any(needs[6:9])
+        del d_bias
+        bias = _bias(tables[:3], grid, x.dtype, agents_first=True)
+        more, dk, dv, d_bias = kernels.agents_read_backward_operator(agents, k, v, bias, None, read, lse, d_read, scale, wanted)
+        d_key_tables = _table_gradients(d_bias, tables[0], grid, agents_first=True) if wanted else (None,) * 3
+        del d_bias, bias
+
         dqkv = torch.empty_like(qkv)
-        of_q, of_k, of_v = dqkv.chunk(3, -1)
-        torch.add(dq.transpose(1, 2).flatten(2), kernels.pool_backward_operator(d_pooled, *grid, *bins), out=of_q)
-        of_k.copy_(dk.transpose(1, 2).flatten(2))
+        for part, gradient in zip(dqkv.chunk(3, -1), (dq, dk, dv), strict=True):
+            part.copy_(gradient.transpose(1, 2).flatten(2))
+        del dq, dk, dv
+        of_q, _, of_v = dqkv.chunk(3, -1)
+        of_q += kernels.pool_backward_operator((d_agents + more).transpose(1, 2).flatten(2), *grid, *bins)
         d_kernel, d_kernel_bias = None, None
-        if kernel is None:
-            of_v.copy_(dv.transpose(1, 2).flatten(2))
-        else:
+        if kernel is not None:
             values = qkv.chunk(3, -1)[2].unflatten(1, grid)
             near, d_kernel, d_kernel_bias = convolution_gradients(dout.unflatten(1, grid), values, kernel, *needs[4:6])
-            torch.add(dv.transpose(1, 2).flatten(2), near.flatten(1, 2), out=of_v)
+            of_v += near.flatten(1, 2)
+            del near
+        del dout, by_head
         dx, d_qkv, d_qkv_bias = linear_gradients(dqkv, x, qkv_weight, needs_x, *needs[:2])
-        tables: list[Tensor | None] = [None] * 6
-        if wants_key:
-            square, rows, columns = kernels.bias_backward_operator(d_key[0], 0, *grid, *ctx.sides[0], x.dtype)
-            tables[:3] = square, rows[None, ..., None], columns[None, :, :, None]
-        if wants_query:
-            square, rows, columns = kernels.bias_backward_operator(d_query[0], 0, *grid, *ctx.sides[1], x.dtype)
-            tables[3:] = square, rows.transpose(1, 2)[None, :, :, None], columns.transpose(1, 2)[None, :, None]
-        return dx, None, d_qkv, d_qkv_bias, d_proj, d_proj_bias, d_kernel, d_kernel_bias, *tables
+        return dx, None, d_qkv, d_qkv_bias, d_proj, d_proj_bias, d_kernel, d_kernel_bias, *d_key_tables, *d_query_tables
+
+
+def _bias(tables: Sequence[Tensor | None], grid: Grid, dtype: torch.dtype, *, agents_first: bool) -> Tensor | None:
+    """(1, h, n, H W) from the tables, whose rows and columns have the agents first or last."""
+    from attention_zoo.ops.triton.agent import bias_operator
+
+    square, rows, columns = tables
+    if square is None or rows is None or columns is None:
+        return None
+    if agents_first:
+        lines = rows[0, ..., 0], columns[0, :, :, 0]
+    else:
+        lines = rows[0, :, :, 0].transpose(1, 2), columns[0, :, 0].transpose(1, 2)
+    return bias_operator(square, *lines, None, *grid, dtype)[None]
+
+
+def _table_gradients(grad: Tensor, square: Tensor, grid: Grid, *, agents_first: bool) -> tuple[Tensor, ...]:
+    """Gradients of what `_bias` was made from."""
+    from attention_zoo.ops.triton.agent import bias_backward_operator
+
+    of_square, rows, columns = bias_backward_operator(grad[0], 0, *grid, *square.shape[2:], grad.dtype)
+    if agents_first:
+        return of_square, rows[None, ..., None], columns[None, :, :, None]
+    return of_square, rows.transpose(1, 2)[None, :, :, None], columns.transpose(1, 2)[None, :, None]
 
 
 def _heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

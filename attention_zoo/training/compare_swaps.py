@@ -24,6 +24,7 @@ import attention_zoo as az
 from attention_zoo.attention.kdgqa import KeyDrivenGroupedQueryAttention
 from attention_zoo.swap.convert import Plan, check_plan
 from attention_zoo.swap.core import find_hosts
+from attention_zoo.swap.report import LayerSwap
 from attention_zoo.training.checkpoint import replace_file
 from attention_zoo.training.distill import DistillRecipe, Sentences, compare_embeddings, distill, embed, open_sentences
 
@@ -58,6 +59,7 @@ class Case:
         mechanism: its name.
         note: what the options mean.
         init, options: of `swap_attention`.
+        layers: numbers of the layers that are swapped; None: all.
         recipe: fields of the `DistillRecipe` that differ from its defaults.
         freeze: KDGQA: allocate query heads once, by the norms of a batch of sentences, and keep that.
     """
@@ -66,8 +68,14 @@ class Case:
     note: str
     init: str = "convert"
     options: dict[str, Any] = field(default_factory=dict)
+    layers: list[int] | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     freeze: bool = False
+
+    @property
+    def name(self) -> str:
+        """The mechanism and the note."""
+        return f"{self.mechanism}, {self.note}"
 
 
 CASES = (
@@ -105,7 +113,7 @@ def swap(model: nn.Module, case: Case, tokenizer: Any, sentences: Sequence[str])
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the converted layer does not compute", UserWarning)  # the report says it
-        report = az.swap_attention(model, case.mechanism, init=case.init, **case.options)
+        report = az.swap_attention(model, case.mechanism, layers=case.layers, init=case.init, **case.options)
     if case.freeze:
         embed(model, tokenizer, sentences, len(sentences))
         for module in model.modules():
@@ -118,15 +126,16 @@ def run_case(case: Case, folder: str, sentences: Sentences, recipe: DistillRecip
     """One row, as plain data: the embeddings right after the swap and, where they are not the original's, after distilling."""
     torch.set_num_threads(1)
     (teacher, tokenizer), (model, _) = load_encoder(folder), load_encoder(folder)
-    want = embed(teacher, tokenizer, sentences.held_out)
+    want, originals = embed(teacher, tokenizer, sentences.held_out), _attention_layers(teacher)
     report = swap(model, case, tokenizer, sentences.train[:64])
     got = embed(model, tokenizer, sentences.held_out)
-    layers = report.layers
+    layers, swapped = report.layers, {layer.name for layer in report.layers}
     row = {
         **asdict(case),
         "recipe": None,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "attention_flops": sum(layer.flops_after or 0 for layer in layers),
+        "attention_flops": sum(layer.flops_after or 0 for layer in layers)
+        + sum(layer.flops_before for layer in originals if layer.name not in swapped),
         "num_tokens": layers[0].num_tokens,
         "difference": (got - want).abs().max().item(),
         "swapped": asdict(compare_embeddings(got, want)),
@@ -139,6 +148,11 @@ def run_case(case: Case, folder: str, sentences: Sentences, recipe: DistillRecip
         row |= {"recipe": asdict(recipe), "seconds": time.perf_counter() - started}
         row["distilled"] = asdict(compare_embeddings(embed(model, tokenizer, sentences.held_out), want))
     return row
+
+
+def _attention_layers(model: nn.Module) -> tuple[LayerSwap, ...]:
+    """All of the model's, as the report of a swap has them."""
+    return az.swap_attention(model, "gqa", dry_run=True).layers
 
 
 def compare(
@@ -158,7 +172,7 @@ def compare(
         OSError: no model is there.
     """
     (model, _), sentences, recipe = load_encoder(folder), open_sentences(), recipe or DistillRecipe()
-    layers = az.swap_attention(model, "gqa", dry_run=True).layers
+    layers = _attention_layers(model)
     results: dict[str, Any] = {
         "where": {
             "torch": torch.__version__,

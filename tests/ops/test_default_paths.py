@@ -17,7 +17,7 @@ from attention_zoo.registry import attention_info
 # The operators that a mechanism calls at least, and what it needs to be built.
 KERNELS: dict[str, tuple[set[str], dict[str, Any]]] = {
     "agent": ({"agents_read_forward", "tokens_read_forward"}, {}),
-    "bra": ({"routed_map_forward", "best_regions"}, {}),
+    "bra": ({"routed_map_forward", "best_regions"}, {"n_win": 8}),
     "cca": ({"core_context_forward", "core_pooling_forward"}, {"window_size": 32, "group_size": 4}),
     "diff": ({"subtract_noise_forward"}, {}),
     "gda": ({"subtract_noise_forward"}, {}),
@@ -94,8 +94,7 @@ def test_swapped_vision_models_take_kernels_on_cuda(name: str) -> None:
     class_token = name != "diff" and not attention_info(name).prefix_tokens
     bare = {"class_token": False, "global_pool": "avg"} if class_token else {}
     model = timm.create_model("vit_tiny_patch16_224", img_size=256, num_classes=10, depth=2, **bare)
-    options = {"block_size": 8, "halo_size": 3} if name == "halo" else {}
-    az.swap_attention(model, name, **options)
+    az.swap_attention(model, name, **KERNELS[name][1])
     model = model.to("cuda", torch.bfloat16).eval()
     assert KERNELS[name][0] <= called(model, torch.randn(1, 3, 256, 256, device="cuda", dtype=torch.bfloat16))
 
