@@ -28,7 +28,7 @@ from attention_zoo.attention.base import (
     check_grid,
     check_head_split,
     check_tokens,
-    has_hooks,
+    is_bare,
     merge_heads,
     project_qkv,
     resolve_head_dim,
@@ -426,9 +426,9 @@ class AgentAttention(AgentTables):
         plain = self.agent_source == "pool" and not self.num_prefix_tokens and not self.split_qkv
         if not plain or self.num_kv_heads != self.num_heads or not stands_alone(x) or ops.is_observed():
             return False
-        if type(self.q_norm) is not nn.Identity or {type(self.qkv), type(self.proj)} != {nn.Linear}:
+        if type(self.q_norm) is not nn.Identity or not (is_bare(self.qkv) and is_bare(self.proj)):
             return False
-        if type(self.dwc) not in (type(None), DepthwiseConv2d) or any(has_hooks(layer) for layer in self.children()):
+        if self.dwc is not None and not is_bare(self.dwc, DepthwiseConv2d):
             return False
         if self.has_tables and not (self.agent_grid == (self.agent_side, self.agent_side) and self.window_size == grid):
             return False  # the tables are to be resampled

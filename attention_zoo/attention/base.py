@@ -30,6 +30,7 @@ __all__ = [
     "check_tokens",
     "extend_cache",
     "has_hooks",
+    "is_bare",
     "merge_heads",
     "project_qkv",
     "read_padding",
@@ -185,6 +186,11 @@ def merge_heads(x: Tensor) -> Tensor:
 def has_hooks(layer: nn.Module) -> bool:
     """Whether somebody waits for the layer's own forward or backward, so that its weights may not be used past it."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def is_bare(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a layer of this kind is its weight and bias: not adapted or quantised, and nobody waits for its own forward."""
+    return type(layer) is kind and type(layer.weight) in (Tensor, nn.Parameter) and not has_hooks(layer)
 
 
 def reset_children(module: nn.Module) -> None:

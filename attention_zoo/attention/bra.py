@@ -24,7 +24,7 @@ from attention_zoo.attention.base import (
     check_choice,
     check_grid,
     check_tokens,
-    has_hooks,
+    is_bare,
     merge_heads,
     resolve_head_dim,
     split_heads,
@@ -389,9 +389,9 @@ class BiLevelRoutingAttention(_BiLevelRouting, AttentionModule):
 
     def _is_one_node(self, x: Tensor) -> bool:
         """Whether, besides, the layers are their weights and biases."""
-        layers = [self.qkv, self.proj, *([] if self.lepe is None else [self.lepe])]
-        plain = (nn.Linear, nn.Linear, LocalPositionEncoding)
-        return stands_alone(x) and all(type(t) is kind and not has_hooks(t) for t, kind in zip(layers, plain, strict=False))
+        if not (stands_alone(x) and is_bare(self.qkv) and is_bare(self.proj)):
+            return False
+        return self.lepe is None or is_bare(self.lepe, LocalPositionEncoding)
 
     def _in_one_node(self, x: Tensor, grid_size: tuple[int, int], regions: Regions) -> tuple[Tensor, Tensor, Tensor]:
         """As `_on_map`."""

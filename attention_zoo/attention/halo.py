@@ -23,7 +23,7 @@ from attention_zoo.attention.base import (
     AttentionModule,
     check_grid,
     check_tokens,
-    has_hooks,
+    is_bare,
     merge_heads,
     resolve_head_dim,
     split_heads,
@@ -295,11 +295,11 @@ def project_map(layer: nn.Module, image: Tensor) -> Tensor:
     On CUDA as a matrix product over the cells, which leaves the channels of a cell side by side, where the kernel reads them: a
     convolution may transpose the map on either side, each way about as long as the attention takes.
     """
-    plain = type(layer) is nn.Conv2d and layer.kernel_size == (1, 1) and layer.groups == 1 and layer.padding == (0, 0)
-    if not (image.is_cuda and plain) or has_hooks(layer):
-        result: Tensor = layer(image).movedim(1, -1)
-        return result
-    return project_cells(layer, image)  # type: ignore[arg-type]
+    bare = isinstance(layer, nn.Conv2d) and is_bare(layer, nn.Conv2d)
+    if image.is_cuda and bare and layer.kernel_size == (1, 1) and layer.groups == 1 and layer.padding == (0, 0):
+        return project_cells(layer, image)  # type: ignore[arg-type]
+    result: Tensor = layer(image).movedim(1, -1)
+    return result
 
 
 def project_cells(layer: nn.Conv2d, image: Tensor) -> Tensor:

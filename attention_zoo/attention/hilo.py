@@ -24,7 +24,7 @@ from attention_zoo.attention.base import (
     check_choice,
     check_grid,
     check_tokens,
-    has_hooks,
+    is_bare,
     merge_heads,
     resolve_head_dim,
     split_heads,
@@ -286,9 +286,8 @@ class HiLoAttention(AttentionModule):
         return takes_windows(x, self.window_size, self.head_dim, dropout_p, too_wide(self.head_dim, x.dtype))
 
     def _is_bare(self) -> bool:
-        """Whether the layers are their weights and biases: none is adapted or quantised, and nobody waits for its own forward."""
-        layers = [getattr(self, name) for name in _LAYERS if hasattr(self, name)]
-        return all(type(layer) is nn.Linear and not has_hooks(layer) for layer in layers)
+        """Whether the layers are their weights and biases."""
+        return all(is_bare(getattr(self, name)) for name in _LAYERS if hasattr(self, name))
 
     def _attend_fused(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """The same with one matrix product for all that is projected from the tokens, and one for the outputs of both branches."""

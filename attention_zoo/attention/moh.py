@@ -30,6 +30,7 @@ from attention_zoo.attention.base import (
     check_context,
     check_head_split,
     check_tokens,
+    is_bare,
     merge_heads,
     project_qkv,
     resolve_head_dim,
@@ -101,7 +102,7 @@ class MixtureOfHeads(AuxiliaryLossModule):
     def _router_logits(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of routed heads, shared heads and the balance of the two, each None where the layer has no such router."""
         layers = [getattr(self, name, None) for name in ("router", "shared_router", "balance")]
-        if not x.is_cuda or any(layer is not None and type(layer) is not nn.Linear for layer in layers):
+        if not x.is_cuda or any(layer is not None and not is_bare(layer) for layer in layers):
             return tuple(None if layer is None else layer(x) for layer in layers)  # type: ignore[return-value]
         weights = [layer.weight for layer in layers if layer is not None]
         if len(weights) < 2:

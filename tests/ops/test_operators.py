@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import Any
 
 import pytest
@@ -10,9 +12,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import vmap
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+import attention_zoo as az
 from attention_zoo.ops._operators import operator
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS: list[Tensor] = []  # what the function was called with, in the order of the calls
 
 
@@ -139,8 +144,6 @@ def test_lists_of_tensors() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_kernels_run_where_their_tensors_are() -> None:
-    import attention_zoo as az
-
     for name, options, n in (("hilo", {}, 196), ("bra", {"n_win": 7, "topk": 2}, 196), ("agent", {}, 196), ("moh", {}, 64)):
         module = az.create_attention(name, 64, 4, **options, device="cuda:1", dtype=torch.bfloat16)
         x = torch.randn(2, n, 64, device="cuda:1", dtype=torch.bfloat16, requires_grad=True)
@@ -154,3 +157,41 @@ def test_kernels_run_where_their_tensors_are() -> None:
         assert (got.float() - want.float()).norm() / want.float().norm() < 2e-2, name
         assert x.grad is not None
         assert x.grad.isfinite().all()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    ("name", "options"), [("hilo", {}), ("agent", {"agent_num": 4, "window_size": (4, 6)}), ("bra", {"n_win": 2, "topk": 2})]
+)
+def test_layers_of_one_node_in_one_graph(name: str, options: dict[str, Any]) -> None:
+    """Compilers get the operations one by one, and compute the same, as checkpoints do."""
+    layer = az.create_attention(name, 32, 2, **options, device=DEVICE)
+    x = torch.randn(2, 24, 32, device=DEVICE, requires_grad=True)
+
+    def run(function: Any) -> tuple[Tensor, ...]:
+        out = function(x, grid_size=(4, 6))
+        return out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
+    with az.ops.use_backend("triton"):
+        want = run(layer)
+        assert type(want[0].grad_fn).__name__ == "_LayerBackward"
+        for function in (compiled, functools.partial(checkpoint, layer, use_reentrant=False)):
+            torch.testing.assert_close(run(function), want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_layers_of_one_node_under_autocast() -> None:
+    """Parameters keep their dtype, and get gradients of it."""
+    layer = az.create_attention("agent", 32, 2, agent_num=4, window_size=(4, 6), device=DEVICE)
+    x = torch.randn(2, 24, 32, device=DEVICE, requires_grad=True)
+    results = []
+    for backend in ("reference", "triton"):
+        with az.ops.use_backend(backend), torch.autocast(DEVICE, torch.float16):
+            out = layer(x, grid_size=(4, 6))
+        gradients = torch.autograd.grad(out.float().square().sum(), [x, *layer.parameters()])
+        assert all(g.dtype == torch.float32 for g in gradients)
+        results.append((out.float(), *gradients))
+    for want, got in zip(*results, strict=True):
+        assert (got - want).norm() < 0.02 * want.norm()
