@@ -75,6 +75,33 @@ def test_layers_take_kernels_on_cuda(name: str) -> None:
     assert KERNELS[name][0] <= layer_calls(name, "cuda", side, 256, batch=8)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", KERNELS)
+def test_layers_as_graphed_callables(name: str) -> None:
+    """Forward and backward replayed as CUDA graphs, after eager calls on another stream, give what those gave."""
+    options = KERNELS[name][1] | ({"window_size": (16, 16)} if name == "agent" else {})
+    layer = az.create_attention(name, 64, 4, **options, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(2, 256, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grid = {"grid_size": (16, 16)} if attention_info(name).spatial else {}
+
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x, **grid)
+
+    def run(function: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        out = function(x)
+        return tuple(t.clone() for t in (out, *torch.autograd.grad(out.float().square().sum(), (x, *layer.parameters()))))
+
+    module = Fixed()
+    want, other = run(module, x), torch.randn_like(x).requires_grad_()
+    graphed = torch.cuda.make_graphed_callables(module, (other.detach().clone().requires_grad_(),), allow_unused_input=True)
+    assert all(torch.equal(a, b) for a, b in zip(run(graphed, x), want, strict=True))
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_layers_take_none_on_a_cpu(name: str) -> None:
     assert not layer_calls(name, "cpu", 8, 32)
