@@ -178,10 +178,6 @@ def check_gradient_checkpointing(build: Build) -> None:
         close(a, b)
 
 
-# A model has its mechanisms' gradients compiled in the matrix of mechanisms: by default it is only traced.
-backends = pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
-
-
 def check_one_graph(model: nn.Module, x: Tensor, backend: str = "aot_eager") -> None:
     """torch.compile takes the model whole."""
     torch._dynamo.reset()

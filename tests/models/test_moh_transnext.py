@@ -8,7 +8,6 @@ import pytest
 import torch
 from marks import slow_but
 from model_case import (
-    backends,
     check_feature_maps,
     check_gradient_checkpointing,
     check_head,
@@ -200,10 +199,10 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     check_gradient_checkpointing(tiny)
 
 
-@backends
-def test_compiles_to_one_graph(backend: str) -> None:
+@pytest.mark.slow
+def test_compiles_to_one_graph() -> None:
     two = {k: v[-2:] for k, v in TINY.items() if isinstance(v, tuple)}  # stages: one of each attention
-    check_one_graph(tiny(**two, sr_ratios=(2, 1), window_sizes=(3, None)), torch.randn(2, 3, 27, 21), backend)
+    check_one_graph(tiny(**two, sr_ratios=(2, 1), window_sizes=(3, None)), torch.randn(2, 3, 27, 21))
 
 
 # --- timm's interface -------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from model_case import (
-    backends,
     check_feature_maps,
     check_gradient_checkpointing,
     check_head,
@@ -71,15 +70,15 @@ def test_gradient_checkpointing_changes_nothing(family: str) -> None:
 
 
 @families
-@backends
-def test_compiles_to_one_graph(family: str, backend: str) -> None:
+@pytest.mark.slow
+def test_compiles_to_one_graph(family: str) -> None:
     size = {"num_heads": (2, 2), "agent_num": (4, 4)}
     size |= (
         {"depths": (1, 2), "attn_type": "AB"}
         if family == "agent_swin"
         else {"depth": (1, 1), "split_size": (2, 2), "attn_type": "BA"}
     )
-    check_one_graph(tiny(family, **size), torch.randn(2, 3, 60, 44), backend)
+    check_one_graph(tiny(family, **size), torch.randn(2, 3, 60, 44))
 
 
 @families

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_case import DEVICE, FEW, Case
+from marks import slow_but
 from torch import Tensor
 
 import attention_zoo as az
@@ -215,16 +216,19 @@ def test_module(options: dict[str, Any], grid: tuple[int, int] | None) -> None:
 
 @pytest.mark.parametrize(
     ("options", "learns"),
-    [
-        ({}, "everything"),
-        ({"qkv_bias": True, "agent_num": 9, "head_dim": 8}, "everything"),
-        ({"use_dwc": False}, "everything"),
-        ({"use_bias": False, "agent_grid": (2, 3)}, "everything"),
-        ({"qkv_bias": True}, "x"),
-        ({"qkv_bias": True}, "an_bias|proj.weight"),
-        ({}, "dwc.bias|wa_bias|qkv.weight"),
-    ],
-    ids=["paper", "biases", "no convolution", "no tables", "input only", "some parameters", "others"],
+    slow_but(
+        5,
+        [
+            ({"qkv_bias": True, "agent_num": 9, "head_dim": 8}, "everything"),
+            ({"use_dwc": False}, "everything"),
+            ({"use_bias": False, "agent_grid": (2, 3)}, "everything"),
+            ({"qkv_bias": True}, "x"),
+            ({"qkv_bias": True}, "an_bias|proj.weight"),
+            ({}, "everything"),
+            ({}, "dwc.bias|wa_bias|qkv.weight"),
+        ],
+    ),
+    ids=["biases", "no convolution", "no tables", "input only", "some parameters", "paper", "others"],
 )
 def test_the_layer_as_one_node(options: dict[str, Any], learns: str) -> None:
     """Outputs and the gradients of what learns; nothing else gets one."""
