@@ -20,6 +20,9 @@ from attention_zoo.ops.triton.routed import Tiling, launch_backward, launch_forw
 
 __all__ = ["best_regions_triton", "routed_map_attention_triton"]
 
+_FEW_REGIONS = {"BC": 32, "num_warps": 4}
+_MANY_REGIONS = {"BC": 16, "num_warps": 8, "num_stages": 1}  # whose keys fill the shared memory of small cards
+
 
 @triton.jit
 def _region_means_kernel(
@@ -75,7 +78,7 @@ def _best_regions(qk: Tensor, height: int, width: int, scale: float, topk: int) 
         )
         _best_kernel[(ceil_div(regions.number, 16), batch)](
             means, routes, best, scale, regions.number, channels // 2, topk,
-            BM=16, BR=tile(regions.number, 1 << 30), BC=32, num_warps=4 if regions.number <= 256 else 8,
+            BM=16, BR=tile(regions.number, 1 << 30), **(_FEW_REGIONS if regions.number <= 256 else _MANY_REGIONS),
         )  # fmt: skip
     return routes, best
 
