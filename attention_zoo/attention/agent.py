@@ -37,6 +37,7 @@ from attention_zoo.attention.base import (
 from attention_zoo.attention.conversion import projection_settings, refuse_tensors, source_heads, source_settings, split_projections
 from attention_zoo.attention.functional import pure_function
 from attention_zoo.ops import agent_attention, resize_grid
+from attention_zoo.ops._one_node import Parts
 from attention_zoo.ops._operators import stands_alone
 from attention_zoo.ops.agent_layer import AgentLayer, agent_layer, takes_layer
 from attention_zoo.registry import register_attention
@@ -433,7 +434,8 @@ class AgentAttention(AgentTables):
         if self.has_tables and not (self.agent_grid == (self.agent_side, self.agent_side) and self.window_size == grid):
             return False  # the tables are to be resampled
         number, drop = math.prod(self.agent_grid), self.attn_drop if self.training else 0.0
-        return takes_layer(x, number, self.head_dim, grid, drop) and (not self.has_tables or max(self.an_bias.shape[2:]) <= 64)
+        square = (self.an_bias.shape[2], self.an_bias.shape[3]) if self.has_tables else None
+        return takes_layer(x, number, self.head_dim, grid, square, drop)
 
     def _layer(self, grid: Grid) -> AgentLayer:
         """The layer's parameters, for the kernels."""
@@ -442,12 +444,7 @@ class AgentAttention(AgentTables):
             self.agent_grid,
             self.num_heads,
             self.scale,
-            qkv=self.qkv.weight,
-            qkv_bias=self.qkv.bias,
-            proj=self.proj.weight,
-            proj_bias=self.proj.bias,
-            kernel=getattr(self.dwc, "weight", None),
-            kernel_bias=getattr(self.dwc, "bias", None),
+            Parts.of(self.qkv, self.proj, self.dwc),
             key_tables=(self.an_bias, self.ah_bias, self.aw_bias) if self.has_tables else None,
             query_tables=(self.na_bias, self.ha_bias, self.wa_bias) if self.has_tables else None,
         )

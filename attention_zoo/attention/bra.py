@@ -32,6 +32,7 @@ from attention_zoo.attention.base import (
 from attention_zoo.attention.conversion import load_converted, projection_settings, source_heads, source_settings, split_projections
 from attention_zoo.attention.functional import pure_function
 from attention_zoo.attention.lepe import LocalPositionEncoding
+from attention_zoo.ops._one_node import Parts
 from attention_zoo.ops._operators import stands_alone
 from attention_zoo.ops.routed_layer import RoutedLayer, routed_layer
 from attention_zoo.ops.routed_map import Regions, best_regions, routed_map_attention, takes_map, with_values
@@ -395,7 +396,6 @@ class BiLevelRoutingAttention(_BiLevelRouting, AttentionModule):
 
     def _in_one_node(self, x: Tensor, grid_size: tuple[int, int], regions: Regions) -> tuple[Tensor, Tensor, Tensor]:
         """As `_on_map`."""
-        linear: Any = self.proj
         return routed_layer(
             x,
             RoutedLayer(
@@ -405,12 +405,7 @@ class BiLevelRoutingAttention(_BiLevelRouting, AttentionModule):
                 self.scale,
                 min(self.topk, regions.rows * regions.columns),
                 self.soft_routing,
-                qkv=self.qkv.weight,
-                qkv_bias=self.qkv.bias,
-                proj=linear.weight,
-                proj_bias=linear.bias,
-                kernel=getattr(self.lepe, "weight", None),
-                kernel_bias=getattr(self.lepe, "bias", None),
+                Parts.of(self.qkv, self.proj, self.lepe),
             ),
         )
 

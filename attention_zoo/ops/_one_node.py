@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["apply_node", "convolution_gradients", "linear_gradients"]
+__all__ = ["Parts", "apply_node", "convolution_gradients", "linear_gradients"]
+
+
+class Parts(NamedTuple):
+    """Parameters of a layer that projects tokens, attends, adds a depthwise convolution of the values, and projects back.
+
+    Attributes:
+        qkv, qkv_bias: (I, C) and (I,), I channels of queries, keys and values together.
+        proj, proj_bias: (C', V) and (C',), V channels of the values.
+        kernel, kernel_bias: (V, 1, k, k) and (V,), of the convolution; None: there is none.
+    """
+
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    proj: Tensor
+    proj_bias: Tensor | None
+    kernel: Tensor | None
+    kernel_bias: Tensor | None
+
+    @classmethod
+    def of(cls, qkv: Any, proj: Any, convolution: nn.Module | None) -> Self:
+        """Of the layers that have them."""
+        local = getattr(convolution, "weight", None), getattr(convolution, "bias", None)
+        return cls(qkv.weight, qkv.bias, proj.weight, proj.bias, *local)
 
 
 def apply_node(node: type[torch.autograd.Function], x: Tensor, settings: Any, parameters: tuple[Tensor | None, ...]) -> Any:

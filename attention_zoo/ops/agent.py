@@ -19,13 +19,14 @@ from attention_zoo.ops._tap import tapped
 from attention_zoo.ops.attention import attention, attention_weights
 from attention_zoo.ops.dispatch import follow_autocast
 
-__all__ = ["Grid", "agent_attention", "fits_columns", "grid_bias", "pool_tokens", "resize_grid", "too_many_agents"]
+__all__ = ["Grid", "agent_attention", "grid_bias", "pool_tokens", "resize_grid", "too_large_tables", "too_many_agents"]
 
 Grid = tuple[int, int]
 
 _MOST_AGENTS = 128  # that stand in one tile of the kernels
 _LARGEST_TILE = 128 * 128  # agents times channels
 _MOST_COLUMNS = 1024  # of a grid, whose rows stand in one tile of the biases' gradients
+_LARGEST_SQUARE = 64  # side of a square table
 
 
 def agent_attention(
@@ -187,10 +188,7 @@ def grid_bias(
 
     Returns: (h, n', P + H * W).
     """
-    missing = None if fits_columns(size) else f"a grid of {size[1]} columns: the kernel is for up to {_MOST_COLUMNS}"
-    if missing is None and max(square.shape[2:]) > 64:
-        missing = f"square tables of {square.shape[2]} x {square.shape[3]}: the kernel is for up to 64 x 64"
-    if use_kernel(backend, (square,), missing=missing):
+    if use_kernel(backend, (square,), missing=too_large_tables(size, (square.shape[2], square.shape[3]))):
         from attention_zoo.ops.triton.agent import grid_bias_triton
 
         with no_autocast(square):
@@ -204,9 +202,13 @@ def grid_bias(
     return _over_agents(bias, agent_grids)
 
 
-def fits_columns(size: Grid) -> bool:
-    """Whether a row of the grid fits into a tile of the kernel of `grid_bias`."""
-    return size[1] <= _MOST_COLUMNS
+def too_large_tables(size: Grid, square: Grid) -> str | None:
+    """Why the kernel of `grid_bias` does not serve square tables of these sides on a grid of this size; None if it does."""
+    if size[1] > _MOST_COLUMNS:
+        return f"a grid of {size[1]} columns: the kernel is for up to {_MOST_COLUMNS}"
+    if max(square) > _LARGEST_SQUARE:
+        return f"square tables of {square[0]} x {square[1]}: the kernel is for up to {_LARGEST_SQUARE} x {_LARGEST_SQUARE}"
+    return None
 
 
 def _over_line(table: Tensor, length: int) -> Tensor:

@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from attention_zoo.ops._kernels import use_kernel
-from attention_zoo.ops._one_node import apply_node, convolution_gradients, linear_gradients
-from attention_zoo.ops.agent import Grid, fits_columns, too_many_agents
+from attention_zoo.ops._one_node import Parts, apply_node, convolution_gradients, linear_gradients
+from attention_zoo.ops.agent import Grid, too_large_tables, too_many_agents
 
 __all__ = ["AgentLayer", "agent_layer", "takes_layer"]
 
@@ -28,9 +28,7 @@ class AgentLayer(NamedTuple):
         grid_size, agent_grid: (H, W) of the tokens and (a, a').
         heads: h.
         scale: factor of both logits.
-        qkv, qkv_bias: (3 h d, C) and (3 h d,).
-        proj, proj_bias: (C', h d) and (C',).
-        kernel, kernel_bias: (h d, 1, k, k) and (h d,), of the convolution of the values; None: there is none.
+        parts: projections and convolution.
         key_tables: (h, n, b, b'), (1, h, n, H, 1) and (1, h, n, 1, W); None: there are no position biases.
         query_tables: (h, n, b, b'), (1, h, H, 1, n) and (1, h, 1, W, n); None: as above.
     """
@@ -39,27 +37,23 @@ class AgentLayer(NamedTuple):
     agent_grid: Grid
     heads: int
     scale: float
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    proj: Tensor
-    proj_bias: Tensor | None
-    kernel: Tensor | None
-    kernel_bias: Tensor | None
+    parts: Parts
     key_tables: tuple[Tensor, Tensor, Tensor] | None
     query_tables: tuple[Tensor, Tensor, Tensor] | None
 
     def parameters(self) -> tuple[Tensor | None, ...]:
-        tables = (*(self.key_tables or (None,) * 3), *(self.query_tables or (None,) * 3))
-        return (self.qkv, self.qkv_bias, self.proj, self.proj_bias, self.kernel, self.kernel_bias, *tables)
+        return (*self.parts, *(self.key_tables or (None,) * 3), *(self.query_tables or (None,) * 3))
 
 
-def takes_layer(x: Tensor, number: int, channels: int, grid_size: Grid, dropout_p: float) -> bool:
+def takes_layer(x: Tensor, number: int, channels: int, grid_size: Grid, square: Grid | None, dropout_p: float) -> bool:
     """Whether the kernels serve `number` agents of so many channels on this grid, for tokens like `x`.
+
+    `square`: sides of the square tables; None: there are no tables.
 
     Raises:
         BackendError: "triton" is asked for, by `use_backend` or the environment, and cannot serve it.
     """
-    if channels > x.shape[-1] or not fits_columns(grid_size):
+    if channels > x.shape[-1] or (square is not None and too_large_tables(grid_size, square)):
         return False
     return use_kernel("auto", (x[..., :channels],), dropout_p=dropout_p, missing=too_many_agents(number, channels))
 

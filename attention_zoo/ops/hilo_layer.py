@@ -54,18 +54,19 @@ def hilo_layer(
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, settings: HiloSettings, *parameters: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, settings: HiloSettings, *parameters: Any) -> Tensor:
         from attention_zoo.ops.triton.hilo import forward_operator, means_operator
 
-        (w_high, w_query, w_kv), (b_high, b_query, b_kv), out_parameters = _take(parameters)
-        out_weights, out_biases = out_parameters[: len(out_parameters) // 2], out_parameters[len(out_parameters) // 2 :]
+        w_high, w_query, w_kv, b_high, b_query, b_kv, *of_output = parameters
+        branches = len(of_output) // 2
+        out_weights, out_biases = of_output[:branches], of_output[branches:]
         (height, width), side, heads, scale, masked = settings
         means = means_operator(x.view(x.shape[0], height, width, x.shape[2]), side, masked)
         weight = torch.cat((w_high, w_query))
         qkv = F.linear(x, weight, None if b_high is None else torch.cat((b_high, b_query)))
         kv = F.linear(means, w_kv, b_kv)
         out, lse = forward_operator(qkv, kv, height, width, side, *heads, scale, masked)
-        ctx.settings, ctx.number = settings, len(parameters)
+        ctx.settings = settings
         ctx.save_for_backward(x, means, qkv, kv, out, lse, weight, w_kv, *out_weights)
         if len(out_weights) == 1:
             return F.linear(out, out_weights[0], out_biases[0])
@@ -91,10 +92,6 @@ class _Layer(torch.autograd.Function):
         rows = weight.shape[0] - w_kv.shape[0] // 2, w_kv.shape[0] // 2
         pairs = [(None, None) if t is None else t.split(rows) for t in (dw, db)]
         return dx, None, *pairs[0], dw_kv, *pairs[1], db_kv, *of_out_parameters
-
-
-def _take(parameters: tuple[Any, ...]) -> tuple[Any, Any, Any]:
-    return parameters[:3], parameters[3:6], parameters[6:]
 
 
 def _back_through_output(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from attention_zoo.ops._one_node import apply_node, convolution_gradients, linear_gradients
+from attention_zoo.ops._one_node import Parts, apply_node, convolution_gradients, linear_gradients
 from attention_zoo.ops.routed_map import Regions
 
 __all__ = ["RoutedLayer", "routed_layer"]
@@ -27,9 +27,7 @@ class RoutedLayer(NamedTuple):
         qk_dim, heads, scale: as for `routed_map_attention`.
         topk: regions that each one is routed to.
         soft: whether the softmax of their products weights them.
-        qkv, qkv_bias: (2 qk_dim + C, C) and (2 qk_dim + C,).
-        proj, proj_bias: (C', C) and (C',).
-        kernel, kernel_bias: (C, 1, k, k) and (C,), of LePE; None: there is none.
+        parts: its parameters; the convolution is LePE.
     """
 
     regions: Regions
@@ -38,12 +36,7 @@ class RoutedLayer(NamedTuple):
     scale: float
     topk: int
     soft: bool
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    proj: Tensor
-    proj_bias: Tensor | None
-    kernel: Tensor | None
-    kernel_bias: Tensor | None
+    parts: Parts
 
 
 def routed_layer(x: Tensor, layer: RoutedLayer) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +44,7 @@ def routed_layer(x: Tensor, layer: RoutedLayer) -> tuple[Tensor, Tensor, Tensor]
 
     No gradients of gradients, and none through the routes.
     """
-    found: tuple[Tensor, Tensor, Tensor] = apply_node(_Layer, x, layer[:6], layer[6:])
+    found: tuple[Tensor, Tensor, Tensor] = apply_node(_Layer, x, layer[:6], layer.parts)
     return found
 
 
