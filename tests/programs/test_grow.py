@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from program import call
 from transformers import AutoModelForCausalLM
 
 import attention_zoo as az
-
-from .test_scripts import call
 
 SIZES = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 17}
 

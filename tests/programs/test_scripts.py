@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from program import call
 
 from attention_zoo.training.data import open_images
 from attention_zoo.training.recipe import DataRecipe, make_recipe
-
-from .conftest import call
 
 
 @pytest.fixture(scope="module")

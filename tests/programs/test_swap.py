@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from program import SCRIPTS
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
@@ -17,8 +18,6 @@ import attention_zoo as az
 from attention_zoo.cli import app
 from attention_zoo.training.recipe import RecipeError, SwapRecipe
 from attention_zoo.training.swap import apply_swap, open_model, parse_layers, read_swap, save_swapped
-
-from .conftest import SCRIPTS
 
 VIT = ("img_size=8", "patch_size=4", "embed_dim=16", "depth=4", "num_heads=2", "num_classes=3")
 

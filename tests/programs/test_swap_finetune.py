@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from program import SCRIPTS, call
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,9 +23,6 @@ from attention_zoo.training.finetune import FinetuneRecipe, FinetuneRun, as_mark
 from attention_zoo.training.loop import TrainingDivergedError
 from attention_zoo.training.recipe import RecipeError, build_recipe, describe_recipe, list_recipes, read_recipe
 from attention_zoo.training.swap import apply_swap
-
-from .conftest import SCRIPTS
-from .test_scripts import call
 
 CONSOLE = Console(quiet=True)
 MOH = {"mechanism": "moh", "options": {"shared_heads": 2, "routed_topk": 1}}

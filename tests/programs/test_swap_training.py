@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from program import call
 from rich.console import Console
 
 import attention_zoo as az
@@ -22,7 +23,6 @@ from attention_zoo.training.recipe import ModelRecipe, Recipe, RecipeError, Swap
 from attention_zoo.training.uptrain import as_markdown, uptrain, write_uptraining
 from attention_zoo.training.validate import prepare_validation
 
-from .test_scripts import call
 from .test_train import StopsAt, same
 
 CONSOLE = Console(quiet=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from program import call
 from rich.console import Console
 
 import attention_zoo as az
@@ -19,8 +20,6 @@ from attention_zoo.training import text
 from attention_zoo.training.plots import Curves, plot_side_by_side
 from attention_zoo.training.recipe import Recipe, RecipeError, build_recipe, list_recipes, load_recipe, read_recipe
 from attention_zoo.training.text import TextDataRecipe, TextRecipe, compare, open_texts
-
-from .test_scripts import call
 
 CONSOLE = Console(quiet=True)
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from program import SCRIPTS, call
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -28,7 +29,7 @@ from attention_zoo.training.optim import create_optimizer, create_scheduler, par
 from attention_zoo.training.recipe import OptimizerRecipe, RecipeError, ScheduleRecipe, make_recipe
 from attention_zoo.training.report import read_log
 
-from .conftest import SCRIPTS, call, sections
+from .conftest import sections
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import re
 from operator import attrgetter
@@ -12,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from marks import slow_but
+from program import call
 from torch import Tensor
-from typer.testing import CliRunner
 
 import attention_zoo as az
 from attention_zoo.training import compare_swaps
@@ -170,22 +168,15 @@ def test_the_page_says_what_the_results_say(name: str) -> None:
 
 
 def test_the_program_writes_the_page(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("scripts_compare_swaps", ROOT / "scripts/compare_swaps.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    app = typer.Typer()
-    app.command()(module.main)
     page = tmp_path / "page.md"
     page.write_text(re.sub(r"(<!-- begin: (\w+) -->\n).*?(<!-- end: \2 -->)", r"\1\3", PAGE, flags=re.DOTALL), encoding="utf-8")
     assert page.read_text(encoding="utf-8") != PAGE
-    result = CliRunner().invoke(app, ["--no-measure", "--page", str(page)], catch_exceptions=False)
+    result = call("compare_swaps", "--no-measure", "--page", page)
     assert result.exit_code == 0
     assert page.read_text(encoding="utf-8") == PAGE
     page.write_text("nothing", encoding="utf-8")
-    assert CliRunner().invoke(app, ["--no-measure", "--page", str(page)]).exit_code == 2
-    assert CliRunner().invoke(app, ["--only", "no_such"]).exit_code == 2
+    assert call("compare_swaps", "--no-measure", "--page", page).exit_code == 2
+    assert call("compare_swaps", "--only", "no_such").exit_code == 2
 
 
 def test_the_readmes_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
