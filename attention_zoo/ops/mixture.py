@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attention_zoo.ops import _cudnn
 from attention_zoo.ops._autocast import no_autocast
 from attention_zoo.ops._kernels import use_kernel
 from attention_zoo.ops._tap import tapped
 from attention_zoo.ops.attention import attention, attention_weights
 from attention_zoo.ops.dispatch import follow_autocast, wanted_backend
-from attention_zoo.ops.engines.base import HALF, compute_capability
+from attention_zoo.ops.engines.base import HALF
 
 __all__ = ["mixture_attention", "mixture_gates", "top_k_mask"]
 
@@ -169,24 +170,10 @@ def _run_kernel(
         chosen = gates.new_empty((q.shape[0], q.shape[2], 0))
     group = q.shape[1] // max(1, k.shape[1])
     whole = min((q.shape[1] - chosen.shape[-1]) // max(1, group), k.shape[1] - 1)
-    apart = group * max(0, whole) if _library_serves(q, k, v, is_causal) else 0
+    in_library = q.shape[-1] == v.shape[-1] and _cudnn.serves(q, k, v, is_causal)
+    apart = group * max(0, whole) if in_library else 0
     with no_autocast(q):
         return mixture_attention_triton(q, k, v, gates, chosen, topk=topk, apart=apart, scale=scale, is_causal=is_causal)
-
-
-def _library_serves(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> bool:
-    """Whether cuDNN's dense kernel is there for heads that every token uses; its causal queries start at the first key."""
-    return (
-        q.is_cuda
-        and q.dtype in HALF
-        and compute_capability(q.device) in (90, 100)
-        and q.shape[-1] == v.shape[-1]
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 128
-        and q.shape[0] * q.shape[2] * k.shape[2] > 0
-        and (not is_causal or q.shape[2] == k.shape[2])
-        and not torch.are_deterministic_algorithms_enabled()
-    )
 
 
 def _check(q: Tensor, gates: Tensor, chosen: Tensor | None, topk: int) -> None:
