@@ -47,19 +47,22 @@ def linear_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool, wants_bias: bool
 ) -> tuple[Any, Tensor | None, Tensor | None]:
     """Of `F.linear(x, weight, bias)`, from `grad` (..., out): of x (..., in), weight and bias, each None if it is not wanted."""
+    from attention_zoo.ops.triton.column_sums import column_sums
+
     flat = grad.reshape(-1, grad.shape[-1])
     dx = torch.mm(flat, weight).view(x.shape) if wants_x else None
     d_weight = torch.mm(flat.t(), x.reshape(-1, x.shape[-1])) if wants_weight else None
-    return dx, d_weight, flat.sum(0) if wants_bias else None
+    return dx, d_weight, column_sums(flat) if wants_bias else None
 
 
 def convolution_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, wants_weight: bool, wants_bias: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Of `depthwise_conv2d(x, weight, bias)` on our kernels: of x, and of weight and bias, None if neither is wanted."""
-    from attention_zoo.ops.triton.depthwise import backward_operator
+    grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor, wants_weight: bool, wants_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of `depthwise_conv2d(x, weight, bias)` by our kernels: of weight and bias, None if neither is wanted; `dx` gets that of x added."""
+    from attention_zoo.ops.triton.depthwise import add_input_gradient, backward_operator
 
-    dx, sums = backward_operator(x, weight, grad, True, wants_weight or wants_bias)
+    add_input_gradient(grad, weight, dx)
     if not (wants_weight or wants_bias):
-        return dx, None, None
-    return dx, sums[:-1].t().reshape(weight.shape).to(weight.dtype), sums[-1].to(weight.dtype)
+        return None, None
+    _, sums = backward_operator(x, weight, grad, False, True)
+    return sums[:-1].t().reshape(weight.shape).to(weight.dtype), sums[-1].to(weight.dtype)

@@ -79,13 +79,13 @@ class _Layer(torch.autograd.Function):
         agents = pooled.view(*pooled.shape[:2], heads, -1).transpose(1, 2)
         key_bias = _bias(tables[:3], grid, x.dtype, agents_first=True)
         read, lse = kernels.agents_read_operator(agents, k, v, key_bias, None, scale)
-        del key_bias
         query_bias = _bias(tables[3:], grid, x.dtype, agents_first=False)
         out = kernels.tokens_read_operator(q, agents, read, query_bias, scale).transpose(1, 2).flatten(2)
         if kernel is not None:
             out = convolve(flat_v.unflatten(1, grid), kernel, kernel_bias, out.unflatten(1, grid)).flatten(1, 2)
         ctx.settings = settings
-        ctx.save_for_backward(x, qkv, pooled, read, lse, out, qkv_weight, proj, kernel, *tables)
+        ctx.sides = [None if t is None else t.shape[2:] for t in (tables[0], tables[3])]
+        ctx.save_for_backward(x, qkv, pooled, key_bias, query_bias, read, lse, out, qkv_weight, proj, kernel)
         return F.linear(out, proj, proj_bias)
 
     @staticmethod
@@ -93,38 +93,30 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         from attention_zoo.ops.triton import agent as kernels
 
-        x, qkv, pooled, read, lse, out, qkv_weight, proj, kernel, *tables = ctx.saved_tensors
+        x, qkv, pooled, key_bias, query_bias, read, lse, out, qkv_weight, proj, kernel = ctx.saved_tensors
         grid, bins, heads, scale = ctx.settings
         needs_x, _, *needs = ctx.needs_input_grad
         dout, d_proj, d_proj_bias = linear_gradients(grad, out, proj, True, *needs[2:4])
-        q, k, v = _heads(qkv, heads)
         agents, by_head = (t.view(*t.shape[:2], heads, -1).transpose(1, 2) for t in (pooled, dout))
+        dqkv = torch.empty_like(qkv)
+        (q, k, v), (dq, dk, dv) = _heads(qkv, heads), _heads(dqkv, heads)
 
-        # biases are computed again, and let go of as soon as they are used: each has n numbers for a token and head
+        # gradients of biases have n numbers for a token and head of each sample: they go before the next ones come
         wanted = any(needs[9:12])
-        bias = _bias(tables[3:], grid, x.dtype, agents_first=False)
-        dq, d_agents, d_read, d_bias = kernels.tokens_read_backward_operator(q, agents, read, bias, by_head, scale, wanted)
-        d_query_tables = _table_gradients(d_bias, tables[3], grid, agents_first=False) if wanted else (None,) * 3
+        d_agents, d_read, d_bias = kernels.tokens_read_gradients(q, agents, read, query_bias, by_head, scale, wanted, dq)
+        d_query_tables = _table_gradients(d_bias, ctx.sides[1], grid, agents_first=False) if wanted else (None,) * 3
         wanted = any(needs[6:9])
         del d_bias
-        bias = _bias(tables[:3], grid, x.dtype, agents_first=True)
-        more, dk, dv, d_bias = kernels.agents_read_backward_operator(agents, k, v, bias, None, read, lse, d_read, scale, wanted)
-        d_key_tables = _table_gradients(d_bias, tables[0], grid, agents_first=True) if wanted else (None,) * 3
-        del d_bias, bias
+        more, d_bias = kernels.agents_read_gradients(agents, k, v, key_bias, read, lse, d_read, scale, wanted, dk, dv)
+        d_key_tables = _table_gradients(d_bias, ctx.sides[0], grid, agents_first=True) if wanted else (None,) * 3
+        del d_bias
 
-        dqkv = torch.empty_like(qkv)
-        for part, gradient in zip(dqkv.chunk(3, -1), (dq, dk, dv), strict=True):
-            part.copy_(gradient.transpose(1, 2).flatten(2))
-        del dq, dk, dv
         of_q, _, of_v = dqkv.chunk(3, -1)
-        of_q += kernels.pool_backward_operator((d_agents + more).transpose(1, 2).flatten(2), *grid, *bins)
+        kernels.add_pool_gradient((d_agents + more).transpose(1, 2).flatten(2), of_q, grid, bins)
         d_kernel, d_kernel_bias = None, None
         if kernel is not None:
-            values = qkv.chunk(3, -1)[2].unflatten(1, grid)
-            near, d_kernel, d_kernel_bias = convolution_gradients(dout.unflatten(1, grid), values, kernel, *needs[4:6])
-            of_v += near.flatten(1, 2)
-            del near
-        del dout, by_head
+            near, values, of_values = (t.unflatten(1, grid) for t in (dout, qkv.chunk(3, -1)[2], of_v))
+            d_kernel, d_kernel_bias = convolution_gradients(near, values, kernel, of_values, *needs[4:6])
         dx, d_qkv, d_qkv_bias = linear_gradients(dqkv, x, qkv_weight, needs_x, *needs[:2])
         return dx, None, d_qkv, d_qkv_bias, d_proj, d_proj_bias, d_kernel, d_kernel_bias, *d_key_tables, *d_query_tables
 
@@ -143,11 +135,11 @@ def _bias(tables: Sequence[Tensor | None], grid: Grid, dtype: torch.dtype, *, ag
     return bias_operator(square, *lines, None, *grid, dtype)[None]
 
 
-def _table_gradients(grad: Tensor, square: Tensor, grid: Grid, *, agents_first: bool) -> tuple[Tensor, ...]:
-    """Gradients of what `_bias` was made from."""
+def _table_gradients(grad: Tensor, sides: Sequence[int], grid: Grid, *, agents_first: bool) -> tuple[Tensor, ...]:
+    """Gradients of what `_bias` was made from; `sides`: (b, b')."""
     from attention_zoo.ops.triton.agent import bias_backward_operator
 
-    of_square, rows, columns = bias_backward_operator(grad[0], 0, *grid, *square.shape[2:], grad.dtype)
+    of_square, rows, columns = bias_backward_operator(grad[0], 0, *grid, *sides, grad.dtype)
     if agents_first:
         return of_square, rows[None, ..., None], columns[None, :, :, None]
     return of_square, rows.transpose(1, 2)[None, :, :, None], columns.transpose(1, 2)[None, :, None]

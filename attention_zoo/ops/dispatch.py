@@ -142,7 +142,10 @@ def _wanted() -> str:
     """The backend of the innermost `use_backend`, else of the environment, else "auto"."""
     if torch.compiler.is_compiling():
         return _forced_in_graphs[-1] if _forced_in_graphs else _environment()
-    return _forced.get() or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    forced = _forced.get()
+    if forced is None and _forced_in_graphs and torch._C._current_graph_task_id() != -1:
+        forced = _forced_in_graphs[-1]  # autograd has threads of its own for a GPU, where checkpoints compute a forward again
+    return forced or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 
 
 @torch.compiler.assume_constant_result
@@ -153,7 +156,8 @@ def _environment() -> str:
 class use_backend:
     """Context manager: calls of `attention` within it that name no backend run on this one.
 
-    Holds for the current thread or task; compiled code follows the context entered last in the process.
+    Holds for the current thread or task; compiled code, and what a backward pass on a GPU computes again, follow the context
+    entered last in the process.
 
     Raises:
         ValueError: no backend has this name.

@@ -67,7 +67,7 @@ class _Layer(torch.autograd.Function):
         attended, lse = kernels.map_operator(qkv, routes, weights, qk_dim, heads, *size, scale)
         out = attended if kernel is None else convolve(qkv[..., 2 * qk_dim :], kernel, kernel_bias, attended)
         ctx.settings = settings
-        ctx.save_for_backward(x, qkv, routes, weights, attended, lse, qkv_weight, proj, kernel, kernel_bias)
+        ctx.save_for_backward(x, qkv, routes, weights, attended, lse, out, qkv_weight, proj, kernel)
         ctx.mark_non_differentiable(routes, best)
         return F.linear(out.flatten(1, 2), proj, proj_bias), routes, best
 
@@ -75,22 +75,16 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *others: Any) -> tuple[Any, ...]:
         from attention_zoo.ops.triton import routed_map as kernels
-        from attention_zoo.ops.triton.depthwise import forward_operator as convolve
 
-        x, qkv, routes, weights, attended, lse, qkv_weight, proj, kernel, kernel_bias = ctx.saved_tensors
+        x, qkv, routes, weights, attended, lse, out, qkv_weight, proj, kernel = ctx.saved_tensors
         regions, qk_dim, heads, scale, _, _ = ctx.settings
         needs_x, _, *needs = ctx.needs_input_grad
-        # computed again: it takes as much memory as what is kept for the kernel, and a tenth of this pass's time
-        out = attended if kernel is None or not needs[2] else convolve(qkv[..., 2 * qk_dim :], kernel, kernel_bias, attended)
         dout, d_proj, d_proj_bias = linear_gradients(grad, out, proj, True, *needs[2:4])
-        del out
         size = regions.height, regions.width
         dqkv, _ = kernels.map_backward_operator(qkv, routes, weights, attended, lse, dout, qk_dim, heads, *size, scale, False)
         d_kernel, d_kernel_bias = None, None
         if kernel is not None:
-            near, d_kernel, d_kernel_bias = convolution_gradients(dout, qkv[..., 2 * qk_dim :], kernel, *needs[4:6])
-            dqkv[..., 2 * qk_dim :] += near
-            del near
-        del dout
+            values, of_values = (t[..., 2 * qk_dim :] for t in (qkv, dqkv))
+            d_kernel, d_kernel_bias = convolution_gradients(dout, values, kernel, of_values, *needs[4:6])
         dx, d_qkv, d_qkv_bias = linear_gradients(dqkv, x, qkv_weight, needs_x, *needs[:2])
         return dx, None, d_qkv, d_qkv_bias, d_proj, d_proj_bias, d_kernel, d_kernel_bias

@@ -94,12 +94,14 @@ def test_layers_as_graphed_callables(name: str) -> None:
 
     def run(function: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         out = function(x)
-        return tuple(t.clone() for t in (out, *torch.autograd.grad(out.float().square().sum(), (x, *layer.parameters()))))
+        # detached: a capture cannot wait for the stream of nodes that an earlier graph keeps alive
+        return tuple(t.detach().clone() for t in (out, *torch.autograd.grad(out.float().square().sum(), (x, *layer.parameters()))))
 
     module = Fixed()
     want, other = run(module, x), torch.randn_like(x).requires_grad_()
     graphed = torch.cuda.make_graphed_callables(module, (other.detach().clone().requires_grad_(),), allow_unused_input=True)
-    assert all(torch.equal(a, b) for a, b in zip(run(graphed, x), want, strict=True))
+    for got, expected in zip(run(graphed, x), want, strict=True):  # cuDNN adds up gradients in any order
+        assert (got - expected).float().norm() <= 1e-2 * expected.float().norm()
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -410,6 +410,23 @@ def _(
     return dx, da, df, dbias
 
 
+def agents_read_gradients(
+    agents: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, grad: Tensor, scale: float,
+    wants_bias: bool, dk: Tensor, dv: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `_agents_read_backward` of as many heads on both sides; fills dk and dv, whose channels are contiguous."""
+    _, _, da, _, dbias = _gradients(k, v, agents, grad, bias, None, out, lse, scale, wants_bias, dk, dv)
+    return da, dbias
+
+
+def tokens_read_gradients(
+    q: Tensor, agents: Tensor, read: Tensor, bias: Tensor | None, grad: Tensor, scale: float, wants_bias: bool, dq: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_tokens_read_backward`; fills dq, whose channels are contiguous."""
+    _, _, da, df, dbias = _gradients(q, grad, agents, read, bias, None, None, None, scale, wants_bias, dq)
+    return da, df, dbias
+
+
 def _empty_gradients(
     x: Tensor, y: Tensor, agents: Tensor, f: Tensor, bias: Tensor | None, wants_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -423,18 +440,19 @@ def _empty_gradients(
 
 def _gradients(
     x: Tensor, y: Tensor, agents: Tensor, f: Tensor, bias: Tensor | None, mask: Tensor | None, out: Tensor | None,
-    lse: Tensor | None, scale: float, wants_bias: bool,
+    lse: Tensor | None, scale: float, wants_bias: bool, dx: Tensor | None = None, dy: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What `_gradient_kernel` says, with the letters that it has: gradients of x, y, a, f and the bias.
 
-    Those of y where agents read, those of f where tokens do; the others of the two are not filled.
+    Those of y where agents read, those of f where tokens do; the others of the two are not filled. `dx` and `dy`: where to.
     """
     x, y, agents, f = last_contiguous(x), last_contiguous(y), last_contiguous(agents), last_contiguous(f)
     (batch, heads, number, dim), tokens, dim_v = agents.shape, x.shape[2], y.shape[-1]
     tokens_read = out is None
     shape = (batch, heads, number, tokens)
-    dx, da = _empty(batch, heads, tokens, dim, x), _empty(batch, heads, number, dim, agents)
-    dy = dx if tokens_read else _empty(batch, heads, tokens, dim_v, y)
+    dx = _empty(batch, heads, tokens, dim, x) if dx is None else dx
+    dy = dx if tokens_read else _empty(batch, heads, tokens, dim_v, y) if dy is None else dy
+    da = _empty(batch, heads, number, dim, agents)
     df = _empty(batch, heads, number, dim_v, f) if tokens_read else da
     dlogits = x.new_empty(shape if wants_bias else (0,))
     if not x.numel() or not agents.numel():
@@ -687,8 +705,8 @@ def _pool_kernel(
 
 @triton.jit
 def _pool_gradient_kernel(
-    Grad, DX, H, W, BINS_Y, BINS_X, C, TILES, TILES_C,
-    MOST_Y: tl.constexpr, MOST_X: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    Grad, DX, sdb, sdt, H, W, BINS_Y, BINS_X, C, TILES, TILES_C,
+    MOST_Y: tl.constexpr, MOST_X: tl.constexpr, ADD: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Every token gathers from the bins that it lies in, at most `MOST_Y` x `MOST_X`."""
     pid = tl.program_id(0)
@@ -706,7 +724,10 @@ def _pool_gradient_kernel(
         share = tl.where(inside, 1.0 / (height * width).to(tl.float32), 0.0)
         at = Grad + (b * BINS_Y * BINS_X + i * BINS_X + j)[:, None] * C + c[None, :]
         acc += tl.load(at, mask=wanted & inside[:, None], other=0.0).to(tl.float32) * share[:, None]
-    tl.store(DX + (b * H * W + t)[:, None] * C + c[None, :], acc.to(DX.dtype.element_ty), mask=wanted)
+    at = DX + b * sdb + t[:, None].to(tl.int64) * sdt + c[None, :]
+    if ADD:
+        acc += tl.load(at, mask=wanted, other=0.0).to(tl.float32)
+    tl.store(at, acc.to(DX.dtype.element_ty), mask=wanted)
 
 
 @operator("pool_forward")
@@ -730,9 +751,15 @@ def _(x: Tensor, height: int, width: int, bins_y: int, bins_x: int) -> Tensor:
 
 @operator("pool_backward")
 def _pool_backward(grad: Tensor, height: int, width: int, bins_y: int, bins_x: int) -> Tensor:
+    dx = grad.new_empty((grad.shape[0], height * width, grad.shape[2]))
+    _launch_pool_gradient(grad, dx, height, width, bins_y, bins_x, add=False)
+    return dx
+
+
+def _launch_pool_gradient(grad: Tensor, dx: Tensor, height: int, width: int, bins_y: int, bins_x: int, *, add: bool) -> None:
+    """Fill `dx` (B, H W, C), whose channels are contiguous, or add to it."""
     grad = grad.contiguous()
     batch, _, channels = grad.shape
-    dx = grad.new_empty((batch, height * width, channels))
     bc = tile(channels)
     tiles, tiles_c = ceil_div(height * width, 64), ceil_div(channels, bc)
     if dx.numel():
@@ -741,22 +768,14 @@ def _pool_backward(grad: Tensor, height: int, width: int, bins_y: int, bins_x: i
             for size, bins in ((height, bins_y), (width, bins_x))
         ]
         _pool_gradient_kernel[(batch * tiles * tiles_c,)](
-            grad,
-            dx,
-            height,
-            width,
-            bins_y,
-            bins_x,
-            channels,
-            tiles,
-            tiles_c,
-            MOST_Y=most[0],
-            MOST_X=most[1],
-            BT=64,
-            BC=bc,
-            num_warps=4,
-        )
-    return dx
+            grad, dx, dx.stride(0), dx.stride(1), height, width, bins_y, bins_x, channels, tiles, tiles_c,
+            MOST_Y=most[0], MOST_X=most[1], ADD=add, BT=64, BC=bc, num_warps=4,
+        )  # fmt: skip
+
+
+def add_pool_gradient(grad: Tensor, dx: Tensor, size: tuple[int, int], bins: tuple[int, int]) -> None:
+    """What comes through the pooling from `grad` (B, a b, C) is added to `dx` (B, H W, C), whose channels are contiguous."""
+    _launch_pool_gradient(grad, dx, *size, *bins, add=True)
 
 
 @_pool_backward.register_fake
@@ -782,7 +801,6 @@ def pool_tokens_triton(x: Tensor, size: tuple[int, int], bins: tuple[int, int]) 
 
 
 # for `ops.agent_layer`, which writes out what comes between them
-agents_read_operator, agents_read_backward_operator = _agents_read_forward, _agents_read_backward
-tokens_read_operator, tokens_read_backward_operator = _tokens_read_forward, _tokens_read_backward
+agents_read_operator, tokens_read_operator = _agents_read_forward, _tokens_read_forward
 bias_operator, bias_backward_operator = _grid_bias_forward, _grid_bias_backward
-pool_operator, pool_backward_operator = _pool_forward, _pool_backward
+pool_operator = _pool_forward

@@ -16,7 +16,7 @@ from torch import Tensor
 from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import ceil_div, last_contiguous, power_of_2, tile
 
-__all__ = ["depthwise_conv2d_triton"]
+__all__ = ["add_input_gradient", "depthwise_conv2d_triton"]
 
 _PIXELS = 32  # of a patch that is convolved
 _PROGRAMS = 1024  # that the gradient of the weights is shared out to
@@ -96,11 +96,14 @@ def _patch(height: int, pixels: int) -> tuple[int, int]:
     return by, pixels // by
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, turned: bool) -> Tensor:
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, turned: bool, out: Tensor | None = None
+) -> Tensor:
+    """`out` may be `add`: a program reads there what it writes itself."""
     x, weight = last_contiguous(x), weight.contiguous()
     added = x if add is None else last_contiguous(add)
     batch, height, width, channels = x.shape
-    out = x.new_empty(x.shape)
+    out = x.new_empty(x.shape) if out is None else out
     if not out.numel():
         return out
     (by, bx), bc = _patch(height, _PIXELS), tile(channels)
@@ -112,6 +115,11 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None
         K=weight.shape[-1], TURNED=turned, HAS_BIAS=bias is not None, HAS_ADD=add is not None, BY=by, BX=bx, BC=bc, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def add_input_gradient(grad: Tensor, weight: Tensor, dx: Tensor) -> None:
+    """What comes through the convolution from `grad` (B, H, W, C) is added to `dx`, whose channels are contiguous."""
+    _convolve(grad, weight, None, dx, turned=True, out=dx)
 
 
 @operator("depthwise_forward")
