@@ -41,6 +41,7 @@ __all__ = [
     "resolve_visibility",
     "seen_keys",
     "split_heads",
+    "weight_and_bias",
 ]
 
 ROPE_LAYOUTS = ("half", "interleaved")
@@ -191,6 +192,14 @@ def has_hooks(layer: nn.Module) -> bool:
 def is_bare(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """Whether a layer of this kind is its weight and bias: not adapted or quantised, and nobody waits for its own forward."""
     return type(layer) is kind and type(layer.weight) in (Tensor, nn.Parameter) and not has_hooks(layer)
+
+
+def weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Of a layer that is those, for whoever computes with them: modules find attributes slowly."""
+    found = layer._parameters
+    if "weight" in found and "bias" in found:
+        return found["weight"], found["bias"]
+    return layer.weight, layer.bias
 
 
 def reset_children(module: nn.Module) -> None:

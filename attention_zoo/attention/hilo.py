@@ -28,6 +28,7 @@ from attention_zoo.attention.base import (
     merge_heads,
     resolve_head_dim,
     split_heads,
+    weight_and_bias,
 )
 from attention_zoo.attention.conversion import load_converted, projection_settings, source_heads, source_settings, split_projections
 from attention_zoo.ops._operators import stands_alone
@@ -287,7 +288,7 @@ class HiLoAttention(AttentionModule):
 
     def _is_bare(self) -> bool:
         """Whether the layers are their weights and biases."""
-        return all(is_bare(getattr(self, name)) for name in _LAYERS if hasattr(self, name))
+        return all(is_bare(layer) for name, layer in self._modules.items() if name in _LAYERS and layer is not None)
 
     def _attend_fused(self, x: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """The same with one matrix product for all that is projected from the tokens, and one for the outputs of both branches."""
@@ -310,13 +311,11 @@ class HiLoAttention(AttentionModule):
 
     def _in_one_node(self, x: Tensor, settings: HiloSettings) -> Tensor:
         """The same with one node of autograd, whose books take longer than a GPU takes for a small map."""
-        layers, outputs = (
-            (self.h_qkv, self.l_q, self.l_kv),
-            [self.proj] if self.output_proj == "full" else [self.h_proj, self.l_proj],
-        )
-        weights = (layers[0].weight, layers[1].weight, layers[2].weight)
-        biases = (layers[0].bias, layers[1].bias, layers[2].bias)
-        return hilo_layer(x, settings, weights, biases, tuple(o.weight for o in outputs), tuple(o.bias for o in outputs))
+        layers = self._modules
+        names = ("proj",) if self.output_proj == "full" else ("h_proj", "l_proj")
+        (high, high_bias), (query, query_bias), (kv, kv_bias) = (weight_and_bias(layers[n]) for n in ("h_qkv", "l_q", "l_kv"))
+        out_weights, out_biases = zip(*(weight_and_bias(layers[name]) for name in names), strict=True)
+        return hilo_layer(x, settings, (high, query, kv), (high_bias, query_bias, kv_bias), out_weights, out_biases)
 
     def _project(self, out: Tensor) -> Tensor:
         """Output projections of both branches as one matrix product: its zeros cost less than a second one and a copy."""

@@ -18,13 +18,16 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_CHANNELS = 256
 
 
-def use_kernel(backend: str, tensors: tuple[Tensor, ...], *, dropout_p: float = 0.0, missing: str | None = None) -> bool:
+def use_kernel(
+    backend: str, tensors: tuple[Tensor, ...], *, channels: int = 0, dropout_p: float = 0.0, missing: str | None = None
+) -> bool:
     """Whether the kernel is to be called with these queries, keys and values.
 
     Args:
         backend: of the call. "auto" takes the kernel on CUDA where it serves the call; "triton" asks for it; any other name is
             about the plain code.
         tensors: with their channels in the last dimension.
+        channels: of a head, where the tensors have those of several; 0: they have those of one.
         dropout_p: of the call.
         missing: what else the call asks for that the kernel does not have; None: nothing.
 
@@ -34,7 +37,7 @@ def use_kernel(backend: str, tensors: tuple[Tensor, ...], *, dropout_p: float = 
     name = wanted_backend(backend)
     if name not in ("auto", "triton") or (name == "auto" and not tensors[0].is_cuda):
         return False  # nothing is asked of the kernels, which is all that such a call pays
-    reason = _reason(tensors, dropout_p) or missing
+    reason = _reason(tensors, channels, dropout_p) or missing
     if name == "auto":
         return reason is None
     if reason is not None:
@@ -43,13 +46,14 @@ def use_kernel(backend: str, tensors: tuple[Tensor, ...], *, dropout_p: float = 
     return True
 
 
-def _reason(tensors: tuple[Tensor, ...], dropout_p: float) -> str | None:
+def _reason(tensors: tuple[Tensor, ...], channels: int, dropout_p: float) -> str | None:
     """Why the kernels cannot serve a call; None if they can."""
     first = tensors[0]
     if any(t.dtype != first.dtype for t in tensors) or first.dtype not in _DTYPES:
         return f"tensors must all be float16, bfloat16 or float32; got {', '.join(str(t.dtype) for t in tensors)}"
-    if any(t.shape[-1] > _MOST_CHANNELS for t in tensors):
-        return f"heads of more than {_MOST_CHANNELS} channels: {max(t.shape[-1] for t in tensors)}"
+    most = channels or max(t.shape[-1] for t in tensors)
+    if most > _MOST_CHANNELS:
+        return f"heads of more than {_MOST_CHANNELS} channels: {most}"
     if dropout_p > 0:
         return "the kernels have no dropout"
     return _unusable(first.device)

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Parts", "apply_node", "convolution_gradients", "linear_gradients"]
+from attention_zoo.ops._operators import is_at_hand
+
+__all__ = ["Parts", "apply_node", "as_rows", "convolution_gradients", "linear_gradients"]
 
 
 class Parts(NamedTuple):
@@ -34,7 +36,10 @@ class Parts(NamedTuple):
 
 
 def apply_node(node: type[torch.autograd.Function], x: Tensor, settings: Any, parameters: tuple[Tensor | None, ...]) -> Any:
-    """`node` of x, the settings and the parameters, which autocast casts first, on the tape."""
+    """`node` of x, the settings and the parameters, which autocast casts first, on the tape; Triton's kernels run where x is."""
+    if not is_at_hand(x):
+        with torch.cuda.device(x.device):
+            return apply_node(node, x, settings, parameters)
     device = x.device.type
     if not torch.is_autocast_enabled(device):
         return node.apply(x, settings, *parameters)
@@ -43,15 +48,20 @@ def apply_node(node: type[torch.autograd.Function], x: Tensor, settings: Any, pa
         return node.apply(x.to(dtype), settings, *(None if t is None else t.to(dtype) for t in parameters))
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """(..., C) -> (R, C)."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
 def linear_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool, wants_bias: bool
 ) -> tuple[Any, Tensor | None, Tensor | None]:
     """Of `F.linear(x, weight, bias)`, from `grad` (..., out): of x (..., in), weight and bias, each None if it is not wanted."""
     from attention_zoo.ops.triton.column_sums import column_sums
 
-    flat = grad.reshape(-1, grad.shape[-1])
-    dx = torch.mm(flat, weight).view(x.shape) if wants_x else None
-    d_weight = torch.mm(flat.t(), x.reshape(-1, x.shape[-1])) if wants_weight else None
+    flat = as_rows(grad)
+    dx = torch.mm(flat, weight).view_as(x) if wants_x else None
+    d_weight = torch.mm(flat.t(), as_rows(x)) if wants_weight else None
     return dx, d_weight, column_sums(flat) if wants_bias else None
 
 

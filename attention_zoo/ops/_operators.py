@@ -9,7 +9,7 @@ recorded.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Operator", "is_watched", "operator", "stands_alone"]
+__all__ = ["Operator", "is_at_hand", "is_watched", "operator", "stands_alone"]
 
 _Result = TypeVar("_Result")
+_PLAIN = (Tensor, nn.Parameter)
 
 
 class Operator(Generic[_Result]):
@@ -64,11 +65,12 @@ class Operator(Generic[_Result]):
     def __call__(self, *args: Any) -> _Result:
         if torch.compiler.is_compiling() or is_watched():
             return self.registered(*args)  # type: ignore[no-any-return]
-        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in _tensors(args)):
+        tensors = _tensors(args)
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
             raise NotImplementedError(f"{self._name}: our kernels have no forward-mode derivatives; backend='reference' has them")
         needs_gradient = False
-        for tensor in _tensors(args):
-            if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
+        for tensor in tensors:
+            if type(tensor) not in _PLAIN or tensor.is_meta:
                 return self.registered(*args)  # type: ignore[no-any-return]
             needs_gradient = needs_gradient or tensor.requires_grad
         if not needs_gradient or not torch.is_grad_enabled():
@@ -106,17 +108,22 @@ def is_watched() -> bool:
 
 def stands_alone(x: Tensor) -> bool:
     """Whether a call on `x` may be one node of autograd that computes with our kernels, instead of operators that others see."""
-    return type(x) in (Tensor, nn.Parameter) and not (
-        torch.compiler.is_compiling() or is_watched() or forward_ad._current_level >= 0
-    )
+    return type(x) in _PLAIN and not (torch.compiler.is_compiling() or is_watched() or forward_ad._current_level >= 0)
 
 
-def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
+def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
+    found: list[Tensor] = []
     for arg in args:
         if isinstance(arg, Tensor):
-            yield arg
+            found.append(arg)
         elif isinstance(arg, list):
-            yield from (item for item in arg if isinstance(item, Tensor))
+            found.extend(item for item in arg if isinstance(item, Tensor))
+    return found
+
+
+def is_at_hand(x: Tensor) -> bool:
+    """Whether a kernel of Triton's would be launched where `x` is."""
+    return not x.is_cuda or x.get_device() == torch.cuda.current_device()
 
 
 def _on_its_device(function: Callable[..., _Result]) -> Callable[..., _Result]:
@@ -124,10 +131,10 @@ def _on_its_device(function: Callable[..., _Result]) -> Callable[..., _Result]:
 
     @functools.wraps(function)
     def launch(*args: Any) -> _Result:
-        device = next((t.device for t in _tensors(args)), None)
-        if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
+        first = args[0] if args and isinstance(args[0], Tensor) else next(iter(_tensors(args)), None)
+        if first is None or is_at_hand(first):
             return function(*args)
-        with torch.cuda.device(device):
+        with torch.cuda.device(first.device):
             return function(*args)
 
     return launch

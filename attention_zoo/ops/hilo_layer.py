@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from attention_zoo.ops._one_node import apply_node, linear_gradients
+from attention_zoo.ops._one_node import apply_node, as_rows, linear_gradients
 
 __all__ = ["HiloSettings", "hilo_layer"]
 
@@ -55,42 +55,38 @@ def hilo_layer(
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: HiloSettings, *parameters: Any) -> Tensor:
-        from attention_zoo.ops.triton.hilo import forward_operator, means_operator
+        from attention_zoo.ops.triton.hilo import forward_operator, join_parameters, means_operator
 
         w_high, w_query, w_kv, b_high, b_query, b_kv, *of_output = parameters
         branches = len(of_output) // 2
-        out_weights, out_biases = of_output[:branches], of_output[branches:]
         (height, width), side, heads, scale, masked = settings
         means = means_operator(x.view(x.shape[0], height, width, x.shape[2]), side, masked)
-        weight = torch.cat((w_high, w_query))
-        qkv = F.linear(x, weight, None if b_high is None else torch.cat((b_high, b_query)))
-        kv = F.linear(means, w_kv, b_kv)
+        # one product for both outputs, whose zeros cost less than a second one and a copy
+        of_branches = of_output[:branches], of_output[branches:]
+        weight, bias, out_weight, out_bias = join_parameters((w_high, w_query), (b_high, b_query), *of_branches)
+        qkv, kv = F.linear(x, weight, bias), F.linear(means, w_kv, b_kv)
         out, lse = forward_operator(qkv, kv, height, width, side, *heads, scale, masked)
         ctx.settings = settings
-        ctx.save_for_backward(x, means, qkv, kv, out, lse, weight, w_kv, *out_weights)
-        if len(out_weights) == 1:
-            return F.linear(out, out_weights[0], out_biases[0])
-        # one product, whose zeros cost less than a second one and a copy
-        return F.linear(out, torch.block_diag(*out_weights), None if out_biases[0] is None else torch.cat(out_biases))
+        ctx.save_for_backward(x, means, qkv, kv, out, lse, weight, w_kv, *of_output[:branches])
+        return F.linear(out, out_weight, out_bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        from attention_zoo.ops.triton.hilo import backward_operator, means_backward_operator
+        from attention_zoo.ops.triton.hilo import add_means_backward_operator, backward_operator
 
         x, means, qkv, kv, out, lse, weight, w_kv, *out_weights = ctx.saved_tensors
         (height, width), side, heads, scale, masked = ctx.settings
         needs = ctx.needs_input_grad
         of_in, of_out = needs[2:8], needs[8:]
-        grad = grad.reshape(-1, grad.shape[-1])
-        dout, of_out_parameters = _back_through_output(grad, out.view(-1, out.shape[-1]), out_weights, of_out)
+        dout, of_out_parameters = _back_through_output(as_rows(grad), as_rows(out), out_weights, of_out)
         dqkv, dkv = backward_operator(qkv, kv, out, lse, dout.view_as(out), height, width, side, *heads, scale, masked)
         dx, dw, db = linear_gradients(dqkv, x, weight, needs[0], of_in[0] or of_in[1], of_in[3] or of_in[4])
         dmeans, dw_kv, db_kv = linear_gradients(dkv, means, w_kv, needs[0], of_in[2], of_in[5])
         if dx is not None:
-            dx = means_backward_operator(dmeans, dx, height, width, side, masked).view_as(x)
+            add_means_backward_operator(dmeans, dx, height, width, side, masked)
         rows = weight.shape[0] - w_kv.shape[0] // 2, w_kv.shape[0] // 2
-        pairs = [(None, None) if t is None else t.split(rows) for t in (dw, db)]
+        pairs = [(None, None) if t is None else t.split_with_sizes(rows) for t in (dw, db)]
         return dx, None, *pairs[0], dw_kv, *pairs[1], db_kv, *of_out_parameters
 
 
@@ -98,15 +94,17 @@ def _back_through_output(
     grad: Tensor, out: Tensor, weights: list[Tensor], needs: tuple[bool, ...]
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Gradients (B N, ...) of what the branches computed, and of the output's weights and biases, branch by branch."""
+    from attention_zoo.ops.triton.column_sums import column_sums
+
+    branches, rows = len(weights), [weight.shape[0] for weight in weights]
+    of_biases: tuple[Tensor | None, ...] = (None,) * branches
+    if any(needs[branches:]):
+        of_biases = column_sums(grad).split_with_sizes(rows)
     dout = torch.empty_like(out)
+    columns = [weight.shape[1] for weight in weights]
     of_weights: list[Tensor | None] = []
-    row, column = 0, 0
-    for weight, wanted in zip(weights, needs, strict=False):
-        part, place = grad[:, row : row + weight.shape[0]], slice(column, column + weight.shape[1])
-        torch.mm(part, weight, out=dout[:, place])
-        of_weights.append(torch.mm(part.t(), out[:, place]) if wanted else None)
-        row, column = row + weight.shape[0], column + weight.shape[1]
-    of_biases: tuple[Tensor | None, ...] = (None,) * len(weights)
-    if any(needs[len(weights) :]):
-        of_biases = grad.sum(0).split([weight.shape[0] for weight in weights])
+    parts = grad.split_with_sizes(rows, 1), out.split_with_sizes(columns, 1), dout.split_with_sizes(columns, 1)
+    for part, branch, place, weight, wanted in zip(*parts, weights, needs[:branches], strict=True):
+        torch.mm(part, weight, out=place)
+        of_weights.append(torch.mm(part.t(), branch) if wanted else None)
     return dout, (*of_weights, *of_biases)

@@ -111,7 +111,7 @@ def takes_windows(x: Tensor, window_size: int, channels: int, dropout_p: float =
     dtype = torch.get_autocast_dtype(device) if cast else x.dtype
     if dtype not in HALF and wanted_backend("auto") != "triton":
         return False
-    return use_kernel("auto", (x[..., :1],), dropout_p=dropout_p, missing=missing or too_large(window_size, channels, dtype))
+    return use_kernel("auto", (x,), channels=1, dropout_p=dropout_p, missing=missing or too_large(window_size, channels, dtype))
 
 
 def too_large(window_size: int, channels: int, dtype: torch.dtype) -> str | None:

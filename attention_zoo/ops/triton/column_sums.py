@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import ceil_div, last_contiguous, tile
+from attention_zoo.ops.triton._launch import Launch, Place, settled
 
 __all__ = ["column_sums"]
 
@@ -51,14 +52,24 @@ def column_sums(x: Tensor) -> Tensor:
     out = x.new_empty(columns)
     if not columns:
         return out
+    first, second, shares = _launches(rows, columns, x.stride(0), x.dtype, x.device)
+    sums = x.new_empty((shares, columns), dtype=torch.float32)
+    first(x, sums)
+    second(sums, out)
+    return out
+
+
+@settled
+def _launches(rows: int, columns: int, stride: int, dtype: torch.dtype, device: torch.device) -> tuple[Launch, Launch, int]:
+    """Of the matrix and the shares, and of the shares and the sums; the number of shares."""
     bc = tile(columns)
     tiles = ceil_div(columns, bc)
     share = ceil_div(max(1, ceil_div(rows * tiles, _PROGRAMS)), _ROWS) * _ROWS
-    shares = max(1, ceil_div(rows, share))
-    sums = x.new_empty((shares, columns), dtype=torch.float32)
-    _share_kernel[(shares * tiles,)](x, sums, x.stride(0), rows, columns, share, tiles, BR=_ROWS, BC=bc, num_warps=4)
-    _total_kernel[(tiles,)](sums, out, columns, shares, BS=16, BC=bc, num_warps=4)
-    return out
+    shares, places = max(1, ceil_div(rows, share)), (Place(0), Place(1))
+    of_shares = {"BR": _ROWS, "BC": bc, "num_warps": 4}
+    first = Launch(_share_kernel, (shares * tiles,), places, (stride, rows, columns, share, tiles), of_shares)
+    second = Launch(_total_kernel, (tiles,), places, (columns, shares), {"BS": 16, "BC": bc, "num_warps": 4})
+    return first, second, shares
 
 
 @column_sums.register_fake

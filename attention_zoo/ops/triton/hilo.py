@@ -7,7 +7,8 @@ No atomics: where several programs share the queries of a head, their sums are k
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 import triton
@@ -27,7 +28,8 @@ from attention_zoo.ops.triton._common import (
     read_lse,
     tile,
 )
-from attention_zoo.ops.triton.windows import launch_backward, launch_forward
+from attention_zoo.ops.triton._launch import Launch, Place, settled
+from attention_zoo.ops.triton.windows import Windows, backward_launch, forward_launch
 
 __all__ = ["hilo_attention_triton", "with_window_means_triton"]
 
@@ -223,24 +225,39 @@ def _spread_kernel(
     tl.store(Out + at, grad.to(Out.dtype.element_ty), mask=wanted)
 
 
-def _of_map(x: Tensor, grid: tuple[int, int], heads: int) -> Tensor:
-    """Channels (B, N, heads D) -> (B, heads, H, W, D)."""
-    return x.unflatten(-1, (heads, -1)).unflatten(1, grid).permute(0, 3, 1, 2, 4)
-
-
-def _of_list(x: Tensor, heads: int) -> Tensor:
-    """Channels (B, N, heads D) -> (B, heads, N, D)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _high(qkv: Tensor, grid: tuple[int, int], heads: int, width: int) -> list[Tensor]:
-    """Views of q, k and v of Hi-Fi, which has `width` channels."""
-    return [_of_map(qkv[..., i * width : (i + 1) * width], grid, heads) for i in range(3)]
-
-
-def _low(qkv: Tensor, kv: Tensor, heads: int, width: int) -> list[Tensor]:
-    """Views of q, k and v of Lo-Fi, which has `width` channels."""
-    return [_of_list(t, heads) for t in (qkv[..., -width:], kv[..., :width], kv[..., width:])]
+@triton.jit
+def _join_kernel(
+    High, Query, HighBias, QueryBias, OutHigh, OutLow, OutHighBias, OutLowBias,
+    In, InBias, Out, OutBias,
+    HIGH, IN_ROWS, IN, OUT_HIGH, OUT_ROWS, OUT_LEFT, OUT,
+    HAS_BIAS: tl.constexpr, HAS_OUT: tl.constexpr, HAS_OUT_BIAS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Rows [High; Query] of `In`, then those of `Out`, whose diagonal blocks are OutHigh and OutLow; the first programs: biases."""
+    row, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
+    high, query = row < HIGH, (row >= HIGH) & (row < IN_ROWS)
+    at, within = row.to(tl.int64)[:, None] * IN + c[None, :], (c < IN)[None, :]
+    of_high = tl.load(High + at, mask=high[:, None] & within, other=0.0)
+    of_query = tl.load(Query + ((row - HIGH).to(tl.int64)[:, None] * IN + c[None, :]), mask=query[:, None] & within, other=0.0)
+    tl.store(In + at, tl.where(high[:, None], of_high, of_query), mask=(row < IN_ROWS)[:, None] & within)
+    first = tl.program_id(1) == 0
+    if HAS_BIAS:
+        of_high = tl.load(HighBias + row, mask=high & first, other=0.0)
+        of_query = tl.load(QueryBias + (row - HIGH), mask=query & first, other=0.0)
+        tl.store(InBias + row, tl.where(high, of_high, of_query), mask=(row < IN_ROWS) & first)
+    if HAS_OUT:
+        row -= IN_ROWS
+        top, bottom, left = (row >= 0) & (row < OUT_HIGH), (row >= OUT_HIGH) & (row < OUT_ROWS), (c < OUT_LEFT)[None, :]
+        wide, within = row.to(tl.int64)[:, None], (c < OUT)[None, :]
+        at = wide * OUT_LEFT + c[None, :]
+        of_high = tl.load(OutHigh + at, mask=top[:, None] & left, other=0.0)
+        at = (wide - OUT_HIGH) * (OUT - OUT_LEFT) + c[None, :] - OUT_LEFT
+        of_low = tl.load(OutLow + at, mask=bottom[:, None] & within & (c >= OUT_LEFT)[None, :], other=0.0)
+        both = tl.where(top[:, None], of_high, of_low)
+        tl.store(Out + wide * OUT + c[None, :], both, mask=(top | bottom)[:, None] & within)
+        if HAS_OUT_BIAS:
+            of_high = tl.load(OutHighBias + row, mask=top & first, other=0.0)
+            of_low = tl.load(OutLowBias + (row - OUT_HIGH), mask=bottom & first, other=0.0)
+            tl.store(OutBias + row, tl.where(top, of_high, of_low), mask=(top | bottom) & first)
 
 
 def _low_tiling(row_bytes: int) -> dict[str, int]:
@@ -260,27 +277,134 @@ def _key_gradient_tiling(row_bytes: int) -> dict[str, int]:
     return {"BM": 64 if row_bytes <= 256 else 32, "BN": 64 if row_bytes <= 256 else 32, "num_warps": 4 if row_bytes <= 128 else 8}
 
 
+class _Call(NamedTuple):
+    """What the launches of a call depend on.
+
+    Attributes:
+        batch, queries, keys: numbers of samples, and of Lo-Fi's queries and keys of a sample.
+        grid, side, heads, scale, masked: of the call.
+        strides: from sample to sample and from token to token, of `qkv`, `kv`, and what has the outputs' shape.
+        dim, bytes: channels of a head, and bytes of a number.
+        precision: of products.
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    grid: tuple[int, int]
+    side: int
+    heads: tuple[int, int]
+    scale: float
+    masked: bool
+    strides: tuple[tuple[int, ...], ...]
+    dim: int
+    bytes: int
+    precision: str
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, qkv: Tensor, kv: Tensor, others: Sequence[Tensor], settings: tuple[Any, ...]) -> Self:
+        """Of a forward, whose `others` are the outputs, or a backward, where they are the outputs and their gradient."""
+        (height, width, side, h_heads, l_heads, scale, masked), (batch, keys, channels) = settings, kv.shape
+        strides = tuple(t.stride()[:2] for t in (qkv, kv, *others))
+        sizes = batch, qkv.shape[1], keys, (height, width), side, (h_heads, l_heads), scale, masked, strides
+        return cls(*sizes, channels // (2 * l_heads), qkv.element_size(), precision(qkv), qkv.dtype, qkv.device)
+
+    def windows(self) -> Windows:
+        """Hi-Fi's part."""
+        sizes = self.batch, self.heads[0], *self.grid, self.dim, self.dim
+        return Windows(*sizes, 0, self.side, self.scale, self.masked, self.bytes, self.precision)
+
+    def high(self, tensor: int, strides: tuple[int, ...], number: int = 0) -> Place:
+        """The `number`-th of Hi-Fi's parts of a tensor, by (B, heads, H, W)."""
+        sample, token = strides
+        return Place(tensor, number * self.heads[0] * self.dim, (sample, self.dim, self.grid[1] * token, token))
+
+    def low(self, tensor: int, strides: tuple[int, ...], high: int = 0, low: int = 0) -> Place:
+        """Lo-Fi's part of a tensor behind so many parts of Hi-Fi and of Lo-Fi, by (B, heads, tokens)."""
+        sample, token = strides
+        return Place(tensor, (high * self.heads[0] + low * self.heads[1]) * self.dim, (sample, self.dim, token))
+
+    def channels(self, *parts: int) -> int:
+        """Of so many parts of each branch."""
+        return self.dim * sum(number * heads for number, heads in zip(parts, self.heads, strict=True))
+
+
+@settled
+def _forward_launches(call: _Call) -> tuple[Launch, ...]:
+    """Of qkv, kv, outputs, log-normalisers."""
+    of_qkv, of_kv, of_out = call.strides
+    q, k, v = (call.high(0, of_qkv, number) for number in range(3))
+    near = forward_launch(call.windows(), q, k, v, q, call.high(2, of_out))
+    q, k, v, out = call.low(0, of_qkv, 3), call.low(1, of_kv), call.low(1, of_kv, 0, 1), call.low(2, of_out, 1)
+    constants: dict[str, Any] = _low_tiling(call.dim * call.bytes)
+    constants["BN"] = tile(call.keys, constants["BN"])
+    constants |= {"PRECISION": call.precision, "ONE_TILE": call.keys <= constants["BN"], "BD": tile(call.dim, 256)}
+    numbers = call.scale * LOG2E, *q.strides, *k.strides, *v.strides, *out.strides
+    sizes = call.heads[1], call.queries, call.keys, call.dim
+    grid = ceil_div(call.queries, constants["BM"]), call.batch * call.heads[1]
+    return near, Launch(_low_forward_kernel, grid, (q, k, v, out, Place(3)), (*numbers, *sizes), constants)
+
+
+@settled
+def _backward_launches(call: _Call) -> tuple[tuple[Launch, ...], int, bool]:
+    """Of qkv, kv, outputs, log-normalisers, gradients of the outputs, of qkv and of kv, deltas.
+
+    Returns: launches; in how many parts, float32, they give the gradient of kv, 1: as it is; whether there are deltas.
+    """
+    of_qkv, of_kv, of_out, of_grad = call.strides
+    inner, outer = call.channels(3, 1), call.channels(0, 2)
+    of_dqkv, of_dkv = (call.queries * inner, inner), (call.keys * outer, outer)
+    q, k, v, dq, dk, dv = (call.high(tensor, of, i) for tensor, of in ((0, of_qkv), (5, of_dqkv)) for i in range(3))
+    near, _ = backward_launch(call.windows(), q, k, v, q, call.high(4, of_grad), dq, dk, dv)
+
+    width, rows = call.dim * call.bytes, call.batch * call.heads[1]
+    one_pass = call.keys <= _ONE_PASS and width <= 256
+    constants = _one_pass_tiling(width) | {"BN": _ONE_PASS} if one_pass else _key_gradient_tiling(width)
+    tiles = 1 if one_pass else ceil_div(call.keys, constants["BN"])
+    parts = min(ceil_div(call.queries, constants["BM"]), max(1, _PROGRAMS // (rows * tiles)))
+    share = ceil_div(ceil_div(call.queries, parts), constants["BM"]) * constants["BM"]
+    parts = ceil_div(call.queries, share)
+
+    q, dq = call.low(0, of_qkv, 3), call.low(5, of_dqkv, 3)
+    k, v, dk, dv = (call.low(tensor, of, 0, i) for tensor, of in ((1, of_kv), (6, of_dkv)) for i in range(2))
+    out, grad = call.low(2, of_out, 1), call.low(4, of_grad, 1)
+    lse, delta = Place(3), Place(7)
+    common = {"PRECISION": call.precision, "BD": tile(call.dim, 256)}
+    sizes = call.heads[1], call.queries, call.keys, call.dim
+    scale, inputs = call.scale * LOG2E, (*q.strides, *k.strides, *v.strides)
+    of_keys = (call.batch * call.keys * outer if parts > 1 else 0), *dk.strides
+    grid = parts * tiles, rows
+    if one_pass:
+        numbers = scale, *inputs, *grad.strides, *dq.strides, *of_keys, *sizes, share
+        places = q, k, v, lse, grad, dq, dk, dv
+        return (near, Launch(_low_one_pass_kernel, grid, places, numbers, common | constants)), parts, False
+    of_queries = _query_gradient_tiling(width)
+    first = Launch(
+        _low_query_gradient_kernel,
+        (ceil_div(call.queries, of_queries["BM"]), rows),
+        (q, k, v, out, lse, grad, delta, dq),
+        (scale, *inputs, *out.strides, *grad.strides, *dq.strides, *sizes),
+        common | of_queries,
+    )
+    numbers = scale, *inputs, *grad.strides, *of_keys, *sizes, share, tiles
+    second = Launch(_low_key_gradient_kernel, grid, (q, k, v, lse, grad, delta, dk, dv), numbers, common | constants)
+    return (near, first, second), parts, True
+
+
 @operator("hilo_forward")
 def _hilo_forward(
     qkv: Tensor, kv: Tensor, height: int, width: int, side: int, h_heads: int, l_heads: int, scale: float, masked: bool
 ) -> tuple[Tensor, Tensor]:
-    dim = kv.shape[-1] // (2 * l_heads)
-    out = qkv.new_empty((*qkv.shape[:2], (h_heads + l_heads) * dim))
-    lse = qkv.new_empty((qkv.shape[0], l_heads, qkv.shape[1]), dtype=torch.float32)
-    if not out.numel():
-        return out, lse
-    qkv, kv, grid, of_high = last_contiguous(qkv), last_contiguous(kv), (height, width), h_heads * dim
-    q, k, v = _high(qkv, grid, h_heads, of_high)
-    launch_forward(q, k, v, None, _of_map(out[..., :of_high], grid, h_heads), side, scale, masked)
-    q, k, v = _low(qkv, kv, l_heads, l_heads * dim)
-    o = _of_list(out[..., of_high:], l_heads)
-    constants = _low_tiling(dim * qkv.element_size())
-    constants["BN"] = tile(k.shape[2], constants["BN"])
-    one_tile = k.shape[2] <= constants["BN"]
-    _low_forward_kernel[(ceil_div(q.shape[2], constants["BM"]), q.shape[0] * l_heads)](
-        q, k, v, o, lse, scale * LOG2E, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3],
-        l_heads, q.shape[2], k.shape[2], dim, PRECISION=precision(q), ONE_TILE=one_tile, BD=tile(dim, 256), **constants,
-    )  # fmt: skip
+    batch, tokens, _ = qkv.shape
+    out = qkv.new_empty((batch, tokens, kv.shape[2] // (2 * l_heads) * (h_heads + l_heads)))
+    lse = qkv.new_empty((batch, l_heads, tokens), dtype=torch.float32)
+    if out.numel():
+        qkv, kv = last_contiguous(qkv), last_contiguous(kv)
+        settings = height, width, side, h_heads, l_heads, scale, masked
+        for launch in _forward_launches(_Call.of(qkv, kv, (out,), settings)):
+            launch(qkv, kv, out, lse)
     return out, lse
 
 
@@ -298,20 +422,17 @@ def _hilo_backward(
     qkv: Tensor, kv: Tensor, out: Tensor, lse: Tensor, grad: Tensor,
     height: int, width: int, side: int, h_heads: int, l_heads: int, scale: float, masked: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dqkv, dkv = qkv.new_empty(qkv.shape), kv.new_empty(kv.shape)
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if not grad.numel():
-        return dqkv, dkv
+        return dqkv, kv.new_empty(kv.shape)
     qkv, kv, grad = last_contiguous(qkv), last_contiguous(kv), last_contiguous(grad)
-    dim, grid = kv.shape[-1] // (2 * l_heads), (height, width)
-    of_high, of_low = h_heads * dim, l_heads * dim
-    q, k, v = _high(qkv, grid, h_heads, of_high)
-    dq, dk, dv = _high(dqkv, grid, h_heads, of_high)
-    launch_backward(q, k, v, None, _of_map(grad[..., :of_high], grid, h_heads), dq, dk, dv, side, scale, masked)
-    q, k, v = _low(qkv, kv, l_heads, of_low)
-    dq, dk, dv = _low(dqkv, dkv, l_heads, of_low)
-    of_out, out = (_of_list(t[..., of_high:], l_heads) for t in (grad, out))
-    _low_backward(q, k, v, of_out, out, lse, dq, dk, dv, scale)
-    return dqkv, dkv
+    settings = height, width, side, h_heads, l_heads, scale, masked
+    launches, parts, with_deltas = _backward_launches(_Call.of(qkv, kv, (out, grad), settings))
+    dkv = kv.new_empty(kv.shape) if parts == 1 else kv.new_empty((parts, *kv.shape), dtype=torch.float32)
+    deltas = torch.empty_like(lse) if with_deltas else lse
+    for launch in launches:
+        launch(qkv, kv, out, lse, grad, dqkv, dkv, deltas)
+    return dqkv, dkv if parts == 1 else dkv.sum(0).to(kv.dtype)
 
 
 @_hilo_backward.register_fake
@@ -320,49 +441,6 @@ def _(
     height: int, width: int, side: int, h_heads: int, l_heads: int, scale: float, masked: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return qkv.new_empty(qkv.shape), kv.new_empty(kv.shape)
-
-
-def _low_backward(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, scale: float
-) -> None:
-    """Gradients of Lo-Fi into `dq`, `dk` and `dv`, all (B, heads, N or M, D)."""
-    (batch, heads, queries, dim), keys = q.shape, k.shape[2]
-    width = dim * q.element_size()
-    common = {"PRECISION": precision(q), "BD": tile(dim, 256)}
-    sizes = (heads, queries, keys, dim)
-    one_pass = keys <= _ONE_PASS and width <= 256
-    constants = _one_pass_tiling(width) | {"BN": _ONE_PASS} if one_pass else _key_gradient_tiling(width)
-    tiles = 1 if one_pass else ceil_div(keys, constants["BN"])
-    parts = min(ceil_div(queries, constants["BM"]), max(1, _PROGRAMS // (batch * heads * tiles)))
-    share = ceil_div(ceil_div(queries, parts), constants["BM"]) * constants["BM"]
-    parts = ceil_div(queries, share)
-    sums = None
-    to_k, to_v, strides = dk, dv, (0, *dk.stride()[:3])
-    if parts > 1:
-        sums = q.new_empty((parts, 2, batch, keys, heads, dim), dtype=torch.float32)
-        to_k, to_v = (sums[:, i].transpose(2, 3) for i in range(2))
-        strides = to_k.stride()[:4]
-    grid, inputs = (parts * tiles, batch * heads), (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    if one_pass:
-        _low_one_pass_kernel[grid](
-            q, k, v, lse, grad, dq, to_k, to_v, scale * LOG2E, *inputs, *grad.stride()[:3], *dq.stride()[:3], *strides,
-            *sizes, share, **common, **constants,
-        )  # fmt: skip
-    else:
-        delta = torch.empty_like(lse)
-        of_queries = _query_gradient_tiling(width)
-        _low_query_gradient_kernel[(ceil_div(queries, of_queries["BM"]), batch * heads)](
-            q, k, v, out, lse, grad, delta, dq, scale * LOG2E, *inputs, *out.stride()[:3], *grad.stride()[:3], *dq.stride()[:3],
-            *sizes, **common, **of_queries,
-        )  # fmt: skip
-        _low_key_gradient_kernel[grid](
-            q, k, v, lse, grad, delta, to_k, to_v, scale * LOG2E, *inputs, *grad.stride()[:3], *strides,
-            *sizes, share, tiles, **common, **constants,
-        )  # fmt: skip
-    if sums is not None:
-        summed = sums.sum(0).transpose(2, 3)
-        dk.copy_(summed[0])
-        dv.copy_(summed[1])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -388,11 +466,20 @@ def _means(x: Tensor, side: int, masked: bool) -> Tensor:
     means = x.new_empty((batch, windows, channels))
     if means.numel():
         x = last_contiguous(x)
-        bc = tile(channels, 128)
-        _means_kernel[(ceil_div(batch * windows, 16), ceil_div(channels, bc))](
-            x, means, *x.stride()[:3], batch * windows, height, width, channels, side, MASKED=masked, BM=16, BC=bc
-        )
+        _means_launch(x.shape, x.stride(), side, masked, x.dtype, x.device)(x, means)
     return means
+
+
+@settled
+def _means_launch(
+    shape: tuple[int, ...], strides: tuple[int, ...], side: int, masked: bool, dtype: torch.dtype, device: torch.device
+) -> Launch:
+    """Of the map and the means."""
+    batch, height, width, channels = shape
+    windows, bc = batch * ceil_div(height, side) * ceil_div(width, side), tile(channels, 128)
+    numbers = *strides[:3], windows, height, width, channels, side
+    grid = ceil_div(windows, 16), ceil_div(channels, bc)
+    return Launch(_means_kernel, grid, (Place(0), Place(1)), numbers, {"MASKED": masked, "BM": 16, "BC": bc})
 
 
 @_means.register_fake
@@ -405,12 +492,34 @@ def _means_backward(grad: Tensor, of: Tensor | None, height: int, width: int, si
     (batch, _, channels), grad = grad.shape, grad.contiguous()
     out = grad.new_empty((batch, height, width, channels))
     if out.numel():
-        bc = tile(channels, 128)
-        _spread_kernel[(ceil_div(batch * height * width, 32), ceil_div(channels, bc))](
-            grad, grad if of is None else of.contiguous(), out, height, width, batch * height * width, channels, side,
-            MASKED=masked, ADD=of is not None, BM=32, BC=bc,
-        )  # fmt: skip
+        launch = _spread_launch((batch, height, width, channels), side, masked, of is not None, grad.dtype, grad.device)
+        launch(grad, out if of is None else of.contiguous(), out)
     return out
+
+
+@settled
+def _spread_launch(
+    shape: tuple[int, int, int, int], side: int, masked: bool, add: bool, dtype: torch.dtype, device: torch.device
+) -> Launch:
+    """Of the gradient of the means, what it is added to, and the sum, which may be the same."""
+    batch, height, width, channels = shape
+    cells, bc = batch * height * width, tile(channels, 128)
+    constants = {"MASKED": masked, "ADD": add, "BM": 32, "BC": bc}
+    places, numbers = (Place(0), Place(1), Place(2)), (height, width, cells, channels, side)
+    return Launch(_spread_kernel, (ceil_div(cells, 32), ceil_div(channels, bc)), places, numbers, constants)
+
+
+@operator("window_means_backward_", mutates_args=("of",))
+def _add_means_backward(grad: Tensor, of: Tensor, height: int, width: int, side: int, masked: bool) -> None:
+    """Adds to `of` (B, H W, C), contiguous."""
+    if of.numel():
+        shape, grad = (of.shape[0], height, width, of.shape[2]), grad.contiguous()
+        _spread_launch(shape, side, masked, True, grad.dtype, grad.device)(grad, of, of)
+
+
+@_add_means_backward.register_fake
+def _(grad: Tensor, of: Tensor, height: int, width: int, side: int, masked: bool) -> None:
+    return None
 
 
 @_means_backward.register_fake
@@ -448,12 +557,59 @@ class _WithMeans(torch.autograd.Function):
         return _means_backward(of_means, of_map, *ctx.settings), None, None
 
 
+def join_parameters(
+    weights: tuple[Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None],
+    out_weights: Sequence[Tensor],
+    out_biases: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Of linear layers, in one launch: two of the same tokens as one, and two of different tokens, side by side, as one.
+
+    Biases are all there or none, of inputs and of outputs.
+
+    Returns: the rows of `weights`, of `biases`; a matrix with `out_weights` as diagonal blocks, the rows of `out_biases`. A single
+        one of these stays as it is.
+    """
+    high, query = weights
+    joined = high.new_empty((high.shape[0] + query.shape[0], high.shape[1]))
+    bias = None if biases[0] is None else high.new_empty(joined.shape[0])
+    out, out_bias = out_weights[0], out_biases[0]
+    if len(out_weights) > 1:
+        above, below = out_weights[0].shape, out_weights[1].shape
+        out = high.new_empty((above[0] + below[0], above[1] + below[1]))
+        out_bias = None if out_bias is None else high.new_empty(out.shape[0])
+    given = (high, query, *biases, out_weights[0], out_weights[-1], out_biases[0], out_biases[-1])
+    tensors = [high if t is None else t.contiguous() for t in given]
+    blocks = (out.shape, out_weights[0].shape) if len(out_weights) > 1 else None
+    key = joined.shape, high.shape[0], blocks, bias is not None, out_bias is not None, tuple(t.dtype for t in tensors), high.device
+    _join_launch(*key)(*tensors, joined, joined if bias is None else bias, out, out if out_bias is None else out_bias)
+    return joined, bias, out, out_bias
+
+
+@settled
+def _join_launch(
+    shape: tuple[int, int],
+    high: int,
+    blocks: tuple[tuple[int, int], tuple[int, int]] | None,
+    has_bias: bool,
+    has_out_bias: bool,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> Launch:
+    (rows, columns), ((out_rows, out_columns), above) = shape, blocks or ((0, 0), (0, 0))
+    bc = tile(max(columns, out_columns), 128)
+    grid = ceil_div(rows + out_rows, 16), ceil_div(max(columns, out_columns), bc)
+    constants = {"HAS_BIAS": has_bias, "HAS_OUT": out_rows > 0, "HAS_OUT_BIAS": has_out_bias, "BM": 16, "BC": bc}
+    numbers = high, rows, columns, above[0], out_rows, above[1], out_columns
+    return Launch(_join_kernel, grid, [Place(number) for number in range(12)], numbers, constants)
+
+
 # for `ops.hilo_layer`, which writes out what comes between them
-forward_operator, backward_operator, means_operator, means_backward_operator = (
+forward_operator, backward_operator, means_operator, add_means_backward_operator = (
     _hilo_forward,
     _hilo_backward,
     _means,
-    _means_backward,
+    _add_means_backward,
 )
 
 

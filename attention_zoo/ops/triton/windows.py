@@ -7,7 +7,7 @@ again, and no two programs write to one place.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import LOG2E, ceil_div, last_contiguous, per_logit, precision, tile
+from attention_zoo.ops.triton._launch import Launch, Place, settled
 
-__all__ = ["launch_backward", "launch_forward", "window_attention_triton"]
+__all__ = ["Windows", "backward_launch", "forward_launch", "window_attention_triton"]
 
 _PROGRAMS = 1024  # that sum up gradients of a bias, each over its windows
 
@@ -139,45 +140,93 @@ def _tiling(side: int, row_bytes: int) -> dict[str, int]:
     return {"BM": rows, "num_warps": 4 if rows * row_bytes <= 8192 else 8}
 
 
-def _arguments(q: Tensor, v: Tensor, bias: Tensor | None, side: int) -> tuple[tuple[int, ...], dict[str, Any], int]:
-    """What both kernels take: sizes, settings; and the number of tiles of each group of windows."""
-    height, width = q.shape[2:4]
-    windows = q.shape[0] * ceil_div(height, side) * ceil_div(width, side)
-    groups = 1 if bias is None else bias.shape[0]
-    channels = {"BD": tile(q.shape[-1], 256), "BDV": tile(v.shape[-1], 256)}
-    constants = _tiling(side, max(channels.values()) * q.element_size()) | channels
-    tiles = ceil_div(windows // groups, constants["BM"] // (side * side))
-    return (q.shape[1], windows, groups, height, width, q.shape[-1], v.shape[-1]), constants, tiles
+class Windows(NamedTuple):
+    """What the launches of a call depend on besides where its tensors are.
+
+    Attributes:
+        batch, heads, height, width: of the map.
+        channels, value_channels: of a head.
+        groups: how many biases there are; 0: none.
+        side, scale, masked: of the call.
+        bytes: of a number.
+        precision: of products.
+    """
+
+    batch: int
+    heads: int
+    height: int
+    width: int
+    channels: int
+    value_channels: int
+    groups: int
+    side: int
+    scale: float
+    masked: bool
+    bytes: int
+    precision: str
+
+    def arguments(self) -> tuple[tuple[int, ...], dict[str, Any], int]:
+        """What both kernels take: sizes, settings; and the number of tiles of each group of windows."""
+        windows = self.batch * ceil_div(self.height, self.side) * ceil_div(self.width, self.side)
+        groups = max(self.groups, 1)
+        channels = {"BD": tile(self.channels, 256), "BDV": tile(self.value_channels, 256)}
+        constants: dict[str, Any] = _tiling(self.side, max(channels.values()) * self.bytes) | channels
+        tiles = ceil_div(windows // groups, constants["BM"] // (self.side * self.side))
+        constants |= {"SIDE": self.side, "HAS_BIAS": self.groups > 0, "MASKED": self.masked, "PRECISION": self.precision}
+        sizes = self.heads, windows, groups, self.height, self.width, self.channels, self.value_channels
+        return sizes, constants, tiles
 
 
-def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, side: int, scale: float, masked: bool
-) -> None:
-    """Attention into `out`, of tensors (B, heads, H, W, D) with any strides but the last dimension's."""
-    sizes, constants, tiles = _arguments(q, v, bias, side)
-    _forward_kernel[(tiles * sizes[2], sizes[0])](
-        q, k, v, q if bias is None else bias, out, scale * LOG2E,
-        *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *out.stride()[:4], *sizes,
-        SIDE=side, HAS_BIAS=bias is not None, MASKED=masked, PRECISION=precision(q), **constants,
-    )  # fmt: skip
+def forward_launch(call: Windows, q: Place, k: Place, v: Place, bias: Place, out: Place) -> Launch:
+    """Attention into `out`; strides are those of (B, heads, H, W), channels side by side. Without a bias its place is any."""
+    sizes, constants, tiles = call.arguments()
+    numbers = call.scale * LOG2E, *q.strides, *k.strides, *v.strides, *out.strides, *sizes
+    return Launch(_forward_kernel, (tiles * sizes[2], sizes[0]), (q, k, v, bias, out), numbers, constants)
 
 
-def launch_backward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    side: int, scale: float, masked: bool, bias_gradient: bool = False,
-) -> Tensor | None:  # fmt: skip
-    """Gradients into `dq`, `dk` and `dv`, laid out as in `launch_forward`; returns the bias's, float32, if asked for."""
-    sizes, constants, tiles = _arguments(q, v, bias, side)
-    heads, groups, cells = sizes[0], sizes[2], side * side
-    shares = min(tiles, max(1, _PROGRAMS // (heads * groups))) if bias_gradient else tiles
-    sums = q.new_empty((shares, groups, heads, constants["BM"] // cells, cells, cells), dtype=torch.float32) if bias_gradient else q
-    _backward_kernel[(shares * groups, heads)](
-        q, k, v, q if bias is None else bias, grad, dq, dk, dv, sums, scale * LOG2E,
-        *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *grad.stride()[:4],
-        *dq.stride()[:4], *dk.stride()[:4], *dv.stride()[:4], *sizes, ceil_div(tiles, shares),
-        SIDE=side, HAS_BIAS=bias is not None, HAS_DBIAS=bias_gradient, MASKED=masked, PRECISION=precision(q), **constants,
-    )  # fmt: skip
-    return sums.sum((0, 3)) if bias_gradient else None
+def backward_launch(
+    call: Windows, q: Place, k: Place, v: Place, bias: Place, grad: Place,
+    dq: Place, dk: Place, dv: Place, dbias: Place | None = None,
+) -> tuple[Launch, tuple[int, ...]]:  # fmt: skip
+    """Gradients into `dq`, `dk` and `dv`, strides as in `forward_launch`.
+
+    Returns: the launch, and of what shape `dbias` has to be, float32, whose sum over its dimensions 0 and 3 is the bias's.
+    """
+    sizes, constants, tiles = call.arguments()
+    heads, groups, cells = sizes[0], sizes[2], call.side * call.side
+    shares = tiles if dbias is None else min(tiles, max(1, _PROGRAMS // (heads * groups)))
+    strides = (s for place in (q, k, v, grad, dq, dk, dv) for s in place.strides)
+    launch = Launch(
+        _backward_kernel,
+        (shares * groups, heads),
+        (q, k, v, bias, grad, dq, dk, dv, q if dbias is None else dbias),
+        (call.scale * LOG2E, *strides, *sizes, ceil_div(tiles, shares)),
+        constants | {"HAS_DBIAS": dbias is not None},
+    )
+    return launch, (shares, groups, heads, constants["BM"] // cells, cells, cells)
+
+
+# Of tensors that stand alone, by their strides; `key` is their dtype, the bias's, and the device.
+
+
+@settled
+def _forward_of(call: Windows, strides: tuple[tuple[int, ...], ...], *key: torch.dtype | torch.device | None) -> Launch:
+    q, k, v, out = (Place(number, 0, of[:4]) for number, of in enumerate(strides))
+    return forward_launch(call, q, k, v, Place(4), out)
+
+
+@settled
+def _backward_of(
+    call: Windows, strides: tuple[tuple[int, ...], ...], *key: torch.dtype | torch.device | None
+) -> tuple[Launch, tuple[int, ...]]:
+    q, k, v, grad, dq, dk, dv = (Place(number, 0, of[:4]) for number, of in enumerate(strides))
+    return backward_launch(call, q, k, v, Place(7), grad, dq, dk, dv, Place(8) if call.groups else None)
+
+
+def _call(q: Tensor, v: Tensor, bias: Tensor | None, side: int, scale: float, masked: bool) -> Windows:
+    (batch, heads, height, width, channels), groups = q.shape, 0 if bias is None else bias.shape[0]
+    sizes = batch, heads, height, width, channels, v.shape[4]
+    return Windows(*sizes, groups, side, scale, masked, q.element_size(), precision(q))
 
 
 def _empty(like: Tensor, channels: int) -> Tensor:
@@ -190,8 +239,10 @@ def _empty(like: Tensor, channels: int) -> Tensor:
 def _window_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, side: int, scale: float, masked: bool) -> Tensor:
     out = _empty(q, v.shape[-1])
     if out.numel():
-        q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
-        launch_forward(q, k, v, bias, out, side, scale, masked)
+        tensors = last_contiguous(q), last_contiguous(k), last_contiguous(v), out
+        strides, call = tuple(t.stride() for t in tensors), _call(q, v, bias, side, scale, masked)
+        launch = _forward_of(call, strides, q.dtype, None if bias is None else bias.dtype, q.device)
+        launch(*tensors, q if bias is None else bias)
     return out
 
 
@@ -207,9 +258,15 @@ def _window_backward(
     dq, dk, dv = _empty(q, q.shape[-1]), _empty(k, k.shape[-1]), _empty(v, v.shape[-1])
     dbias = q.new_zeros(() if bias is None else bias.shape, dtype=torch.float32)
     if grad.numel():
-        q, k, v, grad = last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(grad)
-        found = launch_backward(q, k, v, bias, grad, dq, dk, dv, side, scale, masked, bias is not None)
-        dbias = dbias if found is None else found
+        tensors = last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(grad), dq, dk, dv
+        strides, call = tuple(t.stride() for t in tensors), _call(q, v, bias, side, scale, masked)
+        launch, shape = _backward_of(call, strides, q.dtype, None if bias is None else bias.dtype, q.device)
+        if bias is None:
+            launch(*tensors, q)
+        else:
+            sums = q.new_empty(shape, dtype=torch.float32)
+            launch(*tensors, bias, sums)
+            dbias = sums.sum((0, 3))
     return dq, dk, dv, dbias
 
 

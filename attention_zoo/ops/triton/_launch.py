@@ -1,0 +1,80 @@
+"""Launches that are settled: what a kernel is launched with, but for the tensors, is found once for all calls of the same sizes.
+
+Triton looks at each argument of each launch, and an operation of PyTorch, also a view, takes the host as long as some kernels take
+the GPU. So a settled launch goes to the compiled kernel by itself, with addresses, and finds parts of tensors without views.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from triton.compiler import CompiledKernel
+
+__all__ = ["Launch", "Place", "settled"]
+
+_ALIGNED = 15  # bits of an address that Triton's kernels are compiled for: those of which all are 0, and others
+
+# Decorator of a function that makes launches from sizes, strides, dtype, device and settings: those are made once.
+settled = functools.lru_cache(maxsize=1024)
+
+
+class Place(NamedTuple):
+    """Where a kernel finds a tensor: in which one of the launch's, how many elements behind its start, and with which strides."""
+
+    tensor: int
+    offset: int = 0
+    strides: tuple[int, ...] = ()
+
+
+class Launch:
+    """A kernel with its grid, numbers and constants, to be called with tensors that always have the same dtypes and device.
+
+    The first call goes by way of Triton, which compiles; so does every one with tensors that do not begin at 16 bytes.
+
+    Args:
+        kernel: whose arguments are pointers, then numbers, then constants.
+        grid: of up to three numbers.
+        places: of the pointers, among the tensors of a call.
+        numbers: in the kernel's order.
+        constants: by name, with warps and stages.
+    """
+
+    __slots__ = ("_constants", "_grid", "_kernel", "_numbers", "_places", "_run", "_starts", "_values")
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], places: Sequence[Place], numbers: Sequence[float], constants: Mapping[str, Any]
+    ) -> None:
+        self._kernel, self._grid, self._numbers, self._constants = kernel, grid, tuple(numbers), dict(constants)
+        self._places = tuple(place[:2] for place in places)
+        self._run: Any = None
+        self._starts: tuple[tuple[int, int], ...] = ()  # places, their offsets in bytes
+        self._values: tuple[Any, ...] = ()  # of what follows the pointers
+
+    def __call__(self, *tensors: Tensor) -> None:
+        bits, starts = 0, []
+        for tensor in tensors:
+            start = tensor.data_ptr()
+            bits |= start
+            starts.append(start)
+        if self._run is not None and not bits & _ALIGNED:
+            self._run(*[starts[tensor] + offset for tensor, offset in self._starts], *self._values)
+        else:
+            self._launch(tensors, not bits & _ALIGNED)
+
+    def _launch(self, tensors: tuple[Tensor, ...], aligned: bool) -> None:
+        compiled = self._kernel[self._grid](
+            *(_behind(tensors[number], offset) for number, offset in self._places), *self._numbers, **self._constants
+        )
+        if aligned and isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
+            self._starts = tuple((number, offset * tensors[number].element_size()) for number, offset in self._places)
+            names = self._kernel.arg_names[len(self._places) + len(self._numbers) :]
+            self._values = *self._numbers, *(self._constants[name] for name in names)
+            self._run = compiled[(*self._grid, 1, 1)[:3]]
+
+
+def _behind(tensor: Tensor, offset: int) -> Tensor:
+    """What begins so many elements behind the start of `tensor`."""
+    return tensor.as_strided((1,), (1,), tensor.storage_offset() + offset) if offset else tensor
