@@ -223,12 +223,13 @@ def core_context_attention(
         raise ValueError(f"the last query sees {needed} core tokens, core_k has {core_k.shape[2]}")
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     if use_kernel(backend, (q, k, v, core_k, core_v), dropout_p=dropout_p):
+        from attention_zoo.ops.triton._common import LN2
         from attention_zoo.ops.triton.core_context import core_context_attention_triton
 
         places: dict[str, Any] = {"query_start": query_start, "key_start": key_start}
         sizes = {"window_size": window_size, "group_size": group_size}
-        result = core_context_attention_triton(q, k, v, core_k, core_v, **sizes, **places, scale=factor)
-        return result if return_lse else result[0]
+        out, lse = core_context_attention_triton(q, k, v, core_k, core_v, **sizes, **places, scale=factor)
+        return (out, lse * LN2) if return_lse else out
     parts = []
     with no_autocast(q):
         for first in range(0, max(q.shape[2], 1), _BLOCK):

@@ -87,22 +87,14 @@ def halo_attention(
     """
     _check(q, k, v, height_rel, width_rel, block_size, halo_size, query_stride, mask_padding)
     if use_kernel(backend, (q, k, v), dropout_p=dropout_p):
+        from attention_zoo.ops.triton._common import LN2
         from attention_zoo.ops.triton.halo import halo_attention_triton
 
-        result = halo_attention_triton(
-            q,
-            k,
-            v,
-            height_rel,
-            width_rel,
-            block_size=block_size,
-            halo_size=halo_size,
-            query_stride=query_stride,
-            scale=k.shape[-1] ** -0.5 if scale is None else scale,
-            scale_positions=scale_positions,
-            mask_padding=mask_padding,
-        )
-        return result if return_lse else result[0]
+        sizes = {"block_size": block_size, "halo_size": halo_size, "query_stride": query_stride}
+        factor = k.shape[-1] ** -0.5 if scale is None else scale
+        scales: dict[str, Any] = {"scale": factor, "scale_positions": scale_positions}
+        out, lse = halo_attention_triton(q, k, v, height_rel, width_rel, **sizes, **scales, mask_padding=mask_padding)
+        return (out, lse * LN2) if return_lse else out
     with no_autocast(q):
         logits = _logits(q, k, height_rel, width_rel, block_size, halo_size, query_stride, scale, scale_positions, mask_padding)
         values = _to_windows(v.to(logits.dtype), block_size, halo_size)  # (B, heads, U, V, win^2, D)

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import (
-    LN2,
     LOG2E,
     ceil_div,
     conclude,
@@ -347,11 +346,10 @@ def core_context_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, core_k: Tensor, core_v: Tensor, *,
     window_size: int, group_size: int, query_start: int | Tensor, key_start: int | Tensor, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Outputs (B, H, N_q, D_v) and the natural log-normaliser, of tensors as `core_context_attention` has checked them."""
+    """Outputs (B, H, N_q, D_v) and the log-normaliser of base 2, of tensors as `core_context_attention` has checked them."""
     (query_place, query_starts), (key_place, key_starts) = (
         (0, start.contiguous()) if isinstance(start, Tensor) else (start, None) for start in (query_start, key_start)
     )
-    out, lse = _core_context_forward(
+    return _core_context_forward(
         q, k, v, core_k, core_v, query_starts, key_starts, window_size, group_size, query_place, key_place, scale
     )
-    return out, lse * LN2

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import (
-    LN2,
     LOG2E,
     absorb,
     ceil_div,
@@ -408,9 +407,8 @@ def halo_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, height_rel: Tensor | None, width_rel: Tensor | None, *,
     block_size: int, halo_size: int, query_stride: int, scale: float, scale_positions: bool, mask_padding: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Outputs (B, heads, H_q, W_q, D_v) and the natural log-normaliser, of tensors as `ops.halo_attention` has checked them."""
+    """Outputs (B, heads, H_q, W_q, D_v) and the log-normaliser of base 2, of tensors as `ops.halo_attention` has checked them."""
     tables = [None if t is None else t.contiguous() for t in (height_rel, width_rel)]
-    out, lse = _halo_forward(
+    return _halo_forward(
         q, k, v, tables[0], tables[1], block_size, halo_size, query_stride, scale, scale if scale_positions else 1.0, mask_padding
     )
-    return out, lse * LN2
