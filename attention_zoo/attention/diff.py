@@ -25,11 +25,10 @@ from attention_zoo.attention.differential import (
     stripe_heads,
     warn_not_preserving,
 )
+from attention_zoo.ops.differential import PAIRINGS
 from attention_zoo.registry import PATTERNS, register_attention
 
 __all__ = ["DiffAttention"]
-
-PAIRINGS = ("interleaved", "halves")
 
 
 @register_attention(

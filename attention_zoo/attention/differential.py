@@ -42,6 +42,7 @@ from attention_zoo.attention.conversion import (
     split_projections,
     whole_heads,
 )
+from attention_zoo.ops.differential import split_maps
 
 __all__ = [
     "LAMBDA_VECTORS",
@@ -202,21 +203,24 @@ class DifferentialAttention(AttentionModule):
         k = self.k_norm(split_heads(k, 2 * self.num_kv_heads))
         if position_embeddings is not None:
             q, k = (apply_rotary(t, position_embeddings, self.rope_layout) for t in (q, k))
-        queries, keys = self._split_groups(q, groups), self._split_pairs(k)
         v = split_heads(v, self.num_kv_heads) if self.pairing == "interleaved" else self._join_halves(v)
-        static = None
+        static = noise_q = noise_k = None
         if past_key_values is not None:
+            q, noise_q = split_maps(q, groups, self.pairing)
+            keys = split_maps(k, self.num_kv_heads, self.pairing)
             joint, v, static = extend_cache(self, past_key_values, torch.cat(keys, dim=-1), v)
-            keys = joint[..., : self.head_dim], joint[..., self.head_dim :]
+            k, noise_k = joint[..., : self.head_dim], joint[..., self.head_dim :]
         mask, is_causal = resolve_visibility(self, attention_mask, static, q.shape[2], v.shape[2])
         dropout = self.attn_drop if self.training else 0.0
         return ops.differential_attention(
-            queries[0],
-            keys[0],
+            q,
+            k,
             v,
             factor,
-            noise_q=queries[1],
-            noise_k=keys[1],
+            noise_q=noise_q,
+            noise_k=noise_k,
+            groups=groups,
+            pairing=self.pairing,
             attn_mask=mask,
             is_causal=is_causal,
             dropout_p=dropout,
@@ -261,26 +265,9 @@ class DifferentialAttention(AttentionModule):
         q1, k1, q2, k2 = (getattr(self, name).to(work) for name in LAMBDA_VECTORS)
         return torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + self.lambda_init
 
-    def _split_groups(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-        """Heads (B, S + groups, N, D) -> signal (B, S, N, D) and noise (B, groups, N, D)."""
-        if self.pairing == "halves":
-            signal, noise = x.split([self.num_heads, groups], dim=1)
-            return signal, noise
-        grouped = x.unflatten(1, (groups, -1))
-        signal, noise = grouped.split([grouped.shape[2] - 1, 1], dim=2)  # whose gradients are joined, not added up
-        return signal.flatten(1, 2), noise.flatten(1, 2)
-
-    def _split_pairs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Key heads (B, 2 H_kv, N, d) -> those of the signal and of the noise maps."""
-        if self.pairing == "halves":
-            signal, noise = x.chunk(2, dim=1)
-            return signal, noise
-        signal, noise = x.unflatten(1, (-1, 2)).unbind(2)
-        return signal, noise
-
     def _join_halves(self, v: Tensor) -> Tensor:
         """Pairing "halves": (B, M, 2 H_kv * d) -> (B, H_kv, M, 2d), value j from the heads j and j + H_kv."""
-        return torch.cat(self._split_pairs(split_heads(v, 2 * self.num_kv_heads)), dim=-1)
+        return torch.cat(split_maps(split_heads(v, 2 * self.num_kv_heads), self.num_kv_heads, self.pairing), dim=-1)
 
     def _one_noise_map_each(self, q: Tensor) -> Tensor:
         """Query heads with the noise head of each group repeated for each of its signal heads: (B, 2S, N, d)."""

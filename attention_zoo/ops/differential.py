@@ -1,7 +1,7 @@
 """Differential attention as functions of tensors: what two attentions of the same tokens have in common is subtracted.
 
 In plain PyTorch, written to be read; the difference and its norm in float32 (float64 stays float64), since they cancel. It is the
-specification of the kernels of `triton/differential.py`.
+specification of the kernels of `triton/differential.py` and `triton/differential_cudnn.py`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from attention_zoo.ops import _cudnn
 from attention_zoo.ops._kernels import use_kernel
 from attention_zoo.ops._tap import is_observed
 from attention_zoo.ops.attention import attention
 from attention_zoo.ops.dispatch import follow_autocast, wanted_backend
 
-__all__ = ["differential_attention", "subtract_noise"]
+__all__ = ["PAIRINGS", "differential_attention", "split_maps", "subtract_noise"]
 
-
-_WIDEST = 128  # channels of values up to which the libraries' backward is at its best
+PAIRINGS = ("interleaved", "halves")
 
 
 def differential_attention(
@@ -29,8 +29,10 @@ def differential_attention(
     v: Tensor,
     factor: Tensor,
     *,
-    noise_q: Tensor,
+    noise_q: Tensor | None = None,
     noise_k: Tensor | None = None,
+    groups: int | None = None,
+    pairing: str = "interleaved",
     weight: Tensor | None = None,
     eps: float | None = None,
     gain: float = 1.0,
@@ -51,8 +53,11 @@ def differential_attention(
         k: (B, H_kv, N_k, D).
         v: (B, H_kv, N_k, D_v), of both.
         factor, weight, eps, gain: lambda and the norm, as for `subtract_noise`.
-        noise_q: (B, M, N_q, D), S a multiple of M and M of H_kv.
-        noise_k: (B, H_kv, N_k, D); None: k.
+        noise_q: (B, M, N_q, D), S a multiple of M and M of H_kv. None: q (B, S + M, N_q, D) and k (B, 2 H_kv, N_k, D) hold the
+            heads of both maps, as `split_maps` takes them apart; where they are one tensor anyway, nothing is then copied for that.
+        noise_k: (B, H_kv, N_k, D); None: k, or in k.
+        groups: M; needed without `noise_q`.
+        pairing: how heads of both maps are laid out, one of `PAIRINGS`.
         attn_mask, is_causal, scale, dropout_p: of both attentions, as for `attention`.
         backend: "triton" for our kernel of both maps in one pass; "auto" takes it on CUDA where it is faster than two attentions
             and the kernel of their difference; any other is the backend of the attentions, with the plain difference.
@@ -64,32 +69,61 @@ def differential_attention(
         BackendError: the named backend cannot serve the call.
     """
     q, k, v = follow_autocast(q, k, v)
-    noise_q, noise_k, _ = follow_autocast(noise_q, k if noise_k is None else noise_k, v)
-    _check_inputs(q, k, v, noise_q, noise_k)
-    signal_shape, noise_shape = ((*t.shape[:3], v.shape[3]) for t in (q, noise_q))
+    if noise_q is not None:
+        noise_q, noise_k, _ = follow_autocast(noise_q, k if noise_k is None else noise_k, v)
+    groups, heads = _check_inputs(q, k, v, noise_q, noise_k, groups, pairing)
+    signal_shape, noise_shape = ((q.shape[0], count, q.shape[2], v.shape[3]) for count in (heads, groups))
     _check_outputs(signal_shape, noise_shape, factor, None, weight, eps)
     name = wanted_backend(backend)
-    if name == "triton" or (name == "auto" and q.is_cuda and _is_faster_in_one_pass(q, v)):
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        missing = _missing(q, noise_q, attn_mask, scale)
+    width = q.shape[-1] ** -0.5 if scale is None else scale
+    norm: dict[str, Any] = {"gain": gain, "eps": eps}
+    plain = attn_mask is None and dropout_p == 0.0 and not is_observed()
+    one_pass = q.is_cuda and _is_faster_in_one_pass(q, v) and groups == heads
+    library = plain and not one_pass and _library_serves(q, k, v, noise_q, noise_k, is_causal)
+    if library and name == "auto" and use_kernel(name, (q, k, v)):
+        from attention_zoo.ops.triton.differential_cudnn import differential_attention_cudnn
+
+        where: dict[str, Any] = {"groups": groups, "interleaved": pairing == "interleaved", "is_causal": is_causal}
+        return differential_attention_cudnn(q, noise_q, k, noise_k, v, _per_head(factor), weight, scale=width, **where, **norm)
+    if noise_q is None or noise_k is None:
+        (q, noise_q), (k, noise_k) = split_maps(q, groups, pairing), split_maps(k, v.shape[1], pairing)
+    if name == "triton" or (name == "auto" and one_pass):
+        missing = _missing(q, noise_q, attn_mask, width)
         if use_kernel(name, (q, k, v, noise_q, noise_k), dropout_p=dropout_p, missing=missing):
             from attention_zoo.ops.triton.differential import differential_attention_triton
 
             return differential_attention_triton(
-                q, noise_q, k, noise_k, v, _per_head(factor), weight, is_causal=is_causal, scale=scale, gain=gain, eps=eps
+                q, noise_q, k, noise_k, v, _per_head(factor), weight, is_causal=is_causal, scale=width, **norm
             )
-    signal, noise = (
-        _attend(one, key, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p, backend=backend)
-        for one, key in ((q, k), (noise_q, noise_k))
-    )
-    return subtract_noise(signal, noise, factor, weight=weight, eps=eps, gain=gain, backend=backend)
+    call: dict[str, Any] = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale, "dropout_p": dropout_p}
+    maps = ((q, k), (noise_q, noise_k))
+    signal, noise = (_attend(one, key, v, whole=library, backend=backend, **call) for one, key in maps)
+    return subtract_noise(signal, noise, factor, weight=weight, backend=backend, **norm)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float, backend: str, **call: Any) -> Tensor:
-    """One map. With gradients values of more than 128 channels go in halves: no library's backward is good at them whole."""
+def split_maps(x: Tensor, groups: int, pairing: str = "interleaved") -> tuple[Tensor, Tensor]:
+    """Heads of both maps (B, H + groups, N, D) -> signal (B, H, N, D) and noise (B, groups, N, D).
+
+    In the pairing "interleaved" each group's noise head stands behind its signal heads, in "halves" all of them behind all.
+    """
+    if pairing == "halves":
+        signal, noise = x.split([x.shape[1] - groups, groups], dim=1)
+        return signal, noise
+    grouped = x.unflatten(1, (groups, -1))
+    signal, noise = grouped.split([grouped.shape[2] - 1, 1], dim=2)  # whose gradients are joined, not added up
+    return signal.flatten(1, 2), noise.flatten(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, whole: bool, dropout_p: float, backend: str, **call: Any) -> Tensor:
+    """One map. With gradients values of more than 128 channels go in halves: no library's backward is good at them whole.
+
+    whole: not where `differential_attention_cudnn` would serve the call: it has halves that lie in memory in another way, which
+        torch's plans for cuDNN do not tell apart, see `_cudnn.dense_backward`.
+    """
     channels = v.shape[-1]
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    halves = q.is_cuda and q.element_size() == 2 and training and channels > _WIDEST and channels == 2 * q.shape[-1]
+    halves = not whole and q.is_cuda and q.element_size() == 2 and training
+    halves = halves and channels > _cudnn.WIDEST and channels == 2 * q.shape[-1]
     # the halves would drop different weights, and who looks on would see two maps
     parts = v.chunk(2, -1) if halves and dropout_p == 0.0 and not is_observed() else (v,)
     outputs = []
@@ -161,6 +195,14 @@ def _is_faster_in_one_pass(q: Tensor, v: Tensor) -> bool:
     return v.shape[2] <= 256 and v.shape[3] <= 64 and q.element_size() == 2
 
 
+def _library_serves(q: Tensor, k: Tensor, v: Tensor, noise_q: Tensor | None, noise_k: Tensor | None, is_causal: bool) -> bool:
+    """Whether cuDNN takes both maps, and is what "auto" takes for attention with values of twice the width."""
+    if not q.is_cuda or v.shape[3] != 2 * q.shape[3] or q.shape[2] == 1:  # one query: see the torch engine
+        return False
+    apart = noise_q is None or noise_k is None or _cudnn.serves(noise_q, noise_k, v, is_causal)
+    return apart and _cudnn.serves(q, k, v, is_causal)
+
+
 def _missing(q: Tensor, noise_q: Tensor, attn_mask: Tensor | None, scale: float) -> str | None:
     """What a call asks for that the kernel of both maps does not have."""
     if q.shape[1] != noise_q.shape[1]:
@@ -172,17 +214,32 @@ def _missing(q: Tensor, noise_q: Tensor, attn_mask: Tensor | None, scale: float)
     return "it forms no maps for those who look on" if is_observed() else None
 
 
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor, noise_q: Tensor, noise_k: Tensor) -> None:
-    """Raise ValueError unless queries, keys and values of `differential_attention` fit together."""
-    shapes = [tuple(t.shape) for t in (q, k, v, noise_q, noise_k)]
-    fits = all(len(shape) == 4 for shape in shapes) and min(noise_q.shape[1], k.shape[1]) > 0
-    fits = fits and k.shape == noise_k.shape and k.shape[:3] == v.shape[:3] and q.shape[0] == k.shape[0]
-    fits = fits and q.shape[::2] == noise_q.shape[::2] and q.shape[3] == noise_q.shape[3] == k.shape[3]
-    if not fits or q.shape[1] % noise_q.shape[1] or noise_q.shape[1] % k.shape[1]:
+def _check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, noise_q: Tensor | None, noise_k: Tensor | None, groups: int | None, pairing: str
+) -> tuple[int, int]:
+    """M and S. Raise ValueError unless queries, keys and values of `differential_attention` fit together."""
+    if pairing not in PAIRINGS:
+        raise ValueError(f"pairing must be one of {', '.join(map(repr, PAIRINGS))}; got {pairing!r}")
+    given = [t for t in (q, k, v, noise_q, noise_k) if t is not None]
+    fits, count, heads = all(t.ndim == 4 for t in given) and (noise_q is None) == (noise_k is None), 0, 0
+    if fits:
+        (batch, heads, queries, dim), (kv_heads, keys) = q.shape, v.shape[1:3]
+        if noise_q is None or noise_k is None:
+            count = groups or 0
+            heads -= count
+            fits = k.shape == (batch, 2 * kv_heads, keys, dim)
+        else:
+            count = noise_q.shape[1]
+            fits = k.shape == noise_k.shape == (batch, kv_heads, keys, dim) and noise_q.shape == (batch, count, queries, dim)
+        fits = fits and v.shape[0] == batch and groups in (None, count) and min(count, heads, kv_heads) > 0
+        fits = fits and not heads % count and not count % kv_heads
+    if not fits:
         raise ValueError(
             "q (B, S, N_q, D), k (B, H_kv, N_k, D), v (B, H_kv, N_k, D_v), noise_q (B, M, N_q, D), noise_k as k, with S a multiple "
-            f"of M and M of H_kv; got {', '.join(map(str, shapes))}"
+            "of M and M of H_kv; or without noise_q and noise_k q (B, S + M, N_q, D), k (B, 2 H_kv, N_k, D) and groups M; got "
+            f"{', '.join(str(tuple(t.shape)) for t in given)}, groups={groups}"
         )
+    return count, heads
 
 
 def _check_outputs(
@@ -199,7 +256,7 @@ def _check_outputs(
     if noise is None and groups is None:
         raise ValueError("groups must say how many noise heads there are, since they stand in signal")
     count = noise[1] if noise is not None else groups or 0
-    per_group, rest = divmod(signal[1], count) if count > 0 else (0, 1)
+    per_group, rest = (signal[1] // count, signal[1] % count) if count > 0 else (0, 1)  # dynamo has no divmod of sizes
     batch, heads, tokens, channels = signal
     heads -= count if noise is None else 0
     if rest or (per_group < 2 and noise is None) or groups not in (None, count):

@@ -19,8 +19,8 @@ KERNELS: dict[str, tuple[set[str], dict[str, Any]]] = {
     "agent": ({"agents_read_forward", "tokens_read_forward"}, {}),
     "bra": ({"routed_map_forward", "best_regions"}, {"n_win": 8}),
     "cca": ({"core_context_forward", "core_pooling_forward"}, {"window_size": 32, "group_size": 4}),
-    "diff": ({"subtract_noise_forward"}, {}),
-    "gda": ({"subtract_noise_forward"}, {}),
+    "diff": ({"differential_cudnn_forward"}, {}),
+    "gda": ({"differential_cudnn_forward"}, {}),
     "halo": ({"halo_forward"}, {"block_size": 8, "halo_size": 3}),
     "hilo": ({"hilo_forward"}, {}),
     "moh": ({"mixture_forward"}, {"shared_heads": 1, "routed_topk": 1}),
@@ -31,7 +31,8 @@ SPATIAL_MODELS = {
     "halonet_paper_h0": "halo_forward",
     "litv2_s": "hilo_forward",
 }
-SWAPPED_IN_VIT = ("bra", "halo", "hilo", "agent", "diff")
+# Maps of a converted "diff" share keys, and are one call.
+SWAPPED_IN_VIT = {name: KERNELS[name][0] for name in ("bra", "halo", "hilo", "agent")} | {"diff": {"subtract_noise_forward"}}
 SWAPPED_IN_LLAMA = {"cca": 2048, "moh": 16384}  # lengths from which the kernels pay
 
 
@@ -125,7 +126,7 @@ def test_swapped_vision_models_take_kernels_on_cuda(name: str) -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=256, num_classes=10, depth=2, **bare)
     az.swap_attention(model, name, **KERNELS[name][1])
     model = model.to("cuda", torch.bfloat16).eval()
-    assert KERNELS[name][0] <= called(model, torch.randn(1, 3, 256, 256, device="cuda", dtype=torch.bfloat16))
+    assert SWAPPED_IN_VIT[name] <= called(model, torch.randn(1, 3, 256, 256, device="cuda", dtype=torch.bfloat16))
 
 
 @pytest.mark.gpu

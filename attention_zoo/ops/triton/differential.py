@@ -30,7 +30,14 @@ from attention_zoo.ops.triton._common import (
     tile,
 )
 
-__all__ = ["differential_attention_triton", "subtract_noise_triton"]
+__all__ = [
+    "differential_attention_triton",
+    "gradients_of_settings",
+    "launch_subtract",
+    "launch_subtract_gradient",
+    "new_heads",
+    "subtract_noise_triton",
+]
 
 _TOKENS = 64  # that a program of the difference's backward goes through, adding up what is common to them
 
@@ -179,7 +186,12 @@ def _subtract_forward(
     signal: Tensor, noise: Tensor, factor: Tensor, weight: Tensor | None, groups: int, gain: float, eps: float, norm: bool
 ) -> Tensor:
     """`noise` is an empty vector where each group of `signal` ends with its noise head."""
-    signal, noise = last_contiguous(signal), last_contiguous(noise)
+    return launch_subtract(last_contiguous(signal), last_contiguous(noise), factor, weight, groups, gain, eps, norm)
+
+
+def launch_subtract(
+    signal: Tensor, noise: Tensor, factor: Tensor, weight: Tensor | None, groups: int, gain: float, eps: float, norm: bool
+) -> Tensor:
     batch, group, tokens, channels = _sizes(signal, noise, groups)
     out = new_heads(signal, groups * group, channels)
     if not out.numel():
@@ -216,17 +228,17 @@ def _subtract_backward(
     dsignal, dnoise = _like(signal), _like(noise)
     empty = grad.new_empty(0)
     settings = (groups, gain, eps, norm)
-    dfactor, dweight = _launch_subtract_gradient(signal, noise, factor, weight, grad, dsignal, dnoise, empty, empty, *settings)
+    dfactor, dweight = launch_subtract_gradient(signal, noise, factor, weight, grad, dsignal, dnoise, empty, empty, *settings)
     return dsignal, dnoise, dfactor, dweight
 
 
-def _launch_subtract_gradient(
+def launch_subtract_gradient(
     signal: Tensor, noise: Tensor, factor: Tensor, weight: Tensor | None, grad: Tensor, dsignal: Tensor, dnoise: Tensor,
     delta1: Tensor, delta2: Tensor, groups: int, gain: float, eps: float, norm: bool, *, pair: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Fills dsignal, dnoise (not of a pair), and the deltas, unless they are empty; returns those of factor and weight."""
     batch, group, tokens, channels = _sizes(signal, noise, groups)
-    dfactor, dweight = _gradients_of_settings(factor, weight, (batch, groups * group, tokens))
+    dfactor, dweight = gradients_of_settings(factor, weight, (batch, groups * group, tokens))
     if not grad.numel():
         return dfactor.zero_(), dweight.zero_()
     tiles = _rows(tokens, channels)
@@ -253,7 +265,7 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x) if x.ndim == 1 else new_heads(x, x.shape[1], x.shape[3])
 
 
-def _gradients_of_settings(factor: Tensor, weight: Tensor | None, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+def gradients_of_settings(factor: Tensor, weight: Tensor | None, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     dfactor = factor.new_empty(shape if factor.ndim else (), dtype=torch.float32)
     return dfactor, factor.new_empty(0 if weight is None else weight.shape, dtype=torch.float32)
 
@@ -264,7 +276,7 @@ def _(
     groups: int, gain: float, eps: float, norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     batch, group, tokens, _ = _sizes(signal, noise, groups)
-    return _like(signal), _like(noise), *_gradients_of_settings(factor, weight, (batch, groups * group, tokens))
+    return _like(signal), _like(noise), *gradients_of_settings(factor, weight, (batch, groups * group, tokens))
 
 
 def _setup_subtract(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -639,7 +651,7 @@ def _differential_backward(
     (batch, heads, queries, dim), (kv_heads, keys, dim_v) = q.shape, v.shape[1:]
     dq, dnoise_q, dk, dnoise_k, dv = (new_heads(t, t.shape[1], t.shape[3]) for t in (q, noise_q, k, noise_k, v))
     dsignal, delta, noise_delta = new_heads(grad, heads, dim_v), torch.empty_like(lse), torch.empty_like(lse)
-    dfactor, dweight = _launch_subtract_gradient(
+    dfactor, dweight = launch_subtract_gradient(
         signal, noise, factor, weight, grad, dsignal, dsignal, delta, noise_delta, heads, gain, eps, norm, pair=True
     )
     _, down, over = _sides(q, v, queries, keys)
@@ -664,7 +676,7 @@ def _(
     is_causal: bool, scale: float, gain: float, eps: float, norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dnoise_q, dk, dnoise_k, dv = (new_heads(t, t.shape[1], t.shape[3]) for t in (q, noise_q, k, noise_k, v))
-    return dq, dnoise_q, dk, dnoise_k, dv, *_gradients_of_settings(factor, weight, (q.shape[0], q.shape[1], q.shape[2]))
+    return dq, dnoise_q, dk, dnoise_k, dv, *gradients_of_settings(factor, weight, (q.shape[0], q.shape[1], q.shape[2]))
 
 
 def _setup_differential(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
