@@ -46,7 +46,7 @@ from attention_zoo.attention.conversion import (
     update_layer_options,
     whole_heads,
 )
-from attention_zoo.ops.mixture import top_k_mask, work_softmax
+from attention_zoo.ops.mixture import load_balance_loss, top_k_mask, work_softmax
 from attention_zoo.registry import PATTERNS, register_attention
 
 __all__ = ["MixtureOfHeads", "MoHAttention", "load_balance_loss", "set_routed_topk", "top_k_mask", "work_dtype"]
@@ -108,8 +108,8 @@ class MixtureOfHeads(AuxiliaryLossModule):
         if len(weights) < 2:
             return tuple(None if layer is None else layer(x) for layer in layers)  # type: ignore[return-value]
         sizes = [len(weight) for weight in weights]
-        sizes.append(-sum(sizes) % 8)  # a width that the libraries' products like
-        found = list(F.linear(x, F.pad(torch.cat(weights), (0, 0, 0, sizes[-1]))).split(sizes, dim=-1))
+        sizes.append(-sum(sizes) % 8)  # a width that the libraries' products like; whatever fills it up
+        found = list(F.linear(x, torch.cat([*weights, weights[0].detach()[:1].expand(sizes[-1], -1)])).split(sizes, dim=-1))
         return tuple(None if layer is None else found.pop(0) for layer in layers)  # type: ignore[return-value]
 
     def constructor_options(self) -> dict[str, Any]:
@@ -367,8 +367,9 @@ class MoHAttention(MixtureOfHeads):
         """q (B, h, N, d) of x, k and v (B, h_kv, M, d) of context (of x when it is None)."""
         check_context(context, self.dim, self.context_dim)
         if self.fused:
-            inner = self.num_heads * self.head_dim
-            q, k, v = project_qkv(self.qkv, x, context, (inner, inner, inner))
+            sizes = (self.num_heads * self.head_dim,) * 3
+            # in self-attention the gradients of q, k and v may lie in one tensor already
+            q, k, v = ops.split_channels(self.qkv(x), sizes) if context is None else project_qkv(self.qkv, x, context, sizes)
         else:
             source = x if context is None else context
             q, k, v = self.q_proj(x), self.k_proj(source), self.v_proj(source)
@@ -379,16 +380,16 @@ class MoHAttention(MixtureOfHeads):
         return self._route_by_query_norm(q) if self.router_kind == "query_norm" else self._route_linearly(x)
 
     def _route_by_query_norm(self, q: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        shared = torch.ones((q.shape[0], q.shape[2], self.shared_heads), dtype=work_dtype(q), device=q.device)
+        """Of queries that are not yet rotated, which keeps their norms."""
         if self.routed_heads == 0:
-            return shared, None, None
-        routed = q[:, self.shared_heads :]
-        norms = torch.linalg.vector_norm(routed, dim=-1, dtype=work_dtype(q)).transpose(1, 2)  # (B, N, h_r); rotation keeps them
-        chosen = top_k_mask(norms, self.routed_topk)  # of the norms themselves: their softmax has the same order
-        through = self.router_grad == "ste"
-        scores = _standardised_softmax(norms) if through or self._wants_statistics else None
-        gates = chosen + (scores - scores.detach()) * chosen if through and scores is not None else chosen
-        return torch.cat([shared, gates], -1), scores, chosen
+            return torch.ones((q.shape[0], q.shape[2], self.shared_heads), dtype=work_dtype(q), device=q.device), None, None
+        return ops.query_norm_gates(
+            q,
+            topk=self.routed_topk,
+            shared_heads=self.shared_heads,
+            scored=self._wants_statistics,
+            through=self.router_grad == "ste",
+        )
 
     def _load_projections(self, state: dict[str, Tensor], source: nn.Module | Mapping[str, Tensor]) -> None:
         """Load q, k, v, proj and normalisations, whatever they are called here, and set the routers to zero. Raises ValueError."""
@@ -435,22 +436,6 @@ def set_routed_topk(model: nn.Module, routed_topk: int | Sequence[int]) -> None:
                 for index, layer in numbered.items()
             },
         )
-
-
-def load_balance_loss(scores: Tensor, chosen: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """h_r * sum_e mean(p_e) * mean(m_e), which is K when all heads are chosen equally often, and the load mean(m_e).
-
-    Args:
-        scores: p (B, N, h_r).
-        chosen: m (B, N, h_r), 0 or 1.
-        real: (B, N) boolean or broadcastable, the tokens to count; None: all.
-
-    Returns: the loss, a scalar whose gradient flows through `scores`, and the load (h_r,).
-    """
-    counted = scores.new_ones(scores.shape[:2]) if real is None else real.to(scores.dtype).expand(scores.shape[:2])
-    total = counted.sum().clamp_min(1.0)
-    importance, load = ((counted.unsqueeze(-1) * t).sum((0, 1)) / total for t in (scores, chosen))
-    return scores.shape[-1] * (importance * load).sum(), load
 
 
 def _resolve_heads(num_heads: int, shared: int | None, topk: int | None, active: int | None) -> tuple[int, int]:
@@ -501,13 +486,6 @@ def _check_router(router: str, gate: str | None, router_grad: str, routed_heads:
 def work_dtype(x: Tensor) -> torch.dtype:
     """float32, or float64 where the tensor has it."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _standardised_softmax(norms: Tensor) -> Tensor:
-    """softmax(n / std(n)) over the last dimension; of one number: 1."""
-    if norms.shape[-1] > 1:
-        norms = norms / (norms.std(-1, keepdim=True) + 1e-6)
-    return torch.softmax(norms, -1)
 
 
 def _real_tokens(attention_mask: Tensor, num_tokens: int, start: int | Tensor) -> Tensor:

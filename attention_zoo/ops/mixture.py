@@ -19,11 +19,12 @@ from attention_zoo.ops.attention import attention, attention_weights
 from attention_zoo.ops.dispatch import follow_autocast, wanted_backend
 from attention_zoo.ops.engines.base import HALF
 
-__all__ = ["mixture_attention", "mixture_gates", "top_k_mask"]
+__all__ = ["gate_heads", "load_balance_loss", "mixture_attention", "mixture_gates", "query_norm_gates", "top_k_mask"]
 
 _MOST_ACTIVE = 0.7  # share of the heads up to which skipping the others pays for packing: three quarters gained nothing in a layer
 _MOST_MEASURED = 128  # channels of a head
 _LEAST_WORK = 2**35  # B H N M D, halved by causality, of the dense call; below, what launches the kernels takes longer
+_LEAST_GATED = 2**22  # numbers that gates multiply; below, the kernel's launch takes the host longer than the product takes
 _MOST_COMPARED = 64  # heads that the kernels of the router compare with each other
 
 
@@ -84,7 +85,21 @@ def mixture_attention(
     out = attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p, backend=backend)
     assert isinstance(out, Tensor)  # no log-normaliser was asked for
     _check(q, gates, chosen, topk)
-    return out * gates.unsqueeze(-1).to(out.dtype)
+    return gate_heads(out, gates, backend=backend)
+
+
+def gate_heads(x: Tensor, gates: Tensor, *, backend: str = "auto") -> Tensor:
+    """x (B, H, N, D) times gates (B, H, N), in the dtype of x.
+
+    Args:
+        backend: "triton" for our kernel, which leaves heads next to channels in memory, as a projection reads them; "auto" takes
+            it on CUDA for tensors of some size; any other for plain PyTorch.
+    """
+    if (wanted_backend(backend) != "auto" or x.numel() >= _LEAST_GATED) and use_kernel(backend, (x,)):
+        from attention_zoo.ops.triton.mixture import gate_heads_triton
+
+        return gate_heads_triton(x, gates)
+    return x * gates.unsqueeze(-1).to(x.dtype)
 
 
 def mixture_gates(
@@ -123,6 +138,71 @@ def mixture_gates(
         return torch.cat([first, routed], -1), scores, chosen
     share = 2 * work_softmax(balance)
     return torch.cat([share[..., :1] * first, share[..., 1:] * routed], -1), scores, chosen
+
+
+def query_norm_gates(
+    q: Tensor, *, topk: int, shared_heads: int, scored: bool = False, through: bool = False, backend: str = "auto"
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What the router without parameters says of each token, from the norms n of its routed queries; float32 at least.
+
+        gates = [1, m],  m = 1 for the K largest n of the token, else 0,  p = softmax(n / std(n))
+
+    Args:
+        q: (B, h, N, D), shared heads first.
+        topk: K, from 1 to h_r.
+        shared_heads: h_s, less than h.
+        scored: whether p is wanted.
+        through: the gradient of the gates of chosen heads goes straight through to p; else gates have none.
+        backend: "triton" for our kernel, which "auto" takes on CUDA; any other for plain PyTorch.
+
+    Returns: gates (B, N, h), p (None unless it is `scored` or gradients go `through` it) and m, (B, N, h_r).
+    """
+    routed, scored = q[:, shared_heads:], scored or through
+    missing = None if routed.shape[1] <= _MOST_COMPARED else f"more than {_MOST_COMPARED} heads to choose from"
+    if use_kernel(backend, (q,), missing=missing):
+        from attention_zoo.ops.triton.mixture_norms import query_norm_gates_triton
+
+        return query_norm_gates_triton(q, topk=topk, shared_heads=shared_heads, scored=scored, through=through)
+    work = torch.promote_types(q.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(routed, dim=-1, dtype=work).transpose(1, 2)
+    chosen = top_k_mask(norms, topk, backend=backend)  # of the norms themselves: p has the same order
+    scores = _standardised_softmax(norms) if scored else None
+    gates = chosen + (scores - scores.detach()) * chosen if through and scores is not None else chosen
+    shared = torch.ones((q.shape[0], q.shape[2], shared_heads), dtype=work, device=q.device)
+    return torch.cat([shared, gates], -1), scores, chosen
+
+
+def _standardised_softmax(norms: Tensor) -> Tensor:
+    """softmax(n / std(n)) over the last dimension; of one number: 1."""
+    if norms.shape[-1] > 1 and norms.numel():  # torch warns of deviations of nothing
+        norms = norms / (norms.std(-1, keepdim=True) + 1e-6)
+    return torch.softmax(norms, -1)
+
+
+def load_balance_loss(
+    scores: Tensor, chosen: Tensor, real: Tensor | None = None, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """h_r * sum_e mean(p_e) * mean(m_e), which is K when all heads are chosen equally often, and the load mean(m_e).
+
+    Args:
+        scores: p (B, N, h_r).
+        chosen: m (B, N, h_r), 0 or 1.
+        real: (B, N) boolean or broadcastable, the tokens to count; None: all.
+        backend: "triton" for our kernels, which "auto" takes on CUDA; any other for plain PyTorch.
+
+    Returns: the loss, a scalar whose gradient flows through `scores`, and the load (h_r,).
+    """
+    missing = None if scores.dtype == torch.float32 else "scores that are not float32"
+    if scores.shape[-1] > _MOST_COMPARED:
+        missing = f"more than {_MOST_COMPARED} heads to choose from"
+    if use_kernel(backend, (scores, chosen), missing=missing):
+        from attention_zoo.ops.triton.mixture_balance import load_balance_triton
+
+        return load_balance_triton(scores, chosen, real)
+    counted = scores.new_ones(scores.shape[:2]) if real is None else real.to(scores.dtype).expand(scores.shape[:2])
+    total = counted.sum().clamp_min(1.0)
+    importance, load = ((counted.unsqueeze(-1) * t).sum((0, 1)) / total for t in (scores, chosen))
+    return scores.shape[-1] * (importance * load).sum(), load
 
 
 def work_softmax(logits: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Without a GPU they run under TRITON_INTERPRET=1, which conftest.py sets.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import kernel_case as kernels
@@ -70,6 +70,44 @@ def _gate(
     return ops.mixture_gates(parts[0], for_shared, balance, topk=topk, shared_heads=shared, backend=backend)
 
 
+def gated(batch: int = 2, heads: int = 3, tokens: int = 9, dim: int = 12, learned: bool = True, rows: bool = True) -> Case:
+    """A third of the gates are 0; `rows`: heads next to channels, as the engines leave them."""
+    x = torch.randn(batch, tokens, heads, dim).transpose(1, 2) if rows else torch.randn(batch, heads, tokens, dim)
+    given_gates = (torch.rand(batch, tokens, heads) - 0.3).relu().transpose(1, 2)
+    return Case(_gate_heads, {"x": x, "gates": given_gates}, {"learned": learned}, single=("gates",), spacings=2.5)
+
+
+def _gate_heads(x: Tensor, gates: Tensor, *, learned: bool, backend: str) -> Tensor:
+    return ops.gate_heads(x, gates if learned else gates.detach(), backend=backend)
+
+
+def normed(
+    batch: int = 2, tokens: int = 9, routed: int = 5, shared: int = 2, topk: int = 2, dim: int = 24, through: bool = True,
+    alike: bool = False,
+) -> Case:  # fmt: skip
+    """`alike`: the queries of all heads, so that the first are chosen; some are 0."""
+    q = torch.randn(batch, tokens, shared + routed, dim).bfloat16().float()
+    if alike:
+        q = q[:, :, :1].expand_as(q) * (torch.rand(batch, tokens, 1, 1) > 0.3)
+    outputs = ("gates", "scores", "chosen")
+    settings = {"topk": min(topk, routed), "shared_heads": shared, "scored": True, "through": through}
+    return Case(ops.query_norm_gates, {"q": q.transpose(1, 2)}, settings, single=outputs, outputs=outputs)
+
+
+def balance(batch: int = 2, tokens: int = 9, routed: int = 5, topk: int = 2, padded: str = "") -> Case:
+    """`padded`: of what size (batch, tokens) the mask of real tokens is; empty: there is none."""
+    scores = torch.randn(batch, tokens, routed).softmax(-1)
+    real = {"all": (batch, tokens), "sample": (1, tokens), "token": (batch, 1)}.get(padded)
+    tensors = {"scores": scores, "chosen": scores.argsort(-1) < topk}
+    if real is not None:
+        tensors["real"] = torch.rand(real) > 0.4
+    return Case(_balance, tensors, single=("scores", "loss", "load"), outputs=("loss", "load"))
+
+
+def _balance(scores: Tensor, chosen: Tensor, real: Tensor | None = None, *, backend: str) -> tuple[Tensor, Tensor]:
+    return ops.load_balance_loss(scores, chosen.float(), real, backend=backend)
+
+
 @FEW
 @given(
     batch=st.integers(1, 2), kv_heads=st.integers(1, 3), group=st.integers(1, 3), shared=st.integers(0, 4), topk=st.integers(0, 4),
@@ -118,8 +156,12 @@ MAKERS: dict[str, Callable[[], Case]] = {
     "mixture": lambda: mixture(batch=1, tokens=40 * LONG, dim=24),
     "mixture-causal": lambda: mixture(batch=1, tokens=40 * LONG, dim=24, is_causal=True),
     "gates": gates,
+    "gated": gated,
+    "gated-constant": lambda: gated(learned=False),
+    "norms": normed,
+    "balance": lambda: balance(padded="all"),
 }
-IN_ANY_PRECISION = {name: make for name, make in MAKERS.items() if name != "gates"}
+IN_ANY_PRECISION = {name: make for name, make in MAKERS.items() if name not in ("gates", "balance")}
 
 
 @kernels.each_check(MAKERS, half_precision=IN_ANY_PRECISION)
@@ -219,6 +261,143 @@ def test_gates(seed: int, **sizes: Any) -> None:
     kernels.check_against_plain_code(case, atol=1e-5, size=kernels.constant)
     *_, chosen = _gate(**case.given(), **case.settings, backend="triton")
     assert not chosen.requires_grad
+
+
+@FEW
+@given(
+    batch=st.integers(1, 2), heads=st.integers(1, 5), tokens=st.integers(1, 70), dim=st.sampled_from([1, 16, 40, 130]),
+    learned=st.booleans(), rows=st.booleans(), seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_gated_heads(seed: int, **sizes: Any) -> None:
+    torch.manual_seed(seed)
+    case = gated(**sizes)
+    kernels.check_against_plain_code(case, atol=1e-5)
+    out = _gate_heads(**case.given(), **case.settings, backend="triton")
+    assert out.transpose(1, 2).is_contiguous()  # what a projection reads without a copy
+
+
+@FEW
+@given(
+    batch=st.integers(1, 2), tokens=st.integers(1, 20), routed=st.integers(1, 20), shared=st.integers(0, 5),
+    topk=st.integers(1, 20), dim=st.sampled_from([1, 16, 40, 130]), through=st.booleans(), alike=st.booleans(),
+    seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_norm_gates(seed: int, **sizes: Any) -> None:
+    """The plain code in double precision: norms that are almost equal leave little of single precision to their deviation."""
+    torch.manual_seed(seed)
+    case = normed(**sizes)
+    want = case.run("reference", torch.float64)
+    for name, got in case.run("triton").items():
+        right = want[name].float()
+        if name == "q" and sizes["alike"]:  # of a deviation of 0 but for rounding
+            assert got.isfinite().all()
+            continue
+        size = kernels.largest(name, {name: right})
+        torch.testing.assert_close(got, right, atol=2e-5 * size, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    found, _, chosen = ops.query_norm_gates(**case.given(), **case.settings, backend="triton")
+    assert found.requires_grad == sizes["through"]
+    assert not chosen.requires_grad
+
+
+def test_norm_gates_without_scores() -> None:
+    case = normed()
+    got = ops.query_norm_gates(case.given()["q"], topk=2, shared_heads=2, backend="triton")
+    want = ops.query_norm_gates(case.given()["q"], topk=2, shared_heads=2, backend="reference")
+    assert got[1] is want[1] is None
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[2], want[2])
+
+
+@FEW
+@given(
+    batch=st.integers(1, 2), tokens=st.sampled_from([1, 40, 200]), routed=st.integers(1, 20), topk=st.integers(1, 20),
+    padded=st.sampled_from(["", "all", "sample", "token"]), seed=st.integers(0, 2**16),
+)  # fmt: skip
+def test_balance(seed: int, **sizes: Any) -> None:
+    torch.manual_seed(seed)
+    kernels.check_against_plain_code(balance(**sizes), atol=1e-6, size=kernels.constant)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, is_causal: bool) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=True)
+
+
+def _plain_forward(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, is_causal: bool, keep: bool = True
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _plain(q, k, v, scale, is_causal), q.new_empty((1,), dtype=torch.float32)
+
+
+def _plain_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float, is_causal: bool
+) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        return torch.autograd.grad(_plain(*leaves, scale, is_causal), leaves, grad)
+
+
+@pytest.fixture
+def _library_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared heads go to a library, as on a GPU; here its place is taken by torch's plain attention."""
+    monkeypatch.setattr("attention_zoo.ops._cudnn.serves", lambda *_: True)
+    monkeypatch.setattr("attention_zoo.ops._cudnn.dense_forward", _plain_forward)
+    monkeypatch.setattr("attention_zoo.ops._cudnn.dense_backward", _plain_backward)
+
+
+@pytest.mark.usefixtures("_library_everywhere")
+@pytest.mark.parametrize(
+    "options", [{"shared": 2}, {"shared": 3, "keys": 31}, {"group": 1, "kv_heads": 4, "shared": 2, "is_causal": True}], ids=str
+)
+def test_shared_heads_apart(options: dict[str, Any]) -> None:
+    """What they compute, and their gradients, are put among those of the packed heads."""
+    torch.manual_seed(0)
+    kernels.check_against_plain_code(mixture(topk=1, **options))
+
+
+def _from_one(qkv: Tensor, gates: Tensor, chosen: Tensor, *, heads: int, kv_heads: int, **settings: Any) -> Tensor:
+    dim = qkv.shape[-1] // (heads + 2 * kv_heads)
+    parts = ops.split_channels(qkv * 1.0, (heads * dim, kv_heads * dim, kv_heads * dim))
+    q, k, v = (t.unflatten(-1, (-1, dim)).transpose(1, 2) for t in parts)
+    return _mix(q, k, v, gates, chosen, **settings)
+
+
+@pytest.mark.usefixtures("_library_everywhere")
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("shared", [1, 2])
+def test_one_projection(shared: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of queries, keys and values in one tensor the gradients lie in one, too, so that nothing is copied."""
+    from attention_zoo.ops import _split
+
+    torch.manual_seed(0)
+    apart = mixture(shared=shared, kv_heads=4 // group, group=group, topk=1)
+    q, k, v = (apart.tensors.pop(name).transpose(1, 2).flatten(2) for name in "qkv")
+    sizes = {"heads": 4, "kv_heads": 4 // group}
+    case = Case(_from_one, {"qkv": torch.cat([q, k, v], -1), **apart.tensors}, {**apart.settings, **sizes}, single=("gates",))
+    found: list[Tensor | None] = []
+    joined = _split.joined
+
+    def note(parts: Sequence[Tensor]) -> Tensor | None:
+        found.append(joined(parts))
+        return found[-1]
+
+    monkeypatch.setattr(_split, "joined", note)
+    kernels.check_against_plain_code(case)
+    by_kernels, by_plain_code = found
+    assert by_kernels is not None
+    assert by_plain_code is None
+
+
+@pytest.mark.usefixtures("_library_everywhere")
+@pytest.mark.parametrize("wants_gates", [False, True])
+def test_registration_of_one_projection(wants_gates: bool) -> None:
+    """Operators that somebody watches are told that the tensors are apart; this is the other way."""
+    from attention_zoo.ops.triton.mixture import _mixture_backward, _mixture_forward
+
+    case = mixture(group=1, shared=1, topk=1)
+    q, k, v, gates, chosen = (t.detach() for t in case.given().values())
+    out, *rest = _mixture_forward.registered(q, k, v, gates, chosen.float(), 1, 0, 0.3, False, True)
+    call = (torch.randn_like(out), q, k, v, gates, *rest, 0.3, False, True, wants_gates)
+    torch.library.opcheck(_mixture_backward.registered, call, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_choice() -> None:

@@ -9,7 +9,6 @@ none of it: cuDNN computes them, where it serves them.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +17,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from attention_zoo.ops import _cudnn
 from attention_zoo.ops._operators import operator
+from attention_zoo.ops._split import lie_in_one
 from attention_zoo.ops.triton._common import LOG2E, ceil_div, last_contiguous, per_logit, precision, read_lse, tile
+from attention_zoo.ops.triton._streams import two_streams
 
-__all__ = ["mixture_attention_triton"]
+__all__ = ["gate_heads_triton", "mixture_attention_triton"]
 
 
 @triton.jit
@@ -103,17 +105,6 @@ def _list_kernel(
 
 
 @triton.jit
-def _pack_kernel(Q, Packed, Origins, sqb, sqh, sqn, N, HEADS, ROWS, D, PITCH, BR: tl.constexpr, BD: tl.constexpr):
-    row, d = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BD)
-    real = row < ROWS
-    origin = tl.load(Origins + row, mask=real, other=0)
-    h, n, b = origin % HEADS, origin // HEADS % N, (origin // HEADS // N).to(tl.int64)
-    wanted = real[:, None] & (d < D)[None, :]
-    q = tl.load(Q + (b * sqb + h * sqh + n * sqn)[:, None] + d[None, :], mask=wanted, other=0.0)
-    tl.store(Packed + row.to(tl.int64)[:, None] * PITCH + d[None, :], q, mask=wanted)
-
-
-@triton.jit
 def _slots(Slots, b, h, n, real, N, APART, HEADS, GROUP):
     """Rows of the tokens n in head h, and whether they were chosen."""
     r = tl.maximum(h - APART, 0)
@@ -123,14 +114,14 @@ def _slots(Slots, b, h, n, real, N, APART, HEADS, GROUP):
 
 
 @triton.jit
-def _gather(Shared, Packed, Slots, b, h, n, d, ssb, ssh, ssn, N, APART, HEADS, GROUP, D, PITCH):
-    """What was computed for the tokens n in head h, which is shared or packed; 0 where it was not chosen."""
-    row, chosen = _slots(Slots, b, h, n, n < N, N, APART, HEADS, GROUP)
+def _gather(Shared, Packed, Slots, b, h, n, d, wanted, ssb, ssh, ssn, N, APART, HEADS, GROUP, D, PITCH):
+    """What was computed for the tokens n that are wanted in head h, shared or packed; 0 where it was not chosen."""
+    row, chosen = _slots(Slots, b, h, n, wanted, N, APART, HEADS, GROUP)
     inside = (d < D)[None, :]
     x = tl.load(Packed + row[:, None] * PITCH + d[None, :], mask=chosen[:, None] & inside, other=0.0)
     if h < APART:
         at = Shared + b * ssb + h * ssh + n.to(tl.int64)[:, None] * ssn + d[None, :]
-        x = tl.load(at, mask=(n < N)[:, None] & inside, other=0.0)
+        x = tl.load(at, mask=wanted[:, None] & inside, other=0.0)
     return x
 
 
@@ -139,61 +130,89 @@ def _mix_kernel(
     Out, Shared, Packed, Gates, Slots,
     ssb, ssh, ssn, sgb, sgh, sgn, N, H, APART, HEADS, GROUP, DV, PITCH, TILES, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Out (B, N, H, D_v): gate times what was computed for a pair, 0 for the others."""
+    """Out (B, N, H, D_v): gate times what was computed for a pair, 0 for the others. Where the gate is 0 nothing is read."""
     pid = tl.program_id(0)
     h, t = pid % H, pid // H  # heads of a token are neighbours in memory
     b, n, d = (t // TILES).to(tl.int64), t % TILES * BT + tl.arange(0, BT), tl.arange(0, BD)
     real = n < N
     gate = tl.load(Gates + b * sgb + h * sgh + n * sgn, mask=real, other=0.0).to(tl.float32)
-    x = _gather(Shared, Packed, Slots, b, h, n, d, ssb, ssh, ssn, N, APART, HEADS, GROUP, DV, PITCH)
+    x = _gather(Shared, Packed, Slots, b, h, n, d, real & (gate != 0.0), ssb, ssh, ssn, N, APART, HEADS, GROUP, DV, PITCH)
     at = Out + ((b * N + n) * H + h)[:, None] * DV + d[None, :]
     tl.store(at, (x.to(tl.float32) * gate[:, None]).to(Out.dtype.element_ty), mask=real[:, None] & (d < DV)[None, :])
 
 
 @triton.jit
 def _unmix_kernel(
-    Grad, Shared, Packed, Gates, Slots, DShared, DPacked, DGates, Delta,
-    srb, srh, srn, ssb, ssh, ssn, sgb, sgh, sgn, N, H, APART, HEADS, GROUP, DV, PITCH, TILES, BT: tl.constexpr, BD: tl.constexpr,
+    Grad, Q, Shared, Packed, Gates, Slots, DShared, DPacked, PackedQ, DGates, Delta,
+    srb, srh, srn, sqb, sqh, sqn, ssb, ssh, ssn, sdb, sdh, sdn, sgb, sgh, sgn,
+    N, H, APART, HEADS, GROUP, D, DV, PITCH_Q, PITCH, TILES,
+    SLOPES: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of what `_mix_kernel` was given: DShared (B, N, H_s, D_v), DPacked, DGates (B, N, H).
+    """Gradients of what `_mix_kernel` was given: DShared, DPacked and, with SLOPES, DGates (B, N, H).
 
-    Delta: DPacked . Packed, for the flash kernels.
+    For the flash kernels: Delta, DPacked . Packed, and the packed rows of the queries.
     """
     pid = tl.program_id(0)
     h, t = pid % H, pid // H
-    b, n, d = (t // TILES).to(tl.int64), t % TILES * BT + tl.arange(0, BT), tl.arange(0, BD)
-    real = n < N
-    inside = (d < DV)[None, :]
+    b, n, dv = (t // TILES).to(tl.int64), t % TILES * BT + tl.arange(0, BT), tl.arange(0, BDV)
+    real, token = n < N, n.to(tl.int64)[:, None]
+    inside = (dv < DV)[None, :]
     row, chosen = _slots(Slots, b, h, n, real, N, APART, HEADS, GROUP)
-    is_shared = real & (h < APART)
     gate = tl.load(Gates + b * sgb + h * sgh + n * sgn, mask=real, other=0.0).to(tl.float32)
-    token = n.to(tl.int64)[:, None]
-    active = (chosen | is_shared)[:, None] & inside
-    grad = tl.load(Grad + b * srb + h * srh + token * srn + d[None, :], mask=active, other=0.0).to(tl.float32)
-    x = tl.load(Packed + row[:, None] * PITCH + d[None, :], mask=chosen[:, None] & inside, other=0.0)
+    active = real & (chosen | (h < APART))
+    wanted = active
+    if not SLOPES:
+        wanted = active & (gate != 0.0)  # nothing else becomes of the others
+    grad = tl.load(Grad + b * srb + h * srh + token * srn + dv[None, :], mask=wanted[:, None] & inside, other=0.0).to(tl.float32)
+    to = DGates + (b * N + n) * H + h
     if h < APART:
-        x = tl.load(Shared + b * ssb + h * ssh + token * ssn + d[None, :], mask=active, other=0.0)
-    slope = tl.sum(grad * x.to(tl.float32), 1)
-    tl.store(DGates + (b * N + n) * H + h, slope, mask=real)
-    grad *= gate[:, None]
-    if h < APART:
-        at = DShared + ((b * N + n) * APART + h)[:, None] * DV + d[None, :]
-        tl.store(at, grad.to(DShared.dtype.element_ty), mask=active)
+        if SLOPES:
+            x = tl.load(Shared + b * ssb + h * ssh + token * ssn + dv[None, :], mask=active[:, None] & inside, other=0.0)
+            tl.store(to, tl.sum(grad * x.to(tl.float32), 1), mask=real)
+        at = DShared + b * sdb + h * sdh + token * sdn + dv[None, :]
+        tl.store(at, (grad * gate[:, None]).to(DShared.dtype.element_ty), mask=active[:, None] & inside)
     else:
-        tl.store(DPacked + row[:, None] * PITCH + d[None, :], grad.to(DPacked.dtype.element_ty), mask=active)
-        tl.store(Delta + row, slope * gate, mask=chosen)
+        d = tl.arange(0, BD)
+        here = active[:, None] & (d < D)[None, :]
+        q = tl.load(Q + b * sqb + h * sqh + token * sqn + d[None, :], mask=here, other=0.0)
+        tl.store(PackedQ + row[:, None] * PITCH_Q + d[None, :], q, mask=here)
+        here = active[:, None] & inside
+        x = tl.load(Packed + row[:, None] * PITCH + dv[None, :], mask=here, other=0.0)
+        slope = tl.sum(grad * x.to(tl.float32), 1)
+        if SLOPES:
+            tl.store(to, slope, mask=real)
+        tl.store(DPacked + row[:, None] * PITCH + dv[None, :], (grad * gate[:, None]).to(DPacked.dtype.element_ty), mask=here)
+        tl.store(Delta + row, slope * gate, mask=active)
+
+
+@triton.jit
+def _copy(From, To, at, to, d, D, mask):
+    mask = mask & (d < D)[None, :]
+    tl.store(To + to + d[None, :], tl.load(From + at + d[None, :], mask=mask), mask=mask)
 
 
 @triton.jit
 def _spread_kernel(
-    Out, Shared, Packed, Slots, ssb, ssh, ssn, N, H, APART, HEADS, GROUP, D, PITCH, TILES, BT: tl.constexpr, BD: tl.constexpr,
+    DQ, DK, DV_, SharedQ, SharedK, SharedV, Packed, Slots,
+    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, fqb, fqh, fqn, fkb, fkh, fkn, fvb, fvh, fvn,
+    N, M, H, SOME, APART, HEADS, GROUP, D, DV, PITCH, TILES, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Out (B, N, H, D): what was computed for a pair, 0 for the others."""
+    """DQ: what was computed for a pair, shared or packed, 0 for the others. DK, DV_: the first SOME heads, from the shared ones."""
     pid = tl.program_id(0)
-    h, t = pid % H, pid // H
+    columns = H + 2 * SOME
+    h, t = pid % columns, pid // columns
     b, n, d = (t // TILES).to(tl.int64), t % TILES * BT + tl.arange(0, BT), tl.arange(0, BD)
-    x = _gather(Shared, Packed, Slots, b, h, n, d, ssb, ssh, ssn, N, APART, HEADS, GROUP, D, PITCH)
-    tl.store(Out + ((b * N + n) * H + h)[:, None] * D + d[None, :], x, mask=(n < N)[:, None] & (d < D)[None, :])
+    token = n.to(tl.int64)[:, None]
+    if h < H:
+        x = _gather(SharedQ, Packed, Slots, b, h, n, d, n < N, fqb, fqh, fqn, N, APART, HEADS, GROUP, D, PITCH)
+        tl.store(DQ + b * sqb + h * sqh + token * sqn + d[None, :], x, mask=(n < N)[:, None] & (d < D)[None, :])
+    else:
+        mask = (n < M)[:, None]
+        if h < H + SOME:
+            _copy(SharedK + b * fkb + (h - H) * fkh, DK + b * skb + (h - H) * skh, token * fkn, token * skn, d, D, mask)
+        else:
+            head = h - H - SOME
+            _copy(SharedV + b * fvb + head * fvh, DV_ + b * svb + head * svh, token * fvn, token * svn, d, DV, mask)
 
 
 @triton.jit
@@ -433,25 +452,32 @@ def _most_tiles(rows: int, sequences: int, *sizes: int) -> tuple[int, ...]:
     return tuple(rows // size + sequences for size in sizes)
 
 
-def _plan(chosen: Tensor, kv_heads: int, heads: int, always: int, rows: int, sizes: tuple[int, int], is_causal: bool) -> _Plan:
-    """The tables; `sizes`: rows to a tile of the forward kernel and of that of queries' gradients."""
-    batch, tokens = chosen.shape[:2]
-    sequences, group = batch * kv_heads, heads // kv_heads
-    if chosen.dtype == torch.bool:
-        chosen = chosen.to(torch.uint8)
-    most = _most_tiles(rows, sequences, *sizes)
-    table = functools.partial(torch.empty, dtype=torch.int32, device=chosen.device)
-    slots, origins = table((batch, kv_heads, tokens, group)), table((rows,))
-    starts, counts, tiles = table((sequences + 1,)), table((sequences,)), table((sum(most),), dtype=torch.int64)
+def _empty_plan(x: Tensor, kv_heads: int, group: int, rows: int, sizes: tuple[int, ...]) -> _Plan:
+    """Tables for queries like x (B, H, N, D); `sizes`: rows to a tile of the forward kernel and of that of queries' gradients."""
+    batch, _, tokens, _ = x.shape
+    slots = x.new_empty((batch, kv_heads, tokens, group), dtype=torch.int32)
+    origins, starts = (x.new_empty((size,), dtype=torch.int32) for size in (rows, batch * kv_heads + 1))
+    return _Plan(slots, origins, starts, x.new_empty((sum(_most_tiles(rows, batch * kv_heads, *sizes)),), dtype=torch.int64))
+
+
+def _fill_plan(plan: _Plan, counts: Tensor, chosen: Tensor, always: int, sizes: tuple[int, ...], is_causal: bool) -> None:
+    """The tables; `counts` has room for a number for each sequence."""
+    batch, kv_heads, tokens, group = plan.slots.shape
+    sequences, rows = batch * kv_heads, plan.origins.shape[0]
     shared = (*chosen.stride(), tokens, kv_heads, group, always)
     block = tile(tokens * group, 4096)
     if sequences:
         _count_kernel[(sequences,)](chosen, counts, *shared, BLOCK=block, num_warps=8)
         _list_kernel[(sequences,)](
-            chosen, counts, starts, slots, origins, tiles, *shared, sequences, rows, *most,
+            chosen, counts, plan.starts, plan.slots, plan.origins, plan.tiles, *shared, sequences, rows,
+            *_most_tiles(rows, sequences, *sizes),
             BLOCK=block, BS=tile(sequences, 1 << 30), BM=sizes[0], BMQ=sizes[1], CAUSAL=is_causal, num_warps=8,
         )  # fmt: skip
-    return _Plan(slots, origins, starts, tiles)
+
+
+def _tile_sizes(q: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Rows to a tile of the forward kernel and of that of queries' gradients."""
+    return tuple(settings(kernel, max(q.shape[-1], v.shape[-1]), q.dtype).bm for kernel in ("forward", "query"))
 
 
 def _pitch(x: Tensor) -> int:
@@ -482,43 +508,63 @@ def _keys_of(x: Tensor, length: int) -> TensorDescriptor:
 
 @operator("mixture_forward")
 def _mixture_forward(
-    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, chosen: Tensor, topk: int, apart: int, scale: float, is_causal: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, chosen: Tensor, topk: int, apart: int, scale: float, is_causal: bool,
+    together: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Out (B, H, N, D_v); for the gradient: packed outputs and normalisers, the plan, the same of the shared heads that are apart.
 
     apart: how many of the heads that every token uses are computed by cuDNN's dense kernel, whole groups of them.
+    together: for the gradient, see `_mixture_backward`.
     """
     q = last_contiguous(q)
-    batch, heads, tokens, dim = q.shape
+    batch, heads, tokens, _ = q.shape
     kv_heads, keys, dim_v = v.shape[1:]
     group, every = heads // kv_heads, heads - chosen.shape[-1]
-    out = _heads_last(q, dim_v)
     own_q, own_k, own_v = q[:, apart:], _aligned(k[:, apart // group :]), _aligned(v[:, apart // group :])
-    rows = batch * tokens * (every - apart + topk)
-    own = settings("forward", max(dim, dim_v), q.dtype)
-    sizes = own.bm, settings("query", max(dim, dim_v), q.dtype).bm
-    plan = _plan(chosen, own_k.shape[1], heads - apart, every - apart, rows, sizes, is_causal)
+    rows, packed_heads = batch * tokens * (every - apart + topk), own_k.shape[1]
+    sizes = _tile_sizes(q, v)
+    chosen = chosen.to(torch.uint8) if chosen.dtype == torch.bool else chosen
+    plan, counts = _empty_plan(q, packed_heads, group, rows, sizes), q.new_empty((batch * packed_heads,), dtype=torch.int32)
     packed, lse = v.new_empty((rows, _pitch(v))), q.new_empty((rows,), dtype=torch.float32)
+    out = _heads_last(q, dim_v)
     if rows == 0 or keys == 0:
         packed.zero_()
         lse.fill_(float("-inf"))
-    else:
-        _forward_kernel[_most_tiles(rows, batch * own_k.shape[1], own.bm)](
-            own_q, _keys_of(own_k, own.bn), _keys_of(own_v, own.bn), packed, lse, plan.starts, plan.origins, plan.tiles,
-            *own_q.stride()[:3], scale * LOG2E, keys - tokens,
-            tokens, keys, own_k.shape[1], group, dim, dim_v, packed.shape[1],
-            CAUSAL=is_causal, PRECISION=precision(q), STAGES=own.stages,
-            BM=own.bm, BN=own.bn, BD=tile(dim, 256), BDV=tile(dim_v, 256),
-            num_warps=own.warps, num_stages=own.stages,
-        )  # fmt: skip
-    shared, shared_lse = _dense_forward(q, k, v, apart, scale, is_causal)
+    with two_streams(q, apart > 0) as beside:
+        shared, shared_lse = _dense_forward(q, k, v, apart, scale, is_causal)
+        with beside:
+            _fill_plan(plan, counts, chosen, every - apart, sizes, is_causal)
+            if rows and keys:
+                _flash_forward(own_q, own_k, own_v, packed, lse, plan, scale, is_causal)
+    _mix(out, shared, packed, gates, plan.slots)
+    return out, packed, lse, *plan, shared, shared_lse
+
+
+def _flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, packed: Tensor, lse: Tensor, plan: _Plan, scale: float, is_causal: bool
+) -> None:  # fmt: skip
+    """Fill packed and lse."""
+    batch, kv_heads, keys, dim = k.shape
+    heads, tokens, dim_v = q.shape[1], q.shape[2], v.shape[-1]
+    own = settings("forward", max(dim, dim_v), q.dtype)
+    _forward_kernel[_most_tiles(packed.shape[0], batch * kv_heads, own.bm)](
+        q, _keys_of(k, own.bn), _keys_of(v, own.bn), packed, lse, plan.starts, plan.origins, plan.tiles,
+        *q.stride()[:3], scale * LOG2E, keys - tokens, tokens, keys, kv_heads, heads // kv_heads, dim, dim_v, packed.shape[1],
+        CAUSAL=is_causal, PRECISION=precision(q), STAGES=own.stages, BM=own.bm, BN=own.bn, BD=tile(dim, 256), BDV=tile(dim_v, 256),
+        num_warps=own.warps, num_stages=own.stages,
+    )  # fmt: skip
+
+
+def _mix(out: Tensor, shared: Tensor, packed: Tensor, gates: Tensor, slots: Tensor) -> None:
+    """Fill out (B, H, N, D_v), heads next to channels."""
+    batch, heads, tokens, dim_v = out.shape
     if out.numel():
         bt, parts = _tokens_to_a_tile(tokens, dim_v)
         _mix_kernel[(batch * parts * heads,)](
-            out, shared, packed, gates, plan.slots, *shared.stride()[:3], *gates.stride(),
-            tokens, heads, apart, own_k.shape[1], group, dim_v, packed.shape[1], parts, BT=bt, BD=tile(dim_v, 256), num_warps=4,
+            out, shared, packed, gates, slots, *shared.stride()[:3], *gates.stride(),
+            tokens, heads, shared.shape[1], slots.shape[1], slots.shape[3], dim_v, packed.shape[1], parts,
+            BT=bt, BD=tile(dim_v, 256), num_warps=4,
         )  # fmt: skip
-    return out, packed, lse, *plan, shared, shared_lse
 
 
 def _dense_forward(q: Tensor, k: Tensor, v: Tensor, apart: int, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
@@ -526,21 +572,14 @@ def _dense_forward(q: Tensor, k: Tensor, v: Tensor, apart: int, scale: float, is
     if apart == 0:
         return v.new_empty((q.shape[0], 0, q.shape[2], v.shape[3])), q.new_empty((0,), dtype=torch.float32)
     some = apart // (q.shape[1] // k.shape[1])
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q[:, :apart], k[:, :some], v[:, :some], None, True, 0.0, is_causal, False, scale=scale
-    )
-    return out, lse
+    return _cudnn.dense_forward(q[:, :apart], k[:, :some], v[:, :some], scale=scale, is_causal=is_causal)
 
 
 def _dense_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     apart, some = out.shape[1], out.shape[1] // (q.shape[1] // k.shape[1])
-    unused = torch.empty((), dtype=torch.int64, device=q.device)  # dropout's random numbers
-    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-any-return]
-        grad, q[:, :apart], k[:, :some], v[:, :some], out, lse, unused, unused, None, None, None, q.shape[2], k.shape[2],
-        0.0, is_causal, scale=scale,
-    )  # fmt: skip
+    return _cudnn.dense_backward(grad, q[:, :apart], k[:, :some], v[:, :some], out, lse, scale=scale, is_causal=is_causal)
 
 
 def _heads_last(x: Tensor, channels: int | None = None) -> Tensor:
@@ -557,89 +596,107 @@ def _tokens_to_a_tile(tokens: int, dim: int) -> tuple[int, int]:
 
 @_mixture_forward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, chosen: Tensor, topk: int, apart: int, scale: float, is_causal: bool
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, chosen: Tensor, topk: int, apart: int, scale: float, is_causal: bool, *_: Any
 ) -> tuple[Tensor, ...]:
-    batch, heads, tokens, _ = q.shape
-    group, dim_v = heads // k.shape[1], v.shape[-1]
-    rows, kv_heads = batch * tokens * (heads - chosen.shape[-1] - apart + topk), k.shape[1] - apart // group
-    slots = q.new_empty((batch, kv_heads, tokens, group), dtype=torch.int32)
-    origins, starts = (q.new_empty((size,), dtype=torch.int32) for size in (rows, batch * kv_heads + 1))
-    sizes = (settings(kernel, max(q.shape[-1], dim_v), q.dtype).bm for kernel in ("forward", "query"))
-    tiles = q.new_empty((sum(_most_tiles(rows, batch * kv_heads, *sizes)),), dtype=torch.int64)
+    batch, heads, tokens = q.shape[:3]
+    group = heads // k.shape[1]
+    rows = batch * tokens * (heads - chosen.shape[-1] - apart + topk)
+    plan = _empty_plan(q, k.shape[1] - apart // group, group, rows, _tile_sizes(q, v))
     packed, lse = v.new_empty((rows, _pitch(v))), q.new_empty((rows,), dtype=torch.float32)
-    return _heads_last(q, dim_v), packed, lse, slots, origins, starts, tiles, *_dense_forward(q, k, v, apart, scale, is_causal)
+    return _heads_last(q, v.shape[-1]), packed, lse, *plan, *_dense_forward(q, k, v, apart, scale, is_causal)
 
 
 @operator("mixture_backward")
 def _mixture_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, packed: Tensor, lse: Tensor,
     slots: Tensor, origins: Tensor, starts: Tensor, tiles: Tensor, shared: Tensor, shared_lse: Tensor,
-    scale: float, is_causal: bool,
+    scale: float, is_causal: bool, together: bool, wants_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v and gates."""
+    """Gradients of q, k, v and gates; if nobody `wants_gates`, of them an empty tensor.
+
+    together: q, k and v lie in one tensor, and so do their gradients, which is the first that is returned: (B, N, H + 2 H_kv, D).
+    """
     grad, q = last_contiguous(grad), last_contiguous(q)
     batch, heads, tokens, dim = q.shape
     kv_heads, keys, dim_v = v.shape[1:]
     rows, group, apart = packed.shape[0], heads // kv_heads, shared.shape[1]
-    packed_heads, some = kv_heads - apart // group, apart // group
-    dgates = gates.new_empty((batch, tokens, heads), dtype=torch.float32)
-    dshared = v.new_empty((batch, tokens, apart, dim_v)).permute(0, 2, 1, 3)
-    dpacked, delta = torch.empty_like(packed), torch.empty((rows,), dtype=torch.float32, device=q.device)
-    if grad.numel():
-        bt, parts = _tokens_to_a_tile(tokens, dim_v)
-        _unmix_kernel[(batch * parts * heads,)](
-            grad, shared, packed, gates, slots, dshared, dpacked, dgates, delta,
-            *grad.stride()[:3], *shared.stride()[:3], *gates.stride(),
-            tokens, heads, apart, packed_heads, group, dim_v, packed.shape[1], parts, BT=bt, BD=tile(dim_v, 256), num_warps=4,
-        )  # fmt: skip
-    dq, dk, dv = _heads_last(q), _heads_last(k), _heads_last(v)
-    dpacked_q = q.new_empty((rows, _pitch(q)))
-    if rows and keys:
-        own = (_aligned(k[:, some:]), _aligned(v[:, some:]), dk[:, some:], dv[:, some:])
-        _flash_backward(q[:, apart:], *own, dpacked, lse, delta, dpacked_q, _Plan(slots, origins, starts, tiles), scale, is_causal)
-    else:
-        for t in (dpacked_q, dk, dv):
+    some = apart // group
+    found = _empty_gradients(q, k, v, together)
+    dq, dk, dv = _cut(found[0], heads, kv_heads) if together else found
+    dgates = _empty_slopes(gates, wants_gates)
+    dshared, dpacked, delta = torch.empty_like(shared), torch.empty_like(packed), torch.empty_like(lse)
+    packed_q, dpacked_q = (q.new_empty((rows, _pitch(q))) for _ in range(2))
+    own_k, own_v = _aligned(k[:, some:]), _aligned(v[:, some:])
+    _unmix(grad, q, shared, packed, gates, slots, dshared, dpacked, packed_q, dgates, delta)
+    dshared_q, dshared_k, dshared_v = q[:, :0], k[:, :0], v[:, :0]
+    with two_streams(q, apart > 0) as beside:
+        if apart:
+            dshared_q, dshared_k, dshared_v = _dense_backward(dshared, q, k, v, shared, shared_lse, scale, is_causal)
+        with beside:
+            if rows and keys:
+                own, plan = (packed_q, own_k, own_v, dpacked_q, dk[:, some:], dv[:, some:]), _Plan(slots, origins, starts, tiles)
+                _flash_backward(*own, dpacked, lse, delta, plan, (tokens, group), scale, is_causal)
+    if not (rows and keys):
+        for t in (dpacked_q, dk[:, some:], dv[:, some:]):
             t.zero_()
-    dshared_q = q[:, :0]
-    if apart:
-        dshared_q, dshared_k, dshared_v = _dense_backward(dshared, q, k, v, shared, shared_lse, scale, is_causal)
-        dk[:, :some].copy_(dshared_k)
-        dv[:, :some].copy_(dshared_v)
     if dq.numel():
-        bt, parts = _tokens_to_a_tile(tokens, dim)
-        _spread_kernel[(batch * parts * heads,)](
-            dq, dshared_q, dpacked_q, slots, *dshared_q.stride()[:3],
-            tokens, heads, apart, packed_heads, group, dim, dpacked_q.shape[1], parts, BT=bt, BD=tile(dim, 256), num_warps=4,
+        wide, tall = max(dim, dim_v), max(tokens, keys if apart else 0)
+        bt, parts = _tokens_to_a_tile(tall, wide)
+        strides = (step for t in (dq, dk, dv, dshared_q, dshared_k, dshared_v) for step in t.stride()[:3])
+        _spread_kernel[(batch * parts * (heads + 2 * some),)](
+            dq, dk, dv, dshared_q, dshared_k, dshared_v, dpacked_q, slots, *strides,
+            tokens, keys, heads, some, apart, kv_heads - some, group, dim, dim_v, dpacked_q.shape[1], parts,
+            BT=bt, BD=tile(wide, 256), num_warps=4,
         )  # fmt: skip
-    return dq, dk, dv, dgates.permute(0, 2, 1)
+    return *found, dgates.permute(0, 2, 1) if wants_gates else dgates
+
+
+def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, together: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if not together:
+        return _heads_last(q), _heads_last(k), _heads_last(v)
+    batch, heads, tokens, dim = q.shape
+    return q.new_empty((batch, tokens, heads + 2 * k.shape[1], dim)), q.new_empty((0,)), q.new_empty((0,))
+
+
+def _cut(whole: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v in one tensor."""
+    return tuple(t.transpose(1, 2) for t in whole.split([heads, kv_heads, kv_heads], 2))
+
+
+def _empty_slopes(gates: Tensor, wanted: bool) -> Tensor:
+    """For the gradient of gates (B, H, N): (B, N, H)."""
+    batch, heads, tokens = gates.shape
+    return gates.new_empty((batch, tokens, heads) if wanted else (0,), dtype=torch.float32)
+
+
+def _unmix(
+    grad: Tensor, q: Tensor, shared: Tensor, packed: Tensor, gates: Tensor, slots: Tensor,
+    dshared: Tensor, dpacked: Tensor, packed_q: Tensor, dgates: Tensor, delta: Tensor,
+) -> None:  # fmt: skip
+    """Fill the last five; dgates is empty where nobody wants it."""
+    batch, heads, tokens, dim_v = grad.shape
+    if grad.numel():
+        dim = q.shape[3]
+        bt, parts = _tokens_to_a_tile(tokens, max(dim, dim_v))
+        strides = (step for t in (grad, q, shared, dshared) for step in t.stride()[:3])
+        _unmix_kernel[(batch * parts * heads,)](
+            grad, q, shared, packed, gates, slots, dshared, dpacked, packed_q, dgates, delta, *strides, *gates.stride(),
+            tokens, heads, shared.shape[1], slots.shape[1], slots.shape[3], dim, dim_v, packed_q.shape[1], packed.shape[1], parts,
+            SLOPES=dgates.numel() > 0, BT=bt, BD=tile(dim, 256), BDV=tile(dim_v, 256), num_warps=4,
+        )  # fmt: skip
 
 
 def _flash_backward(
-    q: Tensor, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, dq: Tensor,
-    plan: _Plan, scale: float, is_causal: bool,
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, grad: Tensor, lse: Tensor, delta: Tensor,
+    plan: _Plan, sizes: tuple[int, int], scale: float, is_causal: bool,
 ) -> None:  # fmt: skip
-    """Fill dq, packed as `grad` is, dk and dv."""
+    """Fill dq, packed as q and grad are, dk and dv; `sizes`: tokens, and query heads to a key/value head."""
     batch, kv_heads, keys, dim = k.shape
-    heads, tokens, dim_v, rows = q.shape[1], q.shape[2], v.shape[-1], grad.shape[0]
-    group, offset = heads // kv_heads, keys - tokens
-    packed_q = torch.empty_like(dq)
-    _pack_kernel[(ceil_div(rows, 32),)](
-        q,
-        packed_q,
-        plan.origins,
-        *q.stride()[:3],
-        tokens,
-        heads,
-        rows,
-        dim,
-        packed_q.shape[1],
-        BR=32,
-        BD=tile(dim, 256),
-        num_warps=4,
-    )
+    (tokens, group), dim_v, rows = sizes, v.shape[-1], grad.shape[0]
+    offset = keys - tokens
     common = {"CAUSAL": is_causal, "PRECISION": precision(q), "BD": tile(dim, 256), "BDV": tile(dim_v, 256)}
     ahead, own, other = (settings(kernel, max(dim, dim_v), q.dtype) for kernel in ("forward", "query", "key"))
-    rows_by = {size: (_rows_of(packed_q, dim, size), _rows_of(grad, dim_v, size)) for size in {own.bm, other.bm}}
+    rows_by = {size: (_rows_of(q, dim, size), _rows_of(grad, dim_v, size)) for size in {own.bm, other.bm}}
     keys_by = {size: (_keys_of(k, size), _keys_of(v, size)) for size in {own.bn, other.bn}}
     first, most = _most_tiles(rows, batch * kv_heads, ahead.bm, own.bm)
     _query_gradient_kernel[(most,)](
@@ -658,22 +715,27 @@ def _flash_backward(
 
 
 @_mixture_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    batch, heads, tokens = gates.shape
-    dgates = gates.new_empty((batch, tokens, heads), dtype=torch.float32).permute(0, 2, 1)
-    return _heads_last(q), _heads_last(k), _heads_last(v), dgates
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    wants_gates = rest[-1]
+    dgates = _empty_slopes(gates, wants_gates)
+    return *_empty_gradients(q, k, v, rest[-2]), dgates.permute(0, 2, 1) if wants_gates else dgates
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, gates, _, _, _, ctx.scale, ctx.is_causal = inputs
+    q, k, v, gates, _, _, _, ctx.scale, ctx.is_causal, ctx.together = inputs
     ctx.save_for_backward(q, k, v, gates, *output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     q, k, v, gates, *rest = ctx.saved_tensors
-    dq, dk, dv, dgates = _mixture_backward(grad, q, k, v, gates, *rest, ctx.scale, ctx.is_causal)
-    return dq, dk, dv, dgates.to(gates.dtype), None, None, None, None, None
+    wants_gates = ctx.needs_input_grad[3]
+    dq, dk, dv, dgates = _mixture_backward(
+        grad, q, k, v, gates, *rest, ctx.scale, ctx.is_causal, ctx.together, wants_gates
+    )  # fmt: skip
+    if ctx.together:
+        dq, dk, dv = _cut(dq, q.shape[1], k.shape[1])
+    return dq, dk, dv, dgates.to(gates.dtype) if wants_gates else None, *(None,) * 6
 
 
 _mixture_forward.register_autograd(_backward, setup_context=_setup)
@@ -683,4 +745,59 @@ def mixture_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, chosen: Tensor, *, topk: int, apart: int, scale: float, is_causal: bool
 ) -> Tensor:
     """(B, H, N, D_v), see `_mixture_forward`; tensors as `ops.mixture_attention` has checked them."""
-    return _mixture_forward(q, k, v, gates, chosen, topk, apart, scale, is_causal)[0]
+    return _mixture_forward(q, k, v, gates, chosen, topk, apart, scale, is_causal, lie_in_one(q, k, v))[0]
+
+
+@operator("gate_heads")
+def _gate_heads(x: Tensor, gates: Tensor) -> Tensor:
+    """x (B, H, N, D) times gates (B, H, N), heads next to channels."""
+    x, out = last_contiguous(x), _heads_last(x)
+    packed, slots = _nothing_packed(x)
+    _mix(out, x, packed, gates, slots)
+    return out
+
+
+def _nothing_packed(x: Tensor) -> tuple[Tensor, Tensor]:
+    """In the place of packed rows and their slots where all heads are shared."""
+    return x.new_empty((0, 1)), x.new_empty((0, 1, 0, 1), dtype=torch.int32)
+
+
+@_gate_heads.register_fake
+def _(x: Tensor, gates: Tensor) -> Tensor:
+    return _heads_last(x)
+
+
+@operator("gate_heads_backward")
+def _gate_heads_backward(grad: Tensor, x: Tensor, gates: Tensor, wants_gates: bool) -> tuple[Tensor, Tensor]:
+    grad, x = last_contiguous(grad), last_contiguous(x)
+    dx, dgates = torch.empty_like(x), _empty_slopes(gates, wants_gates)
+    packed, slots = _nothing_packed(x)
+    _unmix(grad, x, x, packed, gates, slots, dx, packed, packed, dgates, packed)
+    return dx, dgates.permute(0, 2, 1) if wants_gates else dgates
+
+
+@_gate_heads_backward.register_fake
+def _(grad: Tensor, x: Tensor, gates: Tensor, wants_gates: bool) -> tuple[Tensor, Tensor]:
+    dgates = _empty_slopes(gates, wants_gates)
+    return torch.empty_like(last_contiguous(x)), dgates.permute(0, 2, 1) if wants_gates else dgates
+
+
+def _setup_gates(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_gates(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if grad is None:
+        return None, None
+    x, gates = ctx.saved_tensors
+    dx, dgates = _gate_heads_backward(grad, x, gates, ctx.needs_input_grad[1])
+    return dx, dgates.to(gates.dtype) if ctx.needs_input_grad[1] else None
+
+
+_gate_heads.register_autograd(_backward_gates, setup_context=_setup_gates)
+
+
+def gate_heads_triton(x: Tensor, gates: Tensor) -> Tensor:
+    """(B, H, N, D) in the dtype of x, heads next to channels; tensors as `ops.gate_heads` has checked them."""
+    return _gate_heads(x, gates)

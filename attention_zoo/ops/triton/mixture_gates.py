@@ -15,11 +15,11 @@ from torch import Tensor
 from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import ceil_div, tile
 
-__all__ = ["mixture_gates_triton", "top_k_mask_triton"]
+__all__ = ["among_best", "mixture_gates_triton", "softmax", "softmax_gradient", "top_k_mask_triton"]
 
 
 @triton.jit
-def _among_best(scores, valid, e, K):
+def among_best(scores, valid, e, K):
     """1 for the K largest scores of each row (tokens, heads), else 0; of equal ones the first."""
     scores = tl.where(valid[None, :], scores, float("-inf"))
     ahead = (scores[:, None, :] > scores[:, :, None]) | (
@@ -30,14 +30,14 @@ def _among_best(scores, valid, e, K):
 
 
 @triton.jit
-def _softmax(x, valid):
+def softmax(x, valid):
     x = tl.where(valid, x, float("-inf"))
     p = tl.exp(x - tl.max(x, 1)[:, None])
     return p / tl.sum(p, 1)[:, None]
 
 
 @triton.jit
-def _softmax_gradient(p, slope):
+def softmax_gradient(p, slope):
     return p * (slope - tl.sum(p * slope, 1)[:, None])
 
 
@@ -59,7 +59,7 @@ def _choice_kernel(Scores, Chosen, step, ROWS, R, K, BT: tl.constexpr, BE: tl.co
     n, e = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BE)
     here = (n < ROWS)[:, None] & (e < R)[None, :]
     scores = tl.load(Scores + n[:, None] * step + e[None, :], mask=here, other=0.0)
-    tl.store(Chosen + n[:, None] * R + e[None, :], _among_best(scores, e < R, e, K).to(Chosen.dtype.element_ty), mask=here)
+    tl.store(Chosen + n[:, None] * R + e[None, :], among_best(scores, e < R, e, K).to(Chosen.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -70,8 +70,8 @@ def _gates_kernel(
     n, e, f = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BE), tl.arange(0, BS)
     real = n < ROWS
     here = real[:, None] & (e < R)[None, :]
-    p = _softmax(tl.load(Logits + n[:, None] * step + e[None, :], mask=here, other=0.0).to(tl.float32), (e < R)[None, :])
-    chosen = _among_best(p, e < R, e, K)
+    p = softmax(tl.load(Logits + n[:, None] * step + e[None, :], mask=here, other=0.0).to(tl.float32), (e < R)[None, :])
+    chosen = among_best(p, e < R, e, K)
     kept = p * chosen
     routed = K * kept / tl.maximum(tl.sum(kept, 1), eps)[:, None]
     first, second = _balance(Balance, n, real, step_b, HAS_BALANCE)
@@ -82,7 +82,7 @@ def _gates_kernel(
     gate = tl.zeros([BT, BS], tl.float32) + 1.0
     if HAS_SHARED:
         x = tl.load(Shared + n[:, None] * step_s + f[None, :], mask=there, other=0.0).to(tl.float32)
-        gate = S * _softmax(x, (f < S)[None, :])
+        gate = S * softmax(x, (f < S)[None, :])
     tl.store(Gates + n[:, None] * (S + R) + f[None, :], first[:, None] * gate, mask=there)
 
 
@@ -108,15 +108,15 @@ def _gates_gradient_kernel(
     dp = chosen * (K * second / whole)[:, None] * inner
     if HAS_DSCORES:
         dp += tl.load(DScores + n[:, None] * R + e[None, :], mask=here, other=0.0)
-    dx = _softmax_gradient(p, dp)
+    dx = softmax_gradient(p, dp)
     tl.store(DLogits + n[:, None] * R + e[None, :], dx.to(DLogits.dtype.element_ty), mask=here)
     slope = tl.load(DGates + n[:, None] * (S + R) + f[None, :], mask=there, other=0.0)
     by_first = tl.sum(slope, 1)
     if HAS_SHARED:
         x = tl.load(Shared + n[:, None] * step_s + f[None, :], mask=there, other=0.0).to(tl.float32)
-        q = tl.where(there, _softmax(x, (f < S)[None, :]), 0.0)
+        q = tl.where(there, softmax(x, (f < S)[None, :]), 0.0)
         by_first = S * tl.sum(slope * q, 1)
-        dx = _softmax_gradient(q, S * first[:, None] * slope)
+        dx = softmax_gradient(q, S * first[:, None] * slope)
         tl.store(DShared + n[:, None] * S + f[None, :], dx.to(DShared.dtype.element_ty), mask=there)
     if HAS_BALANCE:
         dx = 0.5 * first * second * (by_first - K * mean)  # of the first logit, the second's is the opposite
