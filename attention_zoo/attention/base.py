@@ -31,6 +31,7 @@ __all__ = [
     "extend_cache",
     "has_hooks",
     "is_bare",
+    "is_idle",
     "merge_heads",
     "project_qkv",
     "read_padding",
@@ -192,6 +193,11 @@ def has_hooks(layer: nn.Module) -> bool:
 def is_bare(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
     """Whether a layer of this kind is its weight and bias: not adapted or quantised, and nobody waits for its own forward."""
     return type(layer) is kind and type(layer.weight) in (Tensor, nn.Parameter) and not has_hooks(layer)
+
+
+def is_idle(dropout: nn.Module) -> bool:
+    """Whether a dropout layer hands on what it gets, unnoticed: modules take time to call, too."""
+    return type(dropout) is nn.Dropout and not (dropout.training and dropout.p) and not has_hooks(dropout)
 
 
 def weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:

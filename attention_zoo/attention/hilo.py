@@ -25,6 +25,7 @@ from attention_zoo.attention.base import (
     check_grid,
     check_tokens,
     is_bare,
+    is_idle,
     merge_heads,
     resolve_head_dim,
     split_heads,
@@ -237,7 +238,8 @@ class HiLoAttention(AttentionModule):
         check_tokens(x, self.dim)
         height, width = check_grid(x, grid_size)
         if self._is_fused(x):
-            return self.proj_drop(self._attend_fused(x, (height, width)))
+            out = self._attend_fused(x, (height, width))
+            return out if is_idle(self.proj_drop) else self.proj_drop(out)
         if self.output_proj == "full":
             return self.proj_drop(self.proj(torch.cat(self._attend_branches(x, height, width), dim=-1)))
         layers = [*([self.h_proj] if self.h_heads else []), *([self.l_proj] if self.l_heads else [])]

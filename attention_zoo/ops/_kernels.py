@@ -49,7 +49,7 @@ def use_kernel(
 def _reason(tensors: tuple[Tensor, ...], channels: int, dropout_p: float) -> str | None:
     """Why the kernels cannot serve a call; None if they can."""
     first = tensors[0]
-    if any(t.dtype != first.dtype for t in tensors) or first.dtype not in _DTYPES:
+    if first.dtype not in _DTYPES or any(t.dtype != first.dtype for t in tensors[1:]):
         return f"tensors must all be float16, bfloat16 or float32; got {', '.join(str(t.dtype) for t in tensors)}"
     most = channels or max(t.shape[-1] for t in tensors)
     if most > _MOST_CHANNELS:

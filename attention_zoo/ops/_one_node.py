@@ -68,7 +68,7 @@ def linear_gradients(
 def convolution_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor, wants_weight: bool, wants_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of `depthwise_conv2d(x, weight, bias)` by our kernels: of weight and bias, None if neither is wanted; `dx` gets that of x added."""
+    """Of `depthwise_conv2d(x, weight, bias)` by our kernels: of weight and bias, None if neither is wanted; x's is added to dx."""
     from attention_zoo.ops.triton.depthwise import add_input_gradient, backward_operator
 
     add_input_gradient(grad, weight, dx)

@@ -32,7 +32,7 @@ class Operator(Generic[_Result]):
 
     def __init__(self, name: str, function: Callable[..., _Result], mutates_args: Iterable[str]) -> None:
         functools.update_wrapper(self, function)
-        self._name, self._launch = name, _on_its_device(function)
+        self._name, self._function, self._launch = name, function, _on_its_device(function)
         mutated = tuple(mutates_args)
         schema = torch.library.infer_schema(function, mutates_args=mutated)
         self.registered = torch.library.custom_op(f"attention_zoo::{name}", self._launch, mutates_args=mutated, schema=schema)
@@ -78,6 +78,10 @@ class Operator(Generic[_Result]):
         if self._recorded is None or any(isinstance(arg, list) for arg in args):  # which autograd.Function does not look into
             return self.registered(*args)  # type: ignore[no-any-return]
         return self._recorded.apply(*args)  # type: ignore[no-any-return]
+
+    def unseen(self) -> Callable[..., _Result]:
+        """What to call for plain tensors of the current device where nothing is recorded, as within a node of autograd."""
+        return self if torch.compiler.is_compiling() or is_watched() else self._function
 
 
 def operator(name: str, *, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., _Result]], Operator[_Result]]:

@@ -55,17 +55,16 @@ def hilo_layer(
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: HiloSettings, *parameters: Any) -> Tensor:
-        from attention_zoo.ops.triton.hilo import forward_operator, join_parameters, means_operator
+        from attention_zoo.ops.triton.hilo import forward_operator, prepare_layer
 
         w_high, w_query, w_kv, b_high, b_query, b_kv, *of_output = parameters
         branches = len(of_output) // 2
-        (height, width), side, heads, scale, masked = settings
-        means = means_operator(x.view(x.shape[0], height, width, x.shape[2]), side, masked)
+        grid, side, heads, scale, masked = settings
         # one product for both outputs, whose zeros cost less than a second one and a copy
-        of_branches = of_output[:branches], of_output[branches:]
-        weight, bias, out_weight, out_bias = join_parameters((w_high, w_query), (b_high, b_query), *of_branches)
+        layers = (w_high, w_query), (b_high, b_query), of_output[:branches], of_output[branches:]
+        means, weight, bias, out_weight, out_bias = prepare_layer(x, grid, side, masked, *layers)
         qkv, kv = F.linear(x, weight, bias), F.linear(means, w_kv, b_kv)
-        out, lse = forward_operator(qkv, kv, height, width, side, *heads, scale, masked)
+        out, lse = forward_operator.unseen()(qkv, kv, *grid, side, *heads, scale, masked)
         ctx.settings = settings
         ctx.save_for_backward(x, means, qkv, kv, out, lse, weight, w_kv, *of_output[:branches])
         return F.linear(out, out_weight, out_bias)
@@ -80,11 +79,11 @@ class _Layer(torch.autograd.Function):
         needs = ctx.needs_input_grad
         of_in, of_out = needs[2:8], needs[8:]
         dout, of_out_parameters = _back_through_output(as_rows(grad), as_rows(out), out_weights, of_out)
-        dqkv, dkv = backward_operator(qkv, kv, out, lse, dout.view_as(out), height, width, side, *heads, scale, masked)
+        dqkv, dkv = backward_operator.unseen()(qkv, kv, out, lse, dout.view_as(out), height, width, side, *heads, scale, masked)
         dx, dw, db = linear_gradients(dqkv, x, weight, needs[0], of_in[0] or of_in[1], of_in[3] or of_in[4])
         dmeans, dw_kv, db_kv = linear_gradients(dkv, means, w_kv, needs[0], of_in[2], of_in[5])
         if dx is not None:
-            add_means_backward_operator(dmeans, dx, height, width, side, masked)
+            add_means_backward_operator.unseen()(dmeans, dx, height, width, side, masked)
         rows = weight.shape[0] - w_kv.shape[0] // 2, w_kv.shape[0] // 2
         pairs = [(None, None) if t is None else t.split_with_sizes(rows) for t in (dw, db)]
         return dx, None, *pairs[0], dw_kv, *pairs[1], db_kv, *of_out_parameters

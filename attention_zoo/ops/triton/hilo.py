@@ -179,12 +179,12 @@ def _low_key_gradient_kernel(
 
 
 @triton.jit
-def _means_kernel(
-    X, Means,
-    sxb, sxy, sxx,
-    WINDOWS, HEIGHT, WIDTH, C, SIDE, MASKED: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+def _write_means(
+    row_of, column_of, X, Means, sxb, sxy, sxx, WINDOWS, HEIGHT, WIDTH, C, SIDE,
+    MASKED: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    number, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
+    """Of a tile of windows and channels."""
+    number, c = row_of * BM + tl.arange(0, BM), column_of * BC + tl.arange(0, BC)
     down, across = tl.cdiv(HEIGHT, SIDE), tl.cdiv(WIDTH, SIDE)
     b, u, w = (number // (down * across)).to(tl.int64), number // across % down, number % across
     total = tl.zeros([BM, BC], tl.float32)
@@ -200,6 +200,17 @@ def _means_kernel(
         total /= SIDE * SIDE
     at = number.to(tl.int64)[:, None] * C + c[None, :]
     tl.store(Means + at, total.to(Means.dtype.element_ty), mask=(number < WINDOWS)[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def _means_kernel(
+    X, Means,
+    sxb, sxy, sxx,
+    WINDOWS, HEIGHT, WIDTH, C, SIDE, COLUMNS,
+    MASKED: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    _write_means(pid // COLUMNS, pid % COLUMNS, X, Means, sxb, sxy, sxx, WINDOWS, HEIGHT, WIDTH, C, SIDE, MASKED, BM, BC)
 
 
 @triton.jit
@@ -226,20 +237,42 @@ def _spread_kernel(
 
 
 @triton.jit
-def _join_kernel(
-    High, Query, HighBias, QueryBias, OutHigh, OutLow, OutHighBias, OutLowBias,
-    In, InBias, Out, OutBias,
-    HIGH, IN_ROWS, IN, OUT_HIGH, OUT_ROWS, OUT_LEFT, OUT,
-    HAS_BIAS: tl.constexpr, HAS_OUT: tl.constexpr, HAS_OUT_BIAS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+def _prepare_kernel(
+    X, Means, High, Query, HighBias, QueryBias, OutHigh, OutLow, OutHighBias, OutLowBias, In, InBias, Out, OutBias,
+    sxb, sxy, sxx,
+    WINDOWS, HEIGHT, WIDTH, C, SIDE, COLUMNS, OF_MEANS,
+    HIGH, IN_ROWS, OUT_HIGH, OUT_ROWS, OUT_LEFT, OUT, JOINED,
+    HAS_BIAS: tl.constexpr, HAS_OUT: tl.constexpr, HAS_OUT_BIAS: tl.constexpr,
+    MASKED: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Rows [High; Query] of `In`, then those of `Out`, whose diagonal blocks are OutHigh and OutLow; the first programs: biases."""
-    row, c = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
+    """`OF_MEANS` programs write the means of windows, the others join parameters.
+
+    These are rows [High; Query] of `In`, then those of `Out`, whose diagonal blocks are OutHigh and OutLow; and their biases.
+    """
+    pid = tl.program_id(0)
+    if pid < OF_MEANS:
+        _write_means(pid // COLUMNS, pid % COLUMNS, X, Means, sxb, sxy, sxx, WINDOWS, HEIGHT, WIDTH, C, SIDE, MASKED, BM, BC)
+    else:
+        pid -= OF_MEANS
+        row, c = pid // JOINED * BM + tl.arange(0, BM), pid % JOINED * BC + tl.arange(0, BC)
+        _join(
+            row, c, pid % JOINED == 0, High, Query, HighBias, QueryBias, OutHigh, OutLow, OutHighBias, OutLowBias,
+            In, InBias, Out, OutBias, C, HIGH, IN_ROWS, OUT_HIGH, OUT_ROWS, OUT_LEFT, OUT, HAS_BIAS, HAS_OUT, HAS_OUT_BIAS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _join(
+    row, c, first, High, Query, HighBias, QueryBias, OutHigh, OutLow, OutHighBias, OutLowBias, In, InBias, Out, OutBias,
+    IN, HIGH, IN_ROWS, OUT_HIGH, OUT_ROWS, OUT_LEFT, OUT,
+    HAS_BIAS: tl.constexpr, HAS_OUT: tl.constexpr, HAS_OUT_BIAS: tl.constexpr,
+):  # fmt: skip
+    """A tile of the joined parameters; those of the first columns have the biases."""
     high, query = row < HIGH, (row >= HIGH) & (row < IN_ROWS)
     at, within = row.to(tl.int64)[:, None] * IN + c[None, :], (c < IN)[None, :]
     of_high = tl.load(High + at, mask=high[:, None] & within, other=0.0)
     of_query = tl.load(Query + ((row - HIGH).to(tl.int64)[:, None] * IN + c[None, :]), mask=query[:, None] & within, other=0.0)
     tl.store(In + at, tl.where(high[:, None], of_high, of_query), mask=(row < IN_ROWS)[:, None] & within)
-    first = tl.program_id(1) == 0
     if HAS_BIAS:
         of_high = tl.load(HighBias + row, mask=high & first, other=0.0)
         of_query = tl.load(QueryBias + (row - HIGH), mask=query & first, other=0.0)
@@ -477,9 +510,10 @@ def _means_launch(
     """Of the map and the means."""
     batch, height, width, channels = shape
     windows, bc = batch * ceil_div(height, side) * ceil_div(width, side), tile(channels, 128)
-    numbers = *strides[:3], windows, height, width, channels, side
-    grid = ceil_div(windows, 16), ceil_div(channels, bc)
-    return Launch(_means_kernel, grid, (Place(0), Place(1)), numbers, {"MASKED": masked, "BM": 16, "BC": bc})
+    columns = ceil_div(channels, bc)
+    numbers = *strides[:3], windows, height, width, channels, side, columns
+    constants = {"MASKED": masked, "BM": 16, "BC": bc}
+    return Launch(_means_kernel, (ceil_div(windows, 16) * columns,), (Place(0), Place(1)), numbers, constants)
 
 
 @_means.register_fake
@@ -557,60 +591,82 @@ class _WithMeans(torch.autograd.Function):
         return _means_backward(of_means, of_map, *ctx.settings), None, None
 
 
-def join_parameters(
+class Prepared(NamedTuple):
+    """What the projections of a layer take: means of the tokens, and two linear layers as one.
+
+    Attributes:
+        means: (B, windows, C).
+        weight, bias: rows of both layers that take the tokens.
+        out_weight, out_bias: both layers that take outputs, as diagonal blocks; a single one as it is.
+    """
+
+    means: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    out_weight: Tensor
+    out_bias: Tensor | None
+
+
+def prepare_layer(
+    x: Tensor,
+    grid: tuple[int, int],
+    side: int,
+    masked: bool,
     weights: tuple[Tensor, Tensor],
     biases: tuple[Tensor | None, Tensor | None],
     out_weights: Sequence[Tensor],
     out_biases: Sequence[Tensor | None],
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Of linear layers, in one launch: two of the same tokens as one, and two of different tokens, side by side, as one.
-
-    Biases are all there or none, of inputs and of outputs.
-
-    Returns: the rows of `weights`, of `biases`; a matrix with `out_weights` as diagonal blocks, the rows of `out_biases`. A single
-        one of these stays as it is.
-    """
+) -> Prepared:
+    """In one launch, for tokens x (B, H W, C). Biases are all there or none, of inputs and of outputs."""
+    (batch, _, channels), (height, width) = x.shape, grid
     high, query = weights
-    joined = high.new_empty((high.shape[0] + query.shape[0], high.shape[1]))
-    bias = None if biases[0] is None else high.new_empty(joined.shape[0])
-    out, out_bias = out_weights[0], out_biases[0]
+    means = x.new_empty((batch, ceil_div(height, side) * ceil_div(width, side), channels))
+    weight = high.new_empty((high.shape[0] + query.shape[0], channels))
+    bias = None if biases[0] is None else high.new_empty(weight.shape[0])
+    out, out_bias, blocks = out_weights[0], out_biases[0], None
     if len(out_weights) > 1:
         above, below = out_weights[0].shape, out_weights[1].shape
         out = high.new_empty((above[0] + below[0], above[1] + below[1]))
         out_bias = None if out_bias is None else high.new_empty(out.shape[0])
+        blocks = *above, *below
+    x = last_contiguous(x)
     given = (high, query, *biases, out_weights[0], out_weights[-1], out_biases[0], out_biases[-1])
-    tensors = [high if t is None else t.contiguous() for t in given]
-    blocks = (out.shape, out_weights[0].shape) if len(out_weights) > 1 else None
-    key = joined.shape, high.shape[0], blocks, bias is not None, out_bias is not None, tuple(t.dtype for t in tensors), high.device
-    _join_launch(*key)(*tensors, joined, joined if bias is None else bias, out, out if out_bias is None else out_bias)
-    return joined, bias, out, out_bias
+    tensors = [x, means, *(high if t is None else t.contiguous() for t in given)]
+    flags, dtypes = (bias is not None, out_bias is not None, masked), tuple(t.dtype for t in tensors)
+    launch = _prepare_launch(x.shape, x.stride(), grid, side, (high.shape[0], weight.shape[0]), blocks, flags, dtypes, x.device)
+    launch(*tensors, weight, weight if bias is None else bias, out, out if out_bias is None else out_bias)
+    return Prepared(means, weight, bias, out, out_bias)
 
 
 @settled
-def _join_launch(
-    shape: tuple[int, int],
-    high: int,
-    blocks: tuple[tuple[int, int], tuple[int, int]] | None,
-    has_bias: bool,
-    has_out_bias: bool,
+def _prepare_launch(
+    shape: Sequence[int],
+    strides: Sequence[int],
+    grid: tuple[int, int],
+    side: int,
+    rows: tuple[int, int],
+    blocks: tuple[int, int, int, int] | None,
+    flags: tuple[bool, bool, bool],
     dtypes: tuple[torch.dtype, ...],
     device: torch.device,
 ) -> Launch:
-    (rows, columns), ((out_rows, out_columns), above) = shape, blocks or ((0, 0), (0, 0))
-    bc = tile(max(columns, out_columns), 128)
-    grid = ceil_div(rows + out_rows, 16), ceil_div(max(columns, out_columns), bc)
-    constants = {"HAS_BIAS": has_bias, "HAS_OUT": out_rows > 0, "HAS_OUT_BIAS": has_out_bias, "BM": 16, "BC": bc}
-    numbers = high, rows, columns, above[0], out_rows, above[1], out_columns
-    return Launch(_join_kernel, grid, [Place(number) for number in range(12)], numbers, constants)
+    """`rows`: of the first weight and of both; `blocks`: sides of the outputs' weights; `flags`: biases, of outputs, and masked."""
+    (batch, _, channels), (height, width) = shape, grid
+    top, left, bottom, right = blocks or (0, 0, 0, 0)
+    windows, bc = batch * ceil_div(height, side) * ceil_div(width, side), tile(max(channels, left + right), 128)
+    columns, joined = ceil_div(channels, bc), ceil_div(max(channels, left + right), bc)
+    of_means = ceil_div(windows, 16) * columns
+    numbers = (
+        strides[0], width * strides[1], strides[1], windows, height, width, channels, side, columns, of_means,
+        *rows, top, top + bottom, left, left + right, joined,
+    )  # fmt: skip
+    constants = dict(zip(("HAS_BIAS", "HAS_OUT_BIAS", "MASKED"), flags, strict=True)) | {"HAS_OUT": blocks is not None}
+    programs = of_means + ceil_div(rows[1] + top + bottom, 16) * joined
+    return Launch(_prepare_kernel, (programs,), [Place(number) for number in range(14)], numbers, {**constants, "BM": 16, "BC": bc})
 
 
 # for `ops.hilo_layer`, which writes out what comes between them
-forward_operator, backward_operator, means_operator, add_means_backward_operator = (
-    _hilo_forward,
-    _hilo_backward,
-    _means,
-    _add_means_backward,
-)
+forward_operator, backward_operator, add_means_backward_operator = _hilo_forward, _hilo_backward, _add_means_backward
 
 
 def hilo_attention_triton(
