@@ -222,11 +222,14 @@ def test_layer(options: dict[str, Any]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
-    "options", [{"shared": 4, "topk": 4}, {"shared": 0, "topk": 8}, {"shared": 3, "topk": 5, "group": 4}], ids=str
+    "options",
+    [{"shared": 4, "topk": 4}, {"shared": 0, "topk": 8}, {"shared": 3, "topk": 5, "group": 4}, {"shared": 4, "topk": 8}],
+    ids=str,
 )
 def test_by_default_on_a_gpu(options: dict[str, int], is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What "auto" takes for long sequences, cuDNN for shared heads among it, and in a CUDA graph."""
+    """What "auto" takes for long sequences, cuDNN for shared heads among it or, with gates, for all; in a CUDA graph."""
     monkeypatch.setattr("attention_zoo.ops.mixture._LEAST_WORK", 0)
+    monkeypatch.setattr("attention_zoo.ops.mixture._LEAST_GATED", 0)
     torch.manual_seed(0)
     options = dict(options)
     group = options.pop("group", 1)
