@@ -1,4 +1,3 @@
-# NOTE FROM LEAD (delete this line): read /tmp/helpers/gpu/out/1/mixture_NOTE_FROM_LEAD.log
 """Attention of the chosen (token, head) pairs as Triton kernels: queries that a head's router did not choose cost nothing.
 
 The chosen queries are lined up, key/value head after key/value head, in the order of their tokens: B * N * K rows, whatever was
