@@ -48,17 +48,18 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
             return real(q, k, v, scale=scale, is_causal=is_causal, keep=keep)
         room, _ = real(*(t.to("meta") for t in (q, k, v)), scale=scale, is_causal=is_causal, keep=keep)
         out, x = q.new_empty_strided(room.shape, room.stride()), logits(q, k, scale, is_causal)
-        out.copy_(x.softmax(-1) @ v.float().repeat_interleave(q.shape[1] // k.shape[1], 1))
+        out.copy_(x.softmax(-1) @ v.float().repeat_interleave(q.shape[1] // v.shape[1], 1))
         return out, x.logsumexp(-1, keepdim=True) if keep else q.new_empty(0, dtype=torch.float32)
 
     def backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float, is_causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        share, slope = q.shape[1] // k.shape[1], grad.float()
-        every_k, every_v = (t.float().repeat_interleave(share, 1) for t in (k, v))
+        (of_k, of_v), slope = (q.shape[1] // t.shape[1] for t in (k, v)), grad.float()
+        every_k, every_v = k.float().repeat_interleave(of_k, 1), v.float().repeat_interleave(of_v, 1)
         p = (logits(q, k, scale, is_causal) - lse).exp()
         ds = scale * p * (slope @ every_v.transpose(2, 3) - (slope * out.float()).sum(-1, keepdim=True))
-        dk, dv = (t.unflatten(1, (-1, share)).sum(2) for t in (ds.transpose(2, 3) @ q.float(), p.transpose(2, 3) @ slope))
+        dk = (ds.transpose(2, 3) @ q.float()).unflatten(1, (-1, of_k)).sum(2)
+        dv = (p.transpose(2, 3) @ slope).unflatten(1, (-1, of_v)).sum(2)
         return tuple(torch.empty_like(t).copy_(d) for t, d in ((q, ds @ every_k), (k, dk), (v, dv)))  # type: ignore[return-value]
 
     monkeypatch.setattr(_cudnn, "dense_forward", forward)
@@ -129,6 +130,7 @@ def test_any_shape(more: int, **sizes: Any) -> None:
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "pairs": {"group": 1, "queries": 9 * LONG},
+    "wide pairs": {"group": 1, "queries": 12 * LONG, "dim": 72},
     "groups": {"group": 3, "queries": 9 * LONG},
     "halves": {"batch": 1, "kv_heads": 1, "share": 2, "queries": 5 * LONG, "dim": 72, "pairing": "halves"},
     "apart": {"apart": True, "is_causal": False, "keys": 11, "heads_first": True, "weighted": False},

@@ -1,5 +1,8 @@
 """Differential attention as one operator around cuDNN: a dense call for each map, and kernels of ours for all that joins them.
 
+Where each signal head is followed by its noise head, both maps are one call, in which two heads share their values: half as many
+heads at a time leave processors idle at the end.
+
 Queries and keys come as the projections give them, heads of both maps in one tensor, and their gradients go back as such. Through
 autograd the parts of a tensor cost a copy or a sum each, more than the difference itself. Forward, values are computed whole;
 backward, wide ones in halves, which share the log-normaliser: outputs and their gradients are then slices of the whole ones.
@@ -101,14 +104,22 @@ def _for_library(
     return (copy if copy.ndim > 1 else signal_q.flatten(1, 2), signal_k.flatten(1, 2)), (noise_q, noise_k)
 
 
+def _is_one_call(q: Tensor, noise_q: Tensor | None, k: Tensor, v: Tensor, groups: int, interleaved: bool) -> bool:
+    """Whether head 2 i is a signal head, with its own key head, 2 i + 1 its noise head, and i that of their values."""
+    return noise_q is None and interleaved and q.shape[1] == k.shape[1] == 2 * v.shape[1] == 2 * groups
+
+
 @operator("differential_cudnn_forward")
 def _forward(
     q: Tensor, noise_q: Tensor | None, k: Tensor, noise_k: Tensor | None, v: Tensor, factor: Tensor, weight: Tensor | None,
     groups: int, interleaved: bool, is_causal: bool, scale: float, gain: float, eps: float, norm: bool, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The difference; if `keep`, both maps' outputs, their log-normalisers and the copy of the queries, else empty tensors."""
+    """The difference; if `keep`, both maps' outputs, their log-normalisers and the copy of the queries, else empty tensors.
+
+    Of one call the outputs of the signal maps have those of the noise maps between them, whose place is an empty vector.
+    """
     signal_q, _ = _maps(q, noise_q, groups, interleaved)
-    copy = _new_copy(signal_q)
+    copy = _new_copy(signal_q)  # none of pairs
     if copy.ndim > 1:
         _join((signal_q,), copy.unflatten(1, (groups, -1)))
     signal, noise, *rest = _attend(q, noise_q, k, noise_k, v, copy, groups, interleaved, is_causal, scale, keep)
@@ -121,8 +132,11 @@ def _attend(
     groups: int, interleaved: bool, is_causal: bool, scale: float, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Outputs of the signal maps and of the noise maps, and the log-normalisers of both."""
-    maps = _for_library(q, noise_q, k, noise_k, v.shape[1], copy, groups, interleaved)
     call: dict[str, Any] = {"scale": scale, "is_causal": is_causal, "keep": keep}
+    if _is_one_call(q, noise_q, k, v, groups, interleaved):
+        both, lse = _cudnn.dense_forward(q, k, v, **call)
+        return both, q.new_empty(0), lse, q.new_empty(0, dtype=torch.float32)
+    maps = _for_library(q, noise_q, k, noise_k, v.shape[1], copy, groups, interleaved)
     (signal, lse), (noise, noise_lse) = (_cudnn.dense_forward(*one, v, **call) for one in maps)
     return signal, noise, lse, noise_lse
 
@@ -138,7 +152,8 @@ def _(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     copy = _new_copy(_maps(q, noise_q, groups, interleaved)[0])
     signal, noise, *rest = _attend(q, noise_q, k, noise_k, v, copy, groups, interleaved, is_causal, scale, keep)
-    return new_heads(signal, signal.shape[1], v.shape[3]), *_kept(keep, signal, noise, *rest, copy)
+    heads = signal.shape[1] // (2 if noise.ndim == 1 else 1)
+    return new_heads(signal, heads, v.shape[3]), *_kept(keep, signal, noise, *rest, copy)
 
 
 @operator("differential_cudnn_backward")
@@ -149,11 +164,14 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, noise_q, k, noise_k (empty vectors of those that are not there), v, factor and weight."""
     kv_heads = v.shape[1]
-    dsignal, dnoise = (new_heads(t, t.shape[1], t.shape[3]) for t in (signal, noise))  # as SDPA's callers have them
+    # as SDPA's callers have them
+    dsignal, dnoise = (new_heads(t, t.shape[1], t.shape[3]) if t.ndim > 1 else t.new_empty(0) for t in (signal, noise))
     empty = grad.new_empty(0)
     dfactor, dweight = launch_subtract_gradient(
         signal, noise, factor, weight, last_contiguous(grad), dsignal, dnoise, empty, empty, groups, gain, eps, norm
     )
+    if noise.ndim == 1:
+        return *_one_call_backward(dsignal, q, k, v, signal, lse, scale, is_causal), dfactor, dweight
     signal_maps, noise_maps = _for_library(q, noise_q, k, noise_k, kv_heads, copy, groups, interleaved)
     of_signal = _parts_backward(dsignal, *signal_maps, v, signal, lse, scale, is_causal)
     of_noise = _parts_backward(dnoise, *noise_maps, v, noise, noise_lse, scale, is_causal)
@@ -166,6 +184,29 @@ def _backward(
     ends = dv.chunk(len(sums), -1)
     _join([t.unsqueeze(2) for t in sums[0]], ends[0].unsqueeze(2), *((sums[1], ends[1]) if len(sums) == 2 else ()))
     return dq, dnoise_q, dk, dnoise_k, dv, dfactor, dweight
+
+
+def _one_call_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, is_causal: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of q, k and v, with empty vectors in the places of the noise heads."""
+    parts = _parts_backward(grad, q, k, v, out, lse, scale, is_causal)
+    if len(parts) == 1:
+        dq, dk, dv = parts[0]
+    else:
+        dq, dk, dv = _rooms_of_one_call(q, k, v)
+        for i, to in enumerate((dq, dk)):
+            _join([part[i].unsqueeze(2) for part in parts], to.unsqueeze(2))
+        for (_, _, half), place in zip(parts, dv.chunk(2, -1), strict=True):
+            place.copy_(half)
+    return dq, q.new_empty(0), dk, k.new_empty(0), dv
+
+
+def _rooms_of_one_call(*given: Tensor) -> tuple[Tensor, ...]:
+    """For gradients of q, k and v: as cuDNN has them, or for the sums of its halves."""
+    if given[2].shape[3] <= _cudnn.WIDEST:
+        return tuple(torch.empty_like(t) for t in given)
+    return tuple(new_heads(t, t.shape[1], t.shape[3]) for t in given)
 
 
 def _parts_backward(
@@ -186,10 +227,15 @@ def _rooms(*given: Tensor | None) -> tuple[Tensor, ...]:
 @_backward.register_fake
 def _(
     q: Tensor, noise_q: Tensor | None, k: Tensor, noise_k: Tensor | None, v: Tensor, factor: Tensor, weight: Tensor | None,
-    signal: Tensor, *_: Any,
+    signal: Tensor, noise: Tensor, *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    sizes = (signal.shape[0], signal.shape[1], signal.shape[2])
-    return *_rooms(q, noise_q, k, noise_k, v), *gradients_of_settings(factor, weight, sizes)
+    if noise.ndim == 1:
+        dq, dk, dv = _rooms_of_one_call(q, k, v)
+        rooms: tuple[Tensor, ...] = dq, q.new_empty(0), dk, k.new_empty(0), dv
+    else:
+        rooms = _rooms(q, noise_q, k, noise_k, v)
+    sizes = (signal.shape[0], signal.shape[1] // (2 if noise.ndim == 1 else 1), signal.shape[2])
+    return *rooms, *gradients_of_settings(factor, weight, sizes)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
