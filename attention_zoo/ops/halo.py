@@ -90,7 +90,7 @@ def halo_attention(
         from attention_zoo.ops.triton._common import LN2
         from attention_zoo.ops.triton.halo import halo_attention_triton
 
-        sizes = {"block_size": block_size, "halo_size": halo_size, "query_stride": query_stride}
+        sizes: dict[str, Any] = {"block_size": block_size, "halo_size": halo_size, "query_stride": query_stride}
         factor = k.shape[-1] ** -0.5 if scale is None else scale
         scales: dict[str, Any] = {"scale": factor, "scale_positions": scale_positions}
         out, lse = halo_attention_triton(q, k, v, height_rel, width_rel, **sizes, **scales, mask_padding=mask_padding)
