@@ -29,6 +29,7 @@ from attention_zoo.attention.base import (
     check_head_split,
     check_tokens,
     is_bare,
+    is_idle,
     merge_heads,
     project_qkv,
     resolve_head_dim,
@@ -402,7 +403,8 @@ class AgentAttention(AgentTables):
         check_context(context, self.dim, self.dim)
         grid = self._resolve_grid(x, grid_size)
         if grid is not None and context is None and attention_mask is None and self._is_one_node(x, grid):
-            return self.proj_drop(agent_layer(x, self._layer(grid)))
+            out = agent_layer(x, self._layer(grid))
+            return out if is_idle(self.proj_drop) else self.proj_drop(out)
         mask = padding_mask(attention_mask, x if context is None else context)
         q, k, v, key_grid, key_mask = self._project(x, context, grid, mask)
         agents = self._make_agents(q, grid, mask if context is None else None)
@@ -451,7 +453,7 @@ class AgentAttention(AgentTables):
 
     def _resolve_grid(self, x: Tensor, grid_size: Grid | None) -> Grid | None:
         """The grid of the tokens after the prefix; None for a sequence."""
-        tokens = x[:, self.num_prefix_tokens :]
+        tokens = x[:, self.num_prefix_tokens :] if self.num_prefix_tokens else x
         if self.window_size is None:
             if grid_size is not None:
                 raise ValueError(f"window_size=None is for sequences without a grid: leave out grid_size={grid_size}")

@@ -1,4 +1,4 @@
-"""What layers that are one node of autograd share: the casts of autocast, and the gradients of their linear and local parts."""
+"""What layers that are one node of autograd share: the casts of autocast, and the gradients of their linear parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attention_zoo.ops._operators import is_at_hand
 
-__all__ = ["Parts", "apply_node", "as_rows", "convolution_gradients", "linear_gradients"]
+__all__ = ["Parts", "apply_node", "as_rows", "linear_gradients"]
 
 
 class Parts(NamedTuple):
@@ -63,16 +63,3 @@ def linear_gradients(
     dx = torch.mm(flat, weight).view_as(x) if wants_x else None
     d_weight = torch.mm(flat.t(), as_rows(x)) if wants_weight else None
     return dx, d_weight, column_sums(flat) if wants_bias else None
-
-
-def convolution_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, dx: Tensor, wants_weight: bool, wants_bias: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of `depthwise_conv2d(x, weight, bias)` by our kernels: of weight and bias, None if neither is wanted; x's is added to dx."""
-    from attention_zoo.ops.triton.depthwise import add_input_gradient, backward_operator
-
-    add_input_gradient(grad, weight, dx)
-    if not (wants_weight or wants_bias):
-        return None, None
-    _, sums = backward_operator(x, weight, grad, False, True)
-    return sums[:-1].t().reshape(weight.shape).to(weight.dtype), sums[-1].to(weight.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from attention_zoo.ops._one_node import Parts, apply_node, convolution_gradients, linear_gradients
+from attention_zoo.ops._one_node import Parts, apply_node, linear_gradients
 from attention_zoo.ops.routed_map import Regions
 
 __all__ = ["RoutedLayer", "routed_layer"]
@@ -54,7 +54,7 @@ class _Layer(torch.autograd.Function):
         ctx: Any, x: Tensor, settings: tuple[Regions, int, int, float, int, bool], *parameters: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         from attention_zoo.ops.triton import routed_map as kernels
-        from attention_zoo.ops.triton.depthwise import forward_operator as convolve
+        from attention_zoo.ops.triton.depthwise import convolve_channels
 
         regions, qk_dim, heads, scale, topk, soft = settings
         qkv_weight, qkv_bias, proj, proj_bias, kernel, kernel_bias = parameters
@@ -65,7 +65,10 @@ class _Layer(torch.autograd.Function):
         routes, best = kernels.best_operator(qkv[..., : 2 * qk_dim], *size, scale, topk)
         weights = best.softmax(-1) if soft else None
         attended, lse = kernels.map_operator(qkv, routes, weights, qk_dim, heads, *size, scale)
-        out = attended if kernel is None else convolve(qkv[..., 2 * qk_dim :], kernel, kernel_bias, attended)
+        out = attended
+        if kernel is not None:
+            out = torch.empty_like(attended)
+            convolve_channels(qkv, 2 * qk_dim, grid, kernel, kernel_bias, attended, out)
         ctx.settings = settings
         ctx.save_for_backward(x, qkv, routes, weights, attended, lse, out, qkv_weight, proj, kernel)
         ctx.mark_non_differentiable(routes, best)
@@ -75,6 +78,7 @@ class _Layer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *others: Any) -> tuple[Any, ...]:
         from attention_zoo.ops.triton import routed_map as kernels
+        from attention_zoo.ops.triton.depthwise import add_gradients
 
         x, qkv, routes, weights, attended, lse, out, qkv_weight, proj, kernel = ctx.saved_tensors
         regions, qk_dim, heads, scale, _, _ = ctx.settings
@@ -84,7 +88,7 @@ class _Layer(torch.autograd.Function):
         dqkv, _ = kernels.map_backward_operator(qkv, routes, weights, attended, lse, dout, qk_dim, heads, *size, scale, False)
         d_kernel, d_kernel_bias = None, None
         if kernel is not None:
-            values, of_values = (t[..., 2 * qk_dim :] for t in (qkv, dqkv))
-            d_kernel, d_kernel_bias = convolution_gradients(dout, values, kernel, of_values, *needs[4:6])
+            grid = regions.rows * size[0], regions.columns * size[1]
+            d_kernel, d_kernel_bias = add_gradients(qkv, dqkv, 2 * qk_dim, grid, kernel, dout, needs[4] or needs[5])
         dx, d_qkv, d_qkv_bias = linear_gradients(dqkv, x, qkv_weight, needs_x, *needs[:2])
         return dx, None, d_qkv, d_qkv_bias, d_proj, d_proj_bias, d_kernel, d_kernel_bias

@@ -226,22 +226,24 @@ def test_module(options: dict[str, Any], grid: tuple[int, int] | None) -> None:
             ({"qkv_bias": True}, "an_bias|proj.weight"),
             ({}, "everything"),
             ({}, "dwc.bias|wa_bias|qkv.weight"),
+            ({"agent_num": 9, "window_size": (12, 13)}, "everything"),
         ],
     ),
-    ids=["biases", "no convolution", "no tables", "input only", "some parameters", "paper", "others"],
+    ids=["biases", "no convolution", "no tables", "input only", "some parameters", "paper", "others", "shares"],
 )
 def test_the_layer_as_one_node(options: dict[str, Any], learns: str) -> None:
     """Outputs and the gradients of what learns; nothing else gets one."""
-    layer = az.create_attention("agent", 32, 2, **{"agent_num": 4, "window_size": (4, 5), **options}).to(DEVICE)
+    options = {"agent_num": 4, "window_size": (4, 5), **options}
+    layer, grid = az.create_attention("agent", 32, 2, **options).to(DEVICE), options["window_size"]
     for name, parameter in layer.named_parameters():
         torch.nn.init.normal_(parameter, std=0.3)
         parameter.requires_grad_(learns == "everything" or name in learns.split("|"))
-    x = torch.randn(2, 20, 32, device=DEVICE, requires_grad=learns in ("everything", "x"))
+    x = torch.randn(2, grid[0] * grid[1], 32, device=DEVICE, requires_grad=learns in ("everything", "x"))
     leaves = [t for t in (x, *layer.parameters()) if t.requires_grad]
     results = []
     for backend in ("reference", "triton"):
         with ops.use_backend(backend), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            out = layer(x, grid_size=(4, 5))
+            out = layer(x, grid_size=grid)
         results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
     assert type(out.grad_fn).__name__ == "_LayerBackward"
     for want, got in zip(*results, strict=True):

@@ -7,13 +7,13 @@ the GPU. So a settled launch goes to the compiled kernel by itself, with address
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-__all__ = ["Launch", "Place", "settled"]
+__all__ = ["Launch", "Place", "launch_all", "settled"]
 
 _ALIGNED = 15  # bits of an address that Triton's kernels are compiled for: those of which all are 0, and others
 
@@ -54,17 +54,16 @@ class Launch:
         self._values: tuple[Any, ...] = ()  # of what follows the pointers
 
     def __call__(self, *tensors: Tensor) -> None:
-        bits, starts = 0, []
-        for tensor in tensors:
-            start = tensor.data_ptr()
-            bits |= start
-            starts.append(start)
-        if self._run is not None and not bits & _ALIGNED:
+        launch_all((self,), tensors)
+
+    def run(self, tensors: Sequence[Tensor], starts: Sequence[int], aligned: bool) -> None:
+        """The call with tensors that begin at `starts`, which are all `aligned` or not."""
+        if aligned and self._run is not None:
             self._run(*[starts[tensor] + offset for tensor, offset in self._starts], *self._values)
         else:
-            self._launch(tensors, not bits & _ALIGNED)
+            self._launch(tensors, aligned)
 
-    def _launch(self, tensors: tuple[Tensor, ...], aligned: bool) -> None:
+    def _launch(self, tensors: Sequence[Tensor], aligned: bool) -> None:
         compiled = self._kernel[self._grid](
             *(_behind(tensors[number], offset) for number, offset in self._places), *self._numbers, **self._constants
         )
@@ -73,6 +72,17 @@ class Launch:
             names = self._kernel.arg_names[len(self._places) + len(self._numbers) :]
             self._values = *self._numbers, *(self._constants[name] for name in names)
             self._run = compiled[(*self._grid, 1, 1)[:3]]
+
+
+def launch_all(launches: Iterable[Launch], tensors: Sequence[Tensor]) -> None:
+    """One after the other with the same tensors."""
+    bits, starts = 0, []
+    for tensor in tensors:
+        start = tensor.data_ptr()
+        bits |= start
+        starts.append(start)
+    for launch in launches:
+        launch.run(tensors, starts, not bits & _ALIGNED)
 
 
 def _behind(tensor: Tensor, offset: int) -> Tensor:

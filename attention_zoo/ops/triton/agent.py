@@ -9,7 +9,8 @@ of the logits, added up over samples that share them.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 import triton
@@ -29,8 +30,24 @@ from attention_zoo.ops.triton._common import (
     read_lse,
     tile,
 )
+from attention_zoo.ops.triton._launch import Launch, Place, launch_all, settled
 
-__all__ = ["MOST_AGENTS", "few_keys_triton", "few_queries_triton"]
+__all__ = [
+    "MOST_AGENTS",
+    "Call",
+    "Gradients",
+    "add_samples_launch",
+    "agents_read_launches",
+    "few_keys_triton",
+    "few_queries_triton",
+    "grid_bias_gradient_launch",
+    "grid_bias_launch",
+    "grid_bias_triton",
+    "pool_gradient_launch",
+    "pool_launch",
+    "pool_tokens_triton",
+    "tokens_read_launch",
+]
 
 MOST_AGENTS = 128  # that a tile takes
 _PROGRAMS = 1024  # that a call is shared out to, where it has that much work: a few for each processor of any card
@@ -229,9 +246,9 @@ def _gradient_kernel(
 @triton.jit
 def _add_shares_kernel(
     Sums, DA, DF, sdab, sdah, sdan, sdfb, sdfh, sdfn, HEADS, N, D, DV, SHARES, TILES,
-    HAS_DF: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    ADD: tl.constexpr, HAS_DF: tl.constexpr, BS: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a few agents of one head, from what each share of the tokens adds to them."""
+    """The gradients of a few agents of one head, from what each share of the tokens adds to them; `ADD`: those of a are added."""
     pid = tl.program_id(0)
     bh, portion = pid // TILES, pid % TILES
     b, h = (bh // HEADS).to(tl.int64), bh % HEADS
@@ -246,6 +263,8 @@ def _add_shares_kernel(
         if HAS_DF:
             df += tl.sum(tl.load(at + D + dv[None, None, :], mask=there & (dv < DV)[None, None, :], other=0.0), 0)
     at = DA + b * sdab + h * sdah + i[:, None] * sdan + d[None, :]
+    if ADD:
+        da += tl.load(at, mask=(i < N)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
     tl.store(at, da.to(DA.dtype.element_ty), mask=(i < N)[:, None] & (d < D)[None, :])
     if HAS_DF:
         at = DF + b * sdfb + h * sdfh + i[:, None] * sdfn + dv[None, :]
@@ -268,6 +287,32 @@ def _empty(batch: int, heads: int, length: int, channels: int, like: Tensor) -> 
     return like.new_empty((batch, length, heads, channels)).transpose(1, 2)
 
 
+class Call(NamedTuple):
+    """What launches depend on, besides where tensors are; `number`: of agents, `group`: heads for one of keys and values."""
+
+    batch: int
+    heads: int
+    group: int
+    number: int
+    tokens: int
+    dim: int
+    dim_v: int
+    scale: float
+    bytes: int
+    precision: str
+
+    @classmethod
+    def of(cls, x: Tensor, dim_v: int, agents: Tensor, scale: float) -> Self:
+        """Of tokens (B, H_kv, T, D) and agents (B, H, n, D)."""
+        batch, heads, number, dim = agents.shape
+        return cls(
+            batch, heads, heads // x.shape[1], number, x.shape[2], dim, dim_v, scale, agents.element_size(), precision(agents)
+        )
+
+    def sizes(self) -> tuple[int, ...]:
+        return self.number, self.tokens, self.dim, self.dim_v
+
+
 class _Tiles(NamedTuple):
     """Sizes of the tiles of a call, and how it is run: the larger the tile of the agents, the fewer tokens beside it."""
 
@@ -279,12 +324,12 @@ class _Tiles(NamedTuple):
     stages: int
 
     @classmethod
-    def of(cls, agents: Tensor, tokens: int, dim_v: int) -> _Tiles:
-        ba, bd, bdv = tile(agents.shape[2], MOST_AGENTS), tile(agents.shape[3], 256), tile(dim_v, 256)
+    def of(cls, call: Call) -> _Tiles:
+        ba, bd, bdv = tile(call.number, MOST_AGENTS), tile(call.dim, 256), tile(call.dim_v, 256)
         size = ba * max(bd, bdv)
-        room = size * agents.element_size()
+        room = size * call.bytes
         most = 64 if room <= 16384 else 32 if room <= 32768 else 16
-        return cls(ba, tile(tokens, most), bd, bdv, 4 if size <= 4096 else 8, 2 if room <= 16384 else 1)
+        return cls(ba, tile(call.tokens, most), bd, bdv, 4 if size <= 4096 else 8, 2 if room <= 16384 else 1)
 
     def constants(self) -> dict[str, int]:
         return {"BA": self.agents, "BT": self.tokens, "BD": self.channels, "BDV": self.channels_v, "num_warps": self.warps}
@@ -305,36 +350,147 @@ def _bias_strides(bias: Tensor | None, shape: tuple[int, int, int, int]) -> tupl
     return sample, head, token, agent
 
 
+# Launches. Places have strides by (B, H, tokens or agents), channels side by side; those of biases by (B, H, tokens, agents).
+
+
+def agents_read_launches(
+    call: Call, a: Place, k: Place, v: Place, bias: Place | None, mask: Place | None, out: Place, lse: Place, parts: int
+) -> tuple[list[Launch], int]:
+    """Launches, and how many numbers, float32, they take for parts of the softmax in the tensor `parts`."""
+    tiles, pairs = _Tiles.of(call), call.batch * call.heads
+    shares, share = _shares(pairs, call.tokens, tiles.tokens)
+    alone, rows = shares == 1, pairs * shares * call.number
+    sums, peaks = (lse, lse) if alone else (Place(parts), Place(parts, rows * call.dim_v))
+    numbers = (
+        call.scale * LOG2E, *a.strides, *k.strides, *v.strides, *(bias.strides if bias else (0, 0, 0, 0)),
+        mask.strides[0] if mask else 0, *out.strides, call.heads, call.group, *call.sizes(), shares, share,
+    )  # fmt: skip
+    flags = {"HAS_BIAS": bias is not None, "HAS_MASK": mask is not None, "ALONE": alone, "PRECISION": call.precision}
+    constants = {**flags, "num_stages": tiles.stages, **tiles.constants()}
+    places = a, k, v, bias or a, mask or a, out, lse, sums, peaks
+    launches = [Launch(_agents_read_kernel, (pairs * shares,), places, numbers, constants)]
+    if not alone:
+        portions = ceil_div(call.number, _FEW)
+        numbers = *out.strides, call.heads, call.number, call.dim_v, shares, portions
+        constants = {"BS": 8, "BN": _FEW, "BDV": tiles.channels_v, "num_warps": 4}
+        launches.append(Launch(_join_kernel, (pairs * portions,), (sums, peaks, out, lse), numbers, constants))
+    return launches, 0 if alone else rows * (call.dim_v + 2)
+
+
+def tokens_read_launch(call: Call, q: Place, a: Place, f: Place, bias: Place | None, out: Place) -> Launch:
+    tiles, pairs = _Tiles.of(call), call.batch * call.heads
+    shares, share = _shares(pairs, call.tokens, tiles.tokens, 1)
+    numbers = (
+        call.scale * LOG2E, *q.strides, *a.strides, *f.strides, *(bias.strides if bias else (0, 0, 0, 0)), *out.strides,
+        call.heads, *call.sizes(), shares, share,
+    )  # fmt: skip
+    constants = {"HAS_BIAS": bias is not None, "PRECISION": call.precision, "num_stages": tiles.stages, **tiles.constants()}
+    return Launch(_tokens_read_kernel, (pairs * shares,), (q, a, f, bias or q, out), numbers, constants)
+
+
+class Gradients(NamedTuple):
+    """Places of what `_gradient_kernel` names, and of the gradients of a and f; None: there is none, or it is not wanted."""
+
+    x: Place
+    y: Place
+    a: Place
+    f: Place
+    out: Place | None
+    lse: Place | None
+    bias: Place | None
+    mask: Place | None
+    dx: Place
+    dy: Place
+    dlogits: Place | None
+    sums: Place
+    da: Place
+    df: Place | None
+
+    def launches(self, call: Call, *, add: bool = False) -> tuple[list[Launch], int]:
+        """Tokens read where there is no `out`. `add`: to what `da` has. Returns the launches, and how many numbers `sums` has."""
+        tiles, pairs, tokens_read = _Tiles.of(call), call.batch * call.heads, self.out is None
+        shares, share = _shares(pairs, call.tokens, tiles.tokens)
+        x, f, bias, mask = self.x, self.f, self.bias, self.mask
+        read = (x, self.y, self.a, f, self.out or f)
+        numbers = (
+            call.scale * LOG2E, *(s for place in read for s in place.strides), *(bias.strides if bias else (0, 0, 0, 0)),
+            mask.strides[0] if mask else 0, *self.dx.strides, *self.dy.strides,
+            call.heads, call.group, *call.sizes(), shares, share,
+        )  # fmt: skip
+        constants = {
+            "TOKENS_READ": tokens_read, "HAS_BIAS": bias is not None, "HAS_DBIAS": self.dlogits is not None,
+            "HAS_MASK": mask is not None, "PRECISION": call.precision, "num_stages": tiles.stages, **tiles.constants(),
+        }  # fmt: skip
+        places = *read, self.lse or f, bias or x, mask or x, self.dx, self.dy, self.dlogits or x, self.sums
+        first = Launch(_gradient_kernel, (pairs * shares,), places, numbers, constants)
+        portions, df = ceil_div(call.number, _FEW), self.df or self.da
+        rows = {"BS": 8 if max(call.dim, call.dim_v) <= 64 else 2, "BN": _FEW, "BD": tiles.channels, "BDV": tiles.channels_v}
+        second = Launch(
+            _add_shares_kernel,
+            (pairs * portions,),
+            (self.sums, self.da, df),
+            (*self.da.strides, *df.strides, call.heads, call.number, call.dim, call.dim_v, shares, portions),
+            {"ADD": add, "HAS_DF": tokens_read, **rows, "num_warps": 4},
+        )
+        return [first, second], pairs * shares * call.number * (call.dim + call.dim_v)
+
+
+def add_samples_launch(samples: int, size: int, x: Place, out: Place) -> Launch:
+    """(samples, size) -> (size,)."""
+    return Launch(_add_samples_kernel, (ceil_div(size, 1024),), (x, out), (samples, size), {"BLOCK": 1024, "num_warps": 4})
+
+
+# Of tensors that stand alone, by their strides; `key`: dtypes and device.
+
+
+@settled
+def _agents_read_of(
+    call: Call, flags: tuple[bool, bool], strides: tuple[tuple[int, ...], ...], *key: torch.dtype | torch.device | None
+) -> tuple[list[Launch], int]:
+    a, k, v, bias, mask, out = (Place(number, 0, of) for number, of in enumerate(strides))
+    return agents_read_launches(call, a, k, v, bias if flags[0] else None, mask if flags[1] else None, out, Place(6), 7)
+
+
+@settled
+def _tokens_read_of(
+    call: Call, has_bias: bool, strides: tuple[tuple[int, ...], ...], *key: torch.dtype | torch.device | None
+) -> Launch:
+    q, a, f, bias, out = (Place(number, 0, of) for number, of in enumerate(strides))
+    return tokens_read_launch(call, q, a, f, bias if has_bias else None, out)
+
+
+@settled
+def _gradients_of(
+    call: Call, flags: tuple[bool, bool, bool, bool], strides: tuple[tuple[int, ...], ...], *key: torch.dtype | torch.device | None
+) -> tuple[list[Launch], int]:
+    x, y, a, f, out, bias, mask, dx, dy, da, df = (Place(number, 0, of) for number, of in enumerate(strides))
+    tokens_read, has_bias, has_mask, wants_bias = flags
+    return Gradients(
+        x, y, a, f, None if tokens_read else out, None if tokens_read else Place(11), bias if has_bias else None,
+        mask if has_mask else None, dx, dy, Place(12) if wants_bias else None, Place(13), da, df if tokens_read else None,
+    ).launches(call)  # fmt: skip
+
+
 @operator("agents_read_forward")
 def _agents_read_forward(
     agents: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     agents, k, v = last_contiguous(agents), last_contiguous(k), last_contiguous(v)
-    (batch, heads, number, dim), tokens, dim_v = agents.shape, k.shape[2], v.shape[-1]
+    (batch, heads, number, _), tokens, dim_v = agents.shape, k.shape[2], v.shape[-1]
     out, lse = _empty(batch, heads, number, dim_v, v), agents.new_empty((batch, heads, number), dtype=torch.float32)
     if not out.numel():
         return out, lse
     if not tokens:
         return out.zero_(), lse.fill_(-torch.inf)
-    tiles = _Tiles.of(agents, tokens, dim_v)
-    shares, share = _shares(batch * heads, tokens, tiles.tokens)
-    parts = (batch * heads, shares, number) if shares > 1 else (1,)
-    sums = agents.new_empty((*parts, dim_v) if shares > 1 else parts, dtype=torch.float32)
-    peaks = agents.new_empty((*parts, 2) if shares > 1 else parts, dtype=torch.float32)
-    _agents_read_kernel[(batch * heads * shares,)](
-        agents, k, v, agents if bias is None else bias, agents if mask is None else mask, out, lse, sums, peaks, scale * LOG2E,
-        *agents.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_bias_strides(bias, (batch, heads, number, tokens)),
-        0 if mask is None else mask.stride(0), *out.stride()[:3],
-        heads, heads // k.shape[1], number, tokens, dim, dim_v, shares, share,
-        HAS_BIAS=bias is not None, HAS_MASK=mask is not None, ALONE=shares == 1, PRECISION=precision(agents),
-        num_stages=tiles.stages, **tiles.constants(),
-    )  # fmt: skip
-    if shares > 1:
-        portions = ceil_div(number, _FEW)
-        _join_kernel[(batch * heads * portions,)](
-            sums, peaks, out, lse, *out.stride()[:3], heads, number, dim_v, shares, portions,
-            BS=8, BN=_FEW, BDV=tiles.channels_v, num_warps=4,
-        )  # fmt: skip
+    of_bias = _bias_strides(bias, (batch, heads, number, tokens))
+    of_mask = (0,) if mask is None else (mask.stride(0),)
+    strides = agents.stride()[:3], k.stride()[:3], v.stride()[:3], of_bias, of_mask, out.stride()[:3]
+    key = agents.dtype, None if bias is None else bias.dtype, None if mask is None else mask.dtype, agents.device
+    flags = bias is not None, mask is not None
+    launches, number = _agents_read_of(Call.of(k, dim_v, agents, scale), flags, strides, *key)
+    parts = lse if not number else lse.new_empty(number)
+    given = agents, k, v, agents if bias is None else bias, agents if mask is None else mask
+    launch_all(launches, (*given, out, lse, parts))
     return out, lse
 
 
@@ -372,18 +528,14 @@ def _(
 @operator("tokens_read_forward")
 def _tokens_read_forward(q: Tensor, agents: Tensor, read: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     q, agents, read = last_contiguous(q), last_contiguous(agents), last_contiguous(read)
-    (batch, heads, tokens, dim), number, dim_v = q.shape, agents.shape[2], read.shape[-1]
+    (batch, heads, tokens, _), number, dim_v = q.shape, agents.shape[2], read.shape[-1]
     out = _empty(batch, heads, tokens, dim_v, q)
-    if not out.numel():
-        return out
-    tiles = _Tiles.of(agents, tokens, dim_v)
-    shares, share = _shares(batch * heads, tokens, tiles.tokens, 1)
-    _tokens_read_kernel[(batch * heads * shares,)](
-        q, agents, read, q if bias is None else bias, out, scale * LOG2E,
-        *q.stride()[:3], *agents.stride()[:3], *read.stride()[:3], *_bias_strides(bias, (batch, heads, number, tokens)),
-        *out.stride()[:3], heads, number, tokens, dim, dim_v, shares, share,
-        HAS_BIAS=bias is not None, PRECISION=precision(q), num_stages=tiles.stages, **tiles.constants(),
-    )  # fmt: skip
+    if out.numel():
+        of_bias = _bias_strides(bias, (batch, heads, number, tokens))
+        strides = q.stride()[:3], agents.stride()[:3], read.stride()[:3], of_bias, out.stride()[:3]
+        key = q.dtype, None if bias is None else bias.dtype, q.device
+        launch = _tokens_read_of(Call.of(q, dim_v, agents, scale), bias is not None, strides, *key)
+        launch(q, agents, read, q if bias is None else bias, out)
     return out
 
 
@@ -410,23 +562,6 @@ def _(
     return dx, da, df, dbias
 
 
-def agents_read_gradients(
-    agents: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, grad: Tensor, scale: float,
-    wants_bias: bool, dk: Tensor, dv: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `_agents_read_backward` of as many heads on both sides; fills dk and dv, whose channels are contiguous."""
-    _, _, da, _, dbias = _gradients(k, v, agents, grad, bias, None, out, lse, scale, wants_bias, dk, dv)
-    return da, dbias
-
-
-def tokens_read_gradients(
-    q: Tensor, agents: Tensor, read: Tensor, bias: Tensor | None, grad: Tensor, scale: float, wants_bias: bool, dq: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_tokens_read_backward`; fills dq, whose channels are contiguous."""
-    _, _, da, df, dbias = _gradients(q, grad, agents, read, bias, None, None, None, scale, wants_bias, dq)
-    return da, df, dbias
-
-
 def _empty_gradients(
     x: Tensor, y: Tensor, agents: Tensor, f: Tensor, bias: Tensor | None, wants_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -440,40 +575,34 @@ def _empty_gradients(
 
 def _gradients(
     x: Tensor, y: Tensor, agents: Tensor, f: Tensor, bias: Tensor | None, mask: Tensor | None, out: Tensor | None,
-    lse: Tensor | None, scale: float, wants_bias: bool, dx: Tensor | None = None, dy: Tensor | None = None,
+    lse: Tensor | None, scale: float, wants_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """What `_gradient_kernel` says, with the letters that it has: gradients of x, y, a, f and the bias.
 
-    Those of y where agents read, those of f where tokens do; the others of the two are not filled. `dx` and `dy`: where to.
+    Those of y where agents read, those of f where tokens do; the others of the two are not filled.
     """
     x, y, agents, f = last_contiguous(x), last_contiguous(y), last_contiguous(agents), last_contiguous(f)
     (batch, heads, number, dim), tokens, dim_v = agents.shape, x.shape[2], y.shape[-1]
     tokens_read = out is None
     shape = (batch, heads, number, tokens)
-    dx = _empty(batch, heads, tokens, dim, x) if dx is None else dx
-    dy = dx if tokens_read else _empty(batch, heads, tokens, dim_v, y) if dy is None else dy
+    dx = _empty(batch, heads, tokens, dim, x)
+    dy = dx if tokens_read else _empty(batch, heads, tokens, dim_v, y)
     da = _empty(batch, heads, number, dim, agents)
     df = _empty(batch, heads, number, dim_v, f) if tokens_read else da
     dlogits = x.new_empty(shape if wants_bias else (0,))
     if not x.numel() or not agents.numel():
         return dx.zero_(), dy.zero_(), da.zero_(), df.zero_(), _of_bias(dlogits, bias)
-    tiles = _Tiles.of(agents, tokens, dim_v)
-    shares, share = _shares(batch * heads, tokens, tiles.tokens)
-    sums = x.new_empty((batch, heads, shares, number, dim + dim_v), dtype=torch.float32)
-    _gradient_kernel[(batch * heads * shares,)](
-        x, y, agents, f, f if out is None else out, f if lse is None else lse, x if bias is None else bias,
-        x if mask is None else mask, dx, dy, dlogits, sums, scale * LOG2E,
-        *x.stride()[:3], *y.stride()[:3], *agents.stride()[:3], *f.stride()[:3], *(f if out is None else out).stride()[:3],
-        *_bias_strides(bias, shape), 0 if mask is None else mask.stride(0), *dx.stride()[:3], *dy.stride()[:3],
-        heads, heads // x.shape[1], number, tokens, dim, dim_v, shares, share,
-        TOKENS_READ=tokens_read, HAS_BIAS=bias is not None, HAS_DBIAS=wants_bias, HAS_MASK=mask is not None, PRECISION=precision(x),
-        num_stages=tiles.stages, **tiles.constants(),
+    given = x, y, agents, f, f if out is None else out
+    strides = (
+        *(t.stride()[:3] for t in given), _bias_strides(bias, shape), (0,) if mask is None else (mask.stride(0),),
+        *(t.stride()[:3] for t in (dx, dy, da, df)),
     )  # fmt: skip
-    portions = ceil_div(number, _FEW)
-    _add_shares_kernel[(batch * heads * portions,)](
-        sums, da, df, *da.stride()[:3], *df.stride()[:3], heads, number, dim, dim_v, shares, portions,
-        HAS_DF=tokens_read, BS=8 if max(dim, dim_v) <= 64 else 2, BN=_FEW, BD=tiles.channels, BDV=tiles.channels_v, num_warps=4,
-    )  # fmt: skip
+    flags = tokens_read, bias is not None, mask is not None, wants_bias
+    key = x.dtype, None if bias is None else bias.dtype, None if mask is None else mask.dtype, x.device
+    launches, numbers = _gradients_of(Call.of(x, dim_v, agents, scale), flags, strides, *key)
+    sums = x.new_empty(numbers, dtype=torch.float32)
+    others = x if bias is None else bias, x if mask is None else mask, dx, dy, da, df, f if lse is None else lse
+    launch_all(launches, (*given, *others, dlogits if wants_bias else x, sums))
     return dx, dy, da, df, _of_bias(dlogits, bias)
 
 
@@ -484,7 +613,7 @@ def _of_bias(dlogits: Tensor, bias: Tensor | None) -> Tensor:
     if bias.shape[0] == 1 < dlogits.shape[0]:
         samples, size = dlogits.shape[0], dlogits[0].numel()
         dlogits, parts = dlogits.new_empty((1, *dlogits.shape[1:]), dtype=bias.dtype), dlogits
-        _add_samples_kernel[(ceil_div(size, 1024),)](parts, dlogits, samples, size, BLOCK=1024, num_warps=4)
+        add_samples_launch(samples, size, Place(0), Place(1))(parts, dlogits)
     return dlogits.sum_to_size(bias.shape).to(bias.dtype)
 
 
@@ -576,7 +705,7 @@ def _grid_bias_kernel(
 
 @triton.jit
 def _grid_bias_gradient_kernel(
-    Grad, DSquare, DRows, DColumns, sgh, sgn, N, P, H, W, SH, SW,
+    Grad, DSquare, DRows, DColumns, sgh, sgn, srh, srn, sry, sch, scn, scx, N, P, H, W, SH, SW,
     BY: tl.constexpr, BX: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """All tables of one agent of one head: the square one by two products with weights, the others are sums along the axes."""
@@ -591,10 +720,10 @@ def _grid_bias_gradient_kernel(
         y = start + tl.arange(0, BY)
         grad = tl.load(Grad + y[:, None] * W + x[None, :], mask=(y < H)[:, None] & (x < W)[None, :], other=0.0).to(tl.float32)
         columns += tl.sum(grad, 0)
-        tl.store(DRows + hn.to(tl.int64) * H + y, tl.sum(grad, 1).to(DRows.dtype.element_ty), mask=y < H)
+        tl.store(DRows + h * srh + n * srn + y * sry, tl.sum(grad, 1).to(DRows.dtype.element_ty), mask=y < H)
         down = tl.where((y < H)[None, :] & (cell < SH)[:, None], _weight(y[None, :], cell[:, None], H, SH), 0.0)
         square += tl.dot(down, tl.dot(grad, across, input_precision="ieee"), input_precision="ieee")
-    tl.store(DColumns + hn.to(tl.int64) * W + x, columns.to(DColumns.dtype.element_ty), mask=x < W)
+    tl.store(DColumns + h * sch + n * scn + x * scx, columns.to(DColumns.dtype.element_ty), mask=x < W)
     at = DSquare + hn.to(tl.int64) * SH * SW + cell[:, None] * SW + cell[None, :]
     tl.store(at, square.to(DSquare.dtype.element_ty), mask=(cell < SH)[:, None] & (cell < SW)[None, :])
 
@@ -608,14 +737,47 @@ def _grid_bias_forward(
     out = square.new_empty((heads, number, before + height * width), dtype=dtype)
     if not out.numel():
         return out
-    bt = min(1024, max(128, power_of_2(out.shape[2])))
-    tiles = ceil_div(out.shape[2], bt)
-    _grid_bias_kernel[(heads * number * tiles,)](
-        square, rows, columns, square if prefix is None else prefix, out, *square.stride(), *rows.stride(), *columns.stride(),
-        *((0, 0, 0) if prefix is None else prefix.stride()), number, before, height, width, *square.shape[2:], tiles,
-        BT=bt, num_warps=4,
-    )  # fmt: skip
+    tables = (square, rows, columns) if prefix is None else (square, rows, columns, prefix)
+    strides = tuple(t.stride() for t in tables)
+    launch = _grid_bias_of(
+        (heads, number, before), (height, width), square.shape[2:], strides, (*(t.dtype for t in tables), dtype), square.device
+    )
+    launch(square, rows, columns, square if prefix is None else prefix, out)
     return out
+
+
+@settled
+def _grid_bias_of(
+    shape: tuple[int, int, int],
+    size: tuple[int, int],
+    sides: Sequence[int],
+    strides: tuple[tuple[int, ...], ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> Launch:
+    square, rows, columns, *prefix = (Place(number, 0, of) for number, of in enumerate(strides))
+    return grid_bias_launch(shape, size, sides, square, rows, columns, prefix[0] if prefix else None, Place(4))
+
+
+def grid_bias_launch(
+    shape: tuple[int, int, int],
+    size: tuple[int, int],
+    sides: Sequence[int],
+    square: Place,
+    rows: Place,
+    columns: Place,
+    prefix: Place | None,
+    out: Place,
+) -> Launch:
+    """Of h heads, n agents, and P tokens before a grid of `size`; tables by (h, n, ...), square ones with these `sides`."""
+    heads, number, before = shape
+    length = before + size[0] * size[1]
+    bt = min(1024, max(128, power_of_2(length)))
+    tiles = ceil_div(length, bt)
+    of_prefix = prefix.strides if prefix else (0, 0, 0)
+    numbers = *square.strides, *rows.strides, *columns.strides, *of_prefix, number, before, *size, *sides, tiles
+    places = square, rows, columns, prefix or square, out
+    return Launch(_grid_bias_kernel, (heads * number * tiles,), places, numbers, {"BT": bt, "num_warps": 4})
 
 
 @_grid_bias_forward.register_fake
@@ -633,12 +795,40 @@ def _grid_bias_backward(
     heads, number = grad.shape[:2]
     square, rows, columns = _empty_tables(grad, height, width, side_y, side_x, dtype)
     if grad.numel():
-        bx = max(16, power_of_2(width))
-        _grid_bias_gradient_kernel[(heads * number,)](
-            grad, square, rows, columns, grad.stride(0), grad.stride(1), number, before, height, width, side_y, side_x,
-            BY=16, BX=bx, BS=tile(max(side_y, side_x), 64), num_warps=4 if bx <= 128 else 8,
-        )  # fmt: skip
+        sizes, strides = (heads, number, before), tuple(t.stride() for t in (grad, rows, columns))
+        launch = _grid_bias_gradient_of(sizes, (height, width), (side_y, side_x), strides, (grad.dtype, dtype), grad.device)
+        launch(grad, rows, columns, square)
     return square, rows, columns
+
+
+@settled
+def _grid_bias_gradient_of(
+    shape: tuple[int, int, int],
+    size: tuple[int, int],
+    sides: tuple[int, int],
+    strides: tuple[tuple[int, ...], ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> Launch:
+    grad, rows, columns = (Place(number, 0, of) for number, of in enumerate(strides))
+    return grid_bias_gradient_launch(shape, size, sides, grad, Place(3), rows, columns)
+
+
+def grid_bias_gradient_launch(
+    shape: tuple[int, int, int],
+    size: tuple[int, int],
+    sides: tuple[int, int],
+    grad: Place,
+    square: Place,
+    rows: Place,
+    columns: Place,
+) -> Launch:
+    """As `grid_bias_launch`, from `grad` by (h, n, tokens side by side); `square` is contiguous."""
+    heads, number, before = shape
+    bx = max(16, power_of_2(size[1]))
+    numbers = *grad.strides[:2], *rows.strides, *columns.strides, number, before, *size, *sides
+    constants = {"BY": 16, "BX": bx, "BS": tile(max(sides), 64), "num_warps": 4 if bx <= 128 else 8}
+    return Launch(_grid_bias_gradient_kernel, (heads * number,), (grad, square, rows, columns), numbers, constants)
 
 
 @_grid_bias_backward.register_fake
@@ -735,13 +925,29 @@ def _pool_forward(x: Tensor, height: int, width: int, bins_y: int, bins_x: int) 
     x = last_contiguous(x)
     batch, _, channels = x.shape
     out = x.new_empty((batch, bins_y * bins_x, channels))
+    if out.numel():
+        _pool_of(x.shape, (height, width), (bins_y, bins_x), x.stride(), x.dtype, x.device)(x, out)
+    return out
+
+
+@settled
+def _pool_of(
+    shape: Sequence[int],
+    size: tuple[int, int],
+    bins: tuple[int, int],
+    strides: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Launch:
+    return pool_launch(shape[0], shape[2], size, bins, Place(0, 0, tuple(strides[:2])), Place(1))
+
+
+def pool_launch(batch: int, channels: int, size: tuple[int, int], bins: tuple[int, int], x: Place, out: Place) -> Launch:
+    """Of tokens by (B, H W), channels side by side, into (B, a b, C)."""
     bc = tile(channels)
     tiles = ceil_div(channels, bc)
-    if out.numel():
-        _pool_kernel[(batch * bins_y * bins_x * tiles,)](
-            x, out, x.stride(0), x.stride(1), height, width, bins_y, bins_x, channels, tiles, BT=64, BC=bc, num_warps=4
-        )
-    return out
+    numbers = *x.strides, *size, *bins, channels, tiles
+    return Launch(_pool_kernel, (batch * bins[0] * bins[1] * tiles,), (x, out), numbers, {"BT": 64, "BC": bc, "num_warps": 4})
 
 
 @_pool_forward.register_fake
@@ -751,31 +957,31 @@ def _(x: Tensor, height: int, width: int, bins_y: int, bins_x: int) -> Tensor:
 
 @operator("pool_backward")
 def _pool_backward(grad: Tensor, height: int, width: int, bins_y: int, bins_x: int) -> Tensor:
-    dx = grad.new_empty((grad.shape[0], height * width, grad.shape[2]))
-    _launch_pool_gradient(grad, dx, height, width, bins_y, bins_x, add=False)
+    batch, _, channels = grad.shape
+    dx, grad = grad.new_empty((batch, height * width, channels)), grad.contiguous()
+    if dx.numel():
+        _pool_gradient_of(batch, channels, (height, width), (bins_y, bins_x), grad.dtype, grad.device)(grad, dx)
     return dx
 
 
-def _launch_pool_gradient(grad: Tensor, dx: Tensor, height: int, width: int, bins_y: int, bins_x: int, *, add: bool) -> None:
-    """Fill `dx` (B, H W, C), whose channels are contiguous, or add to it."""
-    grad = grad.contiguous()
-    batch, _, channels = grad.shape
+@settled
+def _pool_gradient_of(
+    batch: int, channels: int, size: tuple[int, int], bins: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Launch:
+    dx = Place(1, 0, (size[0] * size[1] * channels, channels))
+    return pool_gradient_launch(batch, channels, size, bins, Place(0), dx)
+
+
+def pool_gradient_launch(
+    batch: int, channels: int, size: tuple[int, int], bins: tuple[int, int], grad: Place, dx: Place, *, add: bool = False
+) -> Launch:
+    """From `grad` (B, a b, C) into `dx` by (B, H W), channels side by side; `add`: to what it has."""
     bc = tile(channels)
-    tiles, tiles_c = ceil_div(height * width, 64), ceil_div(channels, bc)
-    if dx.numel():
-        most = [
-            1 if not size % bins else 2 if size >= bins else -(-bins // size) + 1
-            for size, bins in ((height, bins_y), (width, bins_x))
-        ]
-        _pool_gradient_kernel[(batch * tiles * tiles_c,)](
-            grad, dx, dx.stride(0), dx.stride(1), height, width, bins_y, bins_x, channels, tiles, tiles_c,
-            MOST_Y=most[0], MOST_X=most[1], ADD=add, BT=64, BC=bc, num_warps=4,
-        )  # fmt: skip
-
-
-def add_pool_gradient(grad: Tensor, dx: Tensor, size: tuple[int, int], bins: tuple[int, int]) -> None:
-    """What comes through the pooling from `grad` (B, a b, C) is added to `dx` (B, H W, C), whose channels are contiguous."""
-    _launch_pool_gradient(grad, dx, *size, *bins, add=True)
+    tiles, tiles_c = ceil_div(size[0] * size[1], 64), ceil_div(channels, bc)
+    most = [1 if not side % of else 2 if side >= of else -(-of // side) + 1 for side, of in zip(size, bins, strict=True)]
+    constants = {"MOST_Y": most[0], "MOST_X": most[1], "ADD": add, "BT": 64, "BC": bc, "num_warps": 4}
+    numbers = *dx.strides, *size, *bins, channels, tiles, tiles_c
+    return Launch(_pool_gradient_kernel, (batch * tiles * tiles_c,), (grad, dx), numbers, constants)
 
 
 @_pool_backward.register_fake
@@ -798,9 +1004,3 @@ def pool_tokens_triton(x: Tensor, size: tuple[int, int], bins: tuple[int, int]) 
     """(B, H W, C) -> (B, a b, C): means over the bins of adaptive average pooling."""
     out: Tensor = _pool_forward(x, *size, *bins)
     return out
-
-
-# for `ops.agent_layer`, which writes out what comes between them
-agents_read_operator, tokens_read_operator = _agents_read_forward, _tokens_read_forward
-bias_operator, bias_backward_operator = _grid_bias_forward, _grid_bias_backward
-pool_operator = _pool_forward

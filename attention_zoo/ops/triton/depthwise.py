@@ -6,7 +6,8 @@ gradient of the input is the same with the kernel turned around. That of the wei
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import ceil_div, last_contiguous, power_of_2, tile
+from attention_zoo.ops.triton._launch import Launch, Place, launch_all, settled
 
-__all__ = ["add_input_gradient", "depthwise_conv2d_triton"]
+__all__ = ["add_gradients", "convolve_channels", "depthwise_conv2d_triton"]
 
 _PIXELS = 32  # of a patch that is convolved
 _PROGRAMS = 1024  # that the gradient of the weights is shared out to
@@ -90,36 +92,70 @@ def _weight_gradient_kernel(
     tl.store(Sums + K * K * C + c, tl.sum(total, 0), mask=c < C)
 
 
+@triton.jit
+def _weight_total_kernel(Sums, DWeight, DBias, C, SHARES, TAPS, BS: tl.constexpr, BC: tl.constexpr):
+    """Adds up what `_weight_gradient_kernel` wrote, for the places of its rows."""
+    place = tl.program_id(0) * BC + tl.arange(0, BC)
+    acc = tl.zeros([BS, BC], tl.float32)
+    for start in range(0, SHARES, BS):
+        s = start + tl.arange(0, BS)
+        at = Sums + s[:, None].to(tl.int64) * (TAPS * C) + place[None, :]
+        acc += tl.load(at, mask=(s < SHARES)[:, None] & (place < TAPS * C)[None, :], other=0.0)
+    total = tl.sum(acc, 0)
+    c, tap = place % C, place // C
+    tl.store(DWeight + c * (TAPS - 1) + tap, total.to(DWeight.dtype.element_ty), mask=tap < TAPS - 1)
+    tl.store(DBias + c, total.to(DBias.dtype.element_ty), mask=tap == TAPS - 1)
+
+
 def _patch(height: int, pixels: int) -> tuple[int, int]:
     """Sides of patches of so many pixels, a power of two: as square as can be, less tall for maps of few rows."""
     by = min(1 << (pixels.bit_length() - 1) // 2, power_of_2(height))
     return by, pixels // by
 
 
-def _convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, turned: bool, out: Tensor | None = None
-) -> Tensor:
-    """`out` may be `add`: a program reads there what it writes itself."""
-    x, weight = last_contiguous(x), weight.contiguous()
-    added = x if add is None else last_contiguous(add)
-    batch, height, width, channels = x.shape
-    out = x.new_empty(x.shape) if out is None else out
-    if not out.numel():
-        return out
+def _convolution_launch(
+    shape: Sequence[int], side: int, turned: bool, x: Place, weight: Place, bias: Place | None, add: Place | None, out: Place
+) -> Launch:
+    """For maps of this `shape`, by (B, H, W), channels side by side; `out` may be `add`: programs read there what they write."""
+    batch, height, width, channels = shape
     (by, bx), bc = _patch(height, _PIXELS), tile(channels)
     tiles_x = ceil_div(width, bx)
     tiles, tiles_c = ceil_div(height, by) * tiles_x, ceil_div(channels, bc)
-    _convolution_kernel[(batch * tiles * tiles_c,)](
-        x, weight, x if bias is None else bias, added, out, *x.stride()[:3], *added.stride()[:3], *out.stride()[:3],
-        height, width, channels, tiles, tiles_x, tiles_c,
-        K=weight.shape[-1], TURNED=turned, HAS_BIAS=bias is not None, HAS_ADD=add is not None, BY=by, BX=bx, BC=bc, num_warps=4,
-    )  # fmt: skip
+    flags = {"K": side, "TURNED": turned, "HAS_BIAS": bias is not None, "HAS_ADD": add is not None}
+    return Launch(
+        _convolution_kernel,
+        (batch * tiles * tiles_c,),
+        (x, weight, bias or x, add or x, out),
+        (*x.strides, *(add or x).strides, *out.strides, height, width, channels, tiles, tiles_x, tiles_c),
+        {**flags, "BY": by, "BX": bx, "BC": bc, "num_warps": 4},
+    )
+
+
+@settled
+def _convolution_of(
+    shape: Sequence[int],
+    side: int,
+    turned: bool,
+    flags: tuple[bool, bool],
+    strides: tuple[tuple[int, ...], ...],
+    *key: torch.dtype | torch.device | None,
+) -> Launch:
+    """Of the map, weight, bias, map to be added and result, where `flags` says whether there are the third and the fourth."""
+    x, add, out = (Place(number, 0, of[:3]) for number, of in zip((0, 3, 4), strides, strict=True))
+    return _convolution_launch(shape, side, turned, x, Place(1), Place(2) if flags[0] else None, add if flags[1] else None, out)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, turned: bool) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not out.numel():
+        return out
+    x, weight = last_contiguous(x), weight.contiguous()
+    added = x if add is None else last_contiguous(add)
+    strides, flags = (x.stride(), added.stride(), out.stride()), (bias is not None, add is not None)
+    key = x.dtype, weight.dtype, None if bias is None else bias.dtype, added.dtype, x.device
+    launch = _convolution_of(x.shape, weight.shape[3], turned, flags, strides, *key)
+    launch(x, weight, x if bias is None else bias, added, out)
     return out
-
-
-def add_input_gradient(grad: Tensor, weight: Tensor, dx: Tensor) -> None:
-    """What comes through the convolution from `grad` (B, H, W, C) is added to `dx`, whose channels are contiguous."""
-    _convolve(grad, weight, None, dx, turned=True, out=dx)
 
 
 @operator("depthwise_forward")
@@ -136,26 +172,38 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None) -> Ten
 def _depthwise_backward(x: Tensor, weight: Tensor, grad: Tensor, wants_x: bool, wants_weight: bool) -> tuple[Tensor, Tensor]:
     """The gradient of x, and of weights and bias (k k + 1, C) float32; empty where it is not wanted."""
     dx = _convolve(grad, weight, None, None, turned=True) if wants_x else x.new_empty(0)
-    batch, height, width, channels = x.shape
-    taps = weight.shape[-1] ** 2 + 1
+    taps, channels = weight.shape[-1] ** 2 + 1, x.shape[3]
     if not wants_weight:
         return dx, x.new_empty(0, dtype=torch.float32)
     if not x.numel():
         return dx, x.new_zeros((taps, channels), dtype=torch.float32)
     x, grad = last_contiguous(x), last_contiguous(grad)
-    side = weight.shape[-1]
+    launch, shares = _weight_gradient_of(x.shape, weight.shape[3], (x.stride(), grad.stride()), x.dtype, x.device)
+    sums = x.new_empty((shares, taps, channels), dtype=torch.float32)
+    launch(x, grad, sums)
+    return dx, sums.sum(0)
+
+
+@settled
+def _weight_gradient_of(
+    shape: Sequence[int], side: int, strides: tuple[tuple[int, ...], ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Launch, int]:
+    x, grad = (Place(number, 0, of[:3]) for number, of in enumerate(strides))
+    return _weight_gradient_launch(shape, side, x, grad, Place(2))
+
+
+def _weight_gradient_launch(shape: Sequence[int], side: int, x: Place, grad: Place, sums: Place) -> tuple[Launch, int]:
+    """Into float32 sums (shares, k k + 1, C) of weights' and of the bias's gradients; and the number of shares."""
+    batch, height, width, channels = shape
     (by, bx), bc = _patch(height, 16 if side <= 3 else 8 if side <= 5 else 4), tile(channels)  # each tap has a sum of this size
     tiles_x = ceil_div(width, bx)
     tiles, tiles_c = ceil_div(height, by) * tiles_x, ceil_div(channels, bc)
     patches = batch * tiles
     share = max(4, ceil_div(patches * tiles_c, _PROGRAMS))
     shares = ceil_div(patches, share)
-    sums = x.new_empty((shares, taps, channels), dtype=torch.float32)
-    _weight_gradient_kernel[(shares * tiles_c,)](
-        x, grad, sums, *x.stride()[:3], *grad.stride()[:3], height, width, channels, tiles, tiles_x, tiles_c, patches, share,
-        K=side, BY=by, BX=bx, BC=bc, num_warps=4,
-    )  # fmt: skip
-    return dx, sums.sum(0)
+    numbers = *x.strides, *grad.strides, height, width, channels, tiles, tiles_x, tiles_c, patches, share
+    constants = {"K": side, "BY": by, "BX": bx, "BC": bc, "num_warps": 4}
+    return Launch(_weight_gradient_kernel, (shares * tiles_c,), (x, grad, sums), numbers, constants), shares
 
 
 @_depthwise_backward.register_fake
@@ -188,4 +236,79 @@ def depthwise_conv2d_triton(x: Tensor, weight: Tensor, bias: Tensor | None, add:
     return _depthwise_forward(x, weight, bias, add)
 
 
-forward_operator, backward_operator = _depthwise_forward, _depthwise_backward  # for `ops.agent_layer`
+# For layers that are one node of autograd: the map is channels `first`, `first` + 1, ... of tokens (B, H W, I), row-major.
+
+
+class _Part(NamedTuple):
+    """Of a call: tokens, their channels, first and number of those convolved, side of the kernel, a choice, dtypes and device."""
+
+    batch: int
+    grid: tuple[int, int]
+    inner: int
+    first: int
+    channels: int
+    side: int
+    flag: bool
+    key: tuple[torch.dtype | torch.device | None, ...]
+
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.batch, *self.grid, self.channels
+
+    def within(self, tensor: int) -> Place:
+        """The map in a tensor of tokens."""
+        height, width = self.grid
+        return Place(tensor, self.first, (height * width * self.inner, width * self.inner, self.inner))
+
+    def alone(self, tensor: int) -> Place:
+        """A map (B, H W, C)."""
+        height, width = self.grid
+        return Place(tensor, 0, (height * width * self.channels, width * self.channels, self.channels))
+
+
+def convolve_channels(
+    tokens: Tensor, first: int, grid: tuple[int, int], weight: Tensor, bias: Tensor | None, add: Tensor, out: Tensor
+) -> None:
+    """The convolved map and `add` into `out`, both (B, H W, C), contiguous, which may be the same."""
+    if out.numel():
+        weight, key = weight.contiguous(), (tokens.dtype, weight.dtype, None if bias is None else bias.dtype, out.device)
+        part = _Part(out.shape[0], grid, tokens.shape[-1], first, weight.shape[0], weight.shape[3], bias is not None, key)
+        _part_forward(part)(tokens, weight, tokens if bias is None else bias, add, out)
+
+
+@settled
+def _part_forward(part: _Part) -> Launch:
+    places = part.within(0), Place(1), Place(2) if part.flag else None, part.alone(3), part.alone(4)
+    return _convolution_launch(part.shape(), part.side, False, *places)
+
+
+def add_gradients(
+    tokens: Tensor, dtokens: Tensor, first: int, grid: tuple[int, int], weight: Tensor, grad: Tensor, wants_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Adds that of the map to its channels of `dtokens`, from `grad` (B, H W, C), contiguous; of weight and bias, if wanted."""
+    weight, key = weight.contiguous(), (tokens.dtype, weight.dtype, tokens.device)
+    if not grad.numel():
+        return (torch.zeros_like(weight), weight.new_zeros(weight.shape[0])) if wants_weight else (None, None)
+    part = _Part(grad.shape[0], grid, tokens.shape[-1], first, weight.shape[0], weight.shape[3], wants_weight, key)
+    launches, shares = _part_backward(part)
+    tensors = [tokens, dtokens, weight, grad]
+    of_weight, of_bias = None, None
+    if wants_weight:
+        sums = grad.new_empty((shares, part.side * part.side + 1, part.channels), dtype=torch.float32)
+        of_weight, of_bias = torch.empty_like(weight), weight.new_empty(part.channels)
+        tensors += sums, of_weight, of_bias
+    launch_all(launches, tensors)
+    return of_weight, of_bias
+
+
+@settled
+def _part_backward(part: _Part) -> tuple[list[Launch], int]:
+    """Of tokens, their gradient, the weight, the convolution's gradient, shares, gradients of weight and bias."""
+    shape, dx = part.shape(), part.within(1)
+    launches, shares = [_convolution_launch(shape, part.side, True, part.alone(3), Place(2), None, dx, dx)], 0
+    if part.flag:
+        sums, taps, bc = Place(4), part.side * part.side + 1, 32
+        launch, shares = _weight_gradient_launch(shape, part.side, part.within(0), part.alone(3), sums)
+        numbers, constants = (part.channels, shares, taps), {"BS": 64, "BC": bc, "num_warps": 4}
+        total = Launch(_weight_total_kernel, (ceil_div(taps * part.channels, bc),), (sums, Place(5), Place(6)), numbers, constants)
+        launches += launch, total
+    return launches, shares

@@ -28,7 +28,7 @@ from attention_zoo.ops.triton._common import (
     read_lse,
     tile,
 )
-from attention_zoo.ops.triton._launch import Launch, Place, settled
+from attention_zoo.ops.triton._launch import Launch, Place, launch_all, settled
 from attention_zoo.ops.triton.windows import Windows, backward_launch, forward_launch
 
 __all__ = ["hilo_attention_triton", "with_window_means_triton"]
@@ -436,8 +436,7 @@ def _hilo_forward(
     if out.numel():
         qkv, kv = last_contiguous(qkv), last_contiguous(kv)
         settings = height, width, side, h_heads, l_heads, scale, masked
-        for launch in _forward_launches(_Call.of(qkv, kv, (out,), settings)):
-            launch(qkv, kv, out, lse)
+        launch_all(_forward_launches(_Call.of(qkv, kv, (out,), settings)), (qkv, kv, out, lse))
     return out, lse
 
 
@@ -463,8 +462,7 @@ def _hilo_backward(
     launches, parts, with_deltas = _backward_launches(_Call.of(qkv, kv, (out, grad), settings))
     dkv = kv.new_empty(kv.shape) if parts == 1 else kv.new_empty((parts, *kv.shape), dtype=torch.float32)
     deltas = torch.empty_like(lse) if with_deltas else lse
-    for launch in launches:
-        launch(qkv, kv, out, lse, grad, dqkv, dkv, deltas)
+    launch_all(launches, (qkv, kv, out, lse, grad, dqkv, dkv, deltas))
     return dqkv, dkv if parts == 1 else dkv.sum(0).to(kv.dtype)
 
 
