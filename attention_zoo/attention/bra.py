@@ -25,6 +25,7 @@ from attention_zoo.attention.base import (
     check_grid,
     check_tokens,
     is_bare,
+    is_idle,
     merge_heads,
     resolve_head_dim,
     split_heads,
@@ -367,14 +368,15 @@ class BiLevelRoutingAttention(_BiLevelRouting, AttentionModule):
         self, x: Tensor, *, grid_size: tuple[int, int], return_routing: bool = False
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         check_tokens(x, self.dim)
-        prefix, image = x.split([min(self.num_prefix_tokens, x.shape[1]), max(x.shape[1] - self.num_prefix_tokens, 0)], dim=1)
+        before = min(self.num_prefix_tokens, x.shape[1])
+        image = x[:, before:] if before else x
         grid_size = check_grid(image, grid_size)
         regions = self.cut_grid(grid_size)
         if self._attends_on_map(x, grid_size, regions):
             out, routes, best = (self._in_one_node if self._is_one_node(x) else self._on_map)(x, grid_size, regions)
-            out = self.proj_drop(out)
+            out = out if is_idle(self.proj_drop) else self.proj_drop(out)
             return (out, routes, best.softmax(-1)) if return_routing else out
-        q, k, v = self._project(prefix, image.unflatten(1, grid_size), regions)
+        q, k, v = self._project(x[:, :before], image.unflatten(1, grid_size), regions)
         out, routing = self._attend_to_routed(q, k, v, grid_size, regions)
         if self.num_prefix_tokens:
             out = torch.cat([self._attend_to_all(q, k, v, grid_size), out], dim=1)

@@ -238,7 +238,7 @@ def pool_tokens(x: Tensor, grid_size: Grid | None, bins: Grid, *, backend: str =
 
     Returns: (B, a * a', C).
     """
-    if use_kernel(backend, (x[..., :1],)):  # of any number of channels
+    if use_kernel(backend, (x,), channels=1):  # of any number of channels
         from attention_zoo.ops.triton.agent import pool_tokens_triton
 
         if grid_size is None:

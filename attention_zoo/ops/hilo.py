@@ -76,7 +76,7 @@ def with_window_means(x: Tensor, window_size: int, *, mask_padding: bool = False
 
     Returns: x, for its other readers (their gradient and that of the means meet in one kernel), and (B, windows, C), row-major.
     """
-    if use_kernel(backend, (x[..., :1],)):
+    if use_kernel(backend, (x,), channels=1):
         from attention_zoo.ops.triton.hilo import with_window_means_triton
 
         return with_window_means_triton(x, window_size, mask_padding)

@@ -62,9 +62,9 @@ class _Layer(torch.autograd.Function):
         grid = regions.rows * size[0], regions.columns * size[1]
         qkv = F.linear(x, qkv_weight, qkv_bias)
         qkv = qkv.view(qkv.shape[0], *grid, qkv.shape[2])
-        routes, best = kernels.best_operator(qkv[..., : 2 * qk_dim], *size, scale, topk)
+        routes, best = kernels.find_regions(qkv, 2 * qk_dim, *size, scale, topk)
         weights = best.softmax(-1) if soft else None
-        attended, lse = kernels.map_operator(qkv, routes, weights, qk_dim, heads, *size, scale)
+        attended, lse = kernels.map_operator.unseen()(qkv, routes, weights, qk_dim, heads, *size, scale)
         out = attended
         if kernel is not None:
             out = torch.empty_like(attended)
@@ -72,20 +72,24 @@ class _Layer(torch.autograd.Function):
         ctx.settings = settings
         ctx.save_for_backward(x, qkv, routes, weights, attended, lse, out, qkv_weight, proj, kernel)
         ctx.mark_non_differentiable(routes, best)
-        return F.linear(out.flatten(1, 2), proj, proj_bias), routes, best
+        ctx.set_materialize_grads(False)
+        return F.linear(out.view(x.shape[0], x.shape[1], -1), proj, proj_bias), routes, best
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *others: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Any, ...]:
         from attention_zoo.ops.triton import routed_map as kernels
         from attention_zoo.ops.triton.depthwise import add_gradients
 
+        if grad is None:
+            return (None,) * 8
         x, qkv, routes, weights, attended, lse, out, qkv_weight, proj, kernel = ctx.saved_tensors
         regions, qk_dim, heads, scale, _, _ = ctx.settings
         needs_x, _, *needs = ctx.needs_input_grad
         dout, d_proj, d_proj_bias = linear_gradients(grad, out, proj, True, *needs[2:4])
         size = regions.height, regions.width
-        dqkv, _ = kernels.map_backward_operator(qkv, routes, weights, attended, lse, dout, qk_dim, heads, *size, scale, False)
+        backward = kernels.map_backward_operator.unseen()
+        dqkv, _ = backward(qkv, routes, weights, attended, lse, dout, qk_dim, heads, *size, scale, False)
         d_kernel, d_kernel_bias = None, None
         if kernel is not None:
             grid = regions.rows * size[0], regions.columns * size[1]

@@ -50,7 +50,7 @@ def takes_map(x: Tensor, regions: Regions, channels: int, *, dropout_p: float = 
     """
     if regions.rows * regions.columns > _MOST_REGIONS or channels > x.shape[-1]:
         return False
-    return use_kernel("auto", (x[..., :channels],), dropout_p=dropout_p)
+    return use_kernel("auto", (x,), channels=channels, dropout_p=dropout_p)
 
 
 def best_regions(qk: Tensor, regions: Regions, *, scale: float, topk: int, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ def best_regions(qk: Tensor, regions: Regions, *, scale: float, topk: int, backe
     """
     number = regions.rows * regions.columns
     missing = None if number <= _MOST_REGIONS else f"more than {_MOST_REGIONS} regions: {number}"
-    if use_kernel(backend, (qk[..., :1],), missing=missing):
+    if use_kernel(backend, (qk,), channels=1, missing=missing):
         from attention_zoo.ops.triton.routed_map import best_regions_triton
 
         return best_regions_triton(qk, size=regions[2:], scale=scale, topk=topk)

@@ -181,3 +181,16 @@ def test_one_reader_of_the_values_only() -> None:
         if reader:
             want[..., :4] = 0
         assert torch.equal(qkv.grad, want)  # type: ignore[arg-type]
+
+
+def test_routes_are_listed_by_counting_or_by_sorting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both give the same sources in the same order, and so the same sums."""
+    from attention_zoo.ops.triton import routed, routed_map
+
+    case = attention(2, 1, (4, 5), (1, 2), topk=3)
+    counted = case.run("triton")
+    monkeypatch.setattr(routed, "_MOST_COUNTED", 0)
+    for made in (routed.backward_launches, routed_map._map_backward_launches):
+        made.cache_clear()
+    for name, want in case.run("triton").items():
+        assert torch.equal(counted[name], want), name

@@ -7,7 +7,8 @@ routed to it, which a sort of the routes lists; no atomics, so the result is the
 
 from __future__ import annotations
 
-import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +31,9 @@ from attention_zoo.ops.triton._common import (
     read_lse,
     tile,
 )
+from attention_zoo.ops.triton._launch import Launch, Place, launch_all, settled
 
-__all__ = ["Tiling", "launch_backward", "launch_forward", "routed_attention_triton"]
+__all__ = ["RoutedCall", "Tiling", "backward_launches", "forward_launch", "routed_attention_triton", "run_backward"]
 
 
 @triton.jit
@@ -155,6 +157,22 @@ def _query_gradient_kernel(
 
 
 @triton.jit
+def _order_kernel(Routes, Order, Ordered, SOURCES, TILES, BE: tl.constexpr):
+    """The sources of one sample by where they lead, of equal ones the first: each counts those that come before it."""
+    b, e = (tl.program_id(0) // TILES).to(tl.int64), tl.program_id(0) % TILES * BE + tl.arange(0, BE)
+    Routes += b * SOURCES
+    route = tl.load(Routes + e, mask=e < SOURCES, other=0).to(tl.int32)
+    place = tl.zeros([BE], tl.int32)
+    for start in range(0, SOURCES, BE):
+        f = start + tl.arange(0, BE)
+        other = tl.load(Routes + f, mask=f < SOURCES, other=2147483647).to(tl.int32)
+        before = (other[None, :] < route[:, None]) | ((other[None, :] == route[:, None]) & (f[None, :] < e[:, None]))
+        place += tl.sum(before.to(tl.int32), 1)
+    tl.store(Order + b * SOURCES + place, e, mask=e < SOURCES)
+    tl.store(Ordered + b * SOURCES + place, route, mask=e < SOURCES)
+
+
+@triton.jit
 def _plan_kernel(Ordered, Starts, Items, ItemRegion, Parts, RK, SOURCES, ITEMS, CHUNK, STEPS, BR: tl.constexpr):
     """What the gradients of keys and values are made of, for one sample: see `_plan`."""
     b = tl.program_id(0).to(tl.int64)
@@ -222,7 +240,7 @@ def _key_gradient_kernel(
             inside = slot < count * NQ
             e = slot // NQ
             t = slot - e * NQ
-            source = tl.load(Order + e, mask=inside, other=0)
+            source = tl.load(Order + e, mask=inside, other=0).to(tl.int64)
             r = source // NUM
             y, x = _place(r, t, QH, QW, QC)
             q = tl.load(
@@ -289,9 +307,7 @@ def _add_parts_kernel(
     tl.store(at_v, dv_sum.to(DV_.dtype.element_ty), mask=wanted_v)
 
 
-def _mask_stride(mask: Tensor | None) -> int:
-    """From one sample's mask to the next; 0 where all share one."""
-    return 0 if mask is None or mask.ndim == 2 else mask.stride(0)
+_MOST_COUNTED = 1024  # sources of a sample, each of which looks at all
 
 
 class Tiling(NamedTuple):
@@ -315,68 +331,143 @@ def _listed(x: Tensor) -> Tiling:
     return Tiling(1, x.shape[3], 1, x.shape[2])
 
 
-def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights: Tensor | None, mask: Tensor | None, out: Tensor, lse: Tensor,
-    scale: float, of_q: Tiling, of_k: Tiling,
-) -> None:  # fmt: skip
-    """Fill `out` and `lse`; the last dimension of all tensors is contiguous."""
-    batch, heads, dim, dim_v, num = q.shape[0], q.shape[1], q.shape[-1], v.shape[-1], routes.shape[2]
-    bm, bn = tile(of_q.tokens), tile(num * of_k.tokens)
-    tiles = ceil_div(of_q.tokens, bm)
-    _forward_kernel[(of_q.number * tiles, batch * heads)](
-        q, k, v, routes, routes if weights is None else weights, routes if mask is None else mask, out, lse, scale * LOG2E,
-        *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *out.stride()[:4], _mask_stride(mask),
-        heads, heads // k.shape[1], of_q.number, of_q.tokens, of_k.tokens, num, dim, dim_v, tiles, *of_q[:3], *of_k[:3],
-        HAS_W=weights is not None, HAS_MASK=mask is not None, PRECISION=precision(q),
-        BM=bm, BN=bn, BD=tile(dim, 256), BDV=tile(dim_v, 256), num_warps=4,
+class RoutedCall(NamedTuple):
+    """What the launches of a call depend on, besides where its tensors are.
+
+    Attributes:
+        batch, heads, kv_heads, dim, dim_v: of queries, keys and values.
+        topk: routes of each region.
+        of_q, of_k: how queries are cut, and keys and values.
+        scale, precision: of the logits and of all products.
+        has_weights, mask_stride: whether routes have weights, and what lies between two samples' masks; None: there are none.
+        key: dtypes and device.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    dim: int
+    dim_v: int
+    topk: int
+    of_q: Tiling
+    of_k: Tiling
+    scale: float
+    precision: str
+    has_weights: bool
+    mask_stride: int | None
+    key: tuple[torch.dtype | torch.device | None, ...]
+
+    def sizes(self) -> tuple[int, ...]:
+        return self.of_q.tokens, self.of_k.tokens, self.topk, self.dim, self.dim_v
+
+    def constants(self) -> dict[str, Any]:
+        flags = {"HAS_W": self.has_weights, "HAS_MASK": self.mask_stride is not None, "PRECISION": self.precision}
+        return {**flags, "BD": tile(self.dim, 256), "BDV": tile(self.dim_v, 256), "num_warps": 4}
+
+
+# Launches, for tensors numbered as here. Places of queries, keys, values and the like have strides by (B, H, Y, X).
+_Q, _K, _V, _ROUTES, _WEIGHTS, _MASK, _OUT, _LSE, _GRAD, _DLSE, _DQ, _DK, _DV, _ORDER, _ORDERED, _TABLES, _FLOATS, _DWEIGHTS = (
+    range(18)
+)
+
+
+@settled
+def forward_launch(call: RoutedCall, q: Place, k: Place, v: Place, out: Place) -> Launch:
+    bm, bn = tile(call.of_q.tokens), tile(call.topk * call.of_k.tokens)
+    tiles = ceil_div(call.of_q.tokens, bm)
+    numbers = (
+        call.scale * LOG2E, *q.strides, *k.strides, *v.strides, *out.strides, call.mask_stride or 0,
+        call.heads, call.heads // call.kv_heads, call.of_q.number, *call.sizes(), tiles, *call.of_q[:3], *call.of_k[:3],
     )  # fmt: skip
+    places = q, k, v, Place(_ROUTES), Place(_WEIGHTS), Place(_MASK), out, Place(_LSE)
+    grid = call.of_q.number * tiles, call.batch * call.heads
+    return Launch(_forward_kernel, grid, places, numbers, {**call.constants(), "BM": bm, "BN": bn})
 
 
-def launch_backward(
-    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights: Tensor | None, mask: Tensor | None, out: Tensor, lse: Tensor,
-    grad: Tensor, grad_lse: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, scale: float, wants_weights: bool,
-    of_q: Tiling, of_k: Tiling,
-) -> Tensor:  # fmt: skip
-    """Fill `dq`, `dk` and `dv`; returns the gradient of the weights, or something empty."""
-    batch, heads, kv_heads, dim, dim_v, num = q.shape[0], q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], routes.shape[2]
-    (nq, regions), (nk, key_regions), group = (of_q.tokens, of_q.number), (of_k.tokens, of_k.number), heads // kv_heads
-    bm, bn = tile(nq), tile(num * nk)
+class Backward(NamedTuple):
+    """Of a backward: launches, whether they need the routes sorted, how many numbers their int32 tables and float32 sums have, and
+    the shape of the parts of the weights' gradients."""
+
+    launches: tuple[Launch, ...]
+    sorts: bool
+    tables: int
+    floats: int
+    parts: tuple[int, ...]
+
+
+@settled
+def backward_launches(
+    call: RoutedCall, wants_weights: bool, has_dlse: bool, q: Place, k: Place, v: Place, out: Place, grad: Place,
+    dq: Place, dk: Place, dv: Place,
+) -> Backward:  # fmt: skip
+    (nq, nk, num, *_), regions, key_regions = call.sizes(), call.of_q.number, call.of_k.number
+    group, tilings, common = call.heads // call.kv_heads, (*call.of_q[:3], *call.of_k[:3]), call.constants()
+    lse, routes, weights, mask = Place(_LSE), Place(_ROUTES), Place(_WEIGHTS), Place(_MASK)
+    scale, mask_stride = call.scale * LOG2E, call.mask_stride or 0
+    bm = tile(nq)
     tiles = ceil_div(nq, bm)
-    partial = (batch, heads * tiles, regions, num, nk) if wants_weights else (1,)
-    dweights = torch.empty(partial, dtype=torch.float32, device=q.device)
-    delta = torch.empty_like(lse)
-    common = {
-        "HAS_W": weights is not None, "HAS_MASK": mask is not None, "PRECISION": precision(q),
-        "BD": tile(dim, 256), "BDV": tile(dim_v, 256),
-    }  # fmt: skip
-    some_weights, some_mask = routes if weights is None else weights, routes if mask is None else mask
-    mask_stride = _mask_stride(mask)
-    if q.numel():
-        _query_gradient_kernel[(regions * tiles, batch * heads)](
-            q, k, v, routes, some_weights, some_mask, out, lse, grad, lse if grad_lse is None else (grad_lse * LOG2E).contiguous(),
-            delta, dq, dweights, scale * LOG2E,
-            *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *out.stride()[:4], *grad.stride()[:4], *dq.stride()[:4], mask_stride,
-            heads, group, regions, nq, nk, num, dim, dim_v, tiles, *of_q[:3], *of_k[:3],
-            HAS_DW=wants_weights, HAS_DLSE=grad_lse is not None, BM=bm, BN=bn, num_warps=4, **common,
-        )  # fmt: skip
-    if k.numel():
-        plan = _plan(routes, key_regions)
-        bn = tile(nk)
-        key_tiles = ceil_div(nk, bn)
-        sums = torch.empty((batch, plan.parts, kv_heads, nk, dim + dim_v), dtype=torch.float32, device=q.device)
-        _key_gradient_kernel[(plan.items * key_tiles, batch * kv_heads)](
-            q, k, v, *plan.tables, some_weights, some_mask, lse, grad, delta, dk, dv, sums, scale * LOG2E,
-            *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *grad.stride()[:4], *dk.stride()[:4], *dv.stride()[:4], mask_stride,
-            heads, group, regions, key_regions, nq, nk, num, dim, dim_v, key_tiles, plan.items, plan.parts, plan.chunk,
-            *of_q[:3], *of_k[:3],
-            BM=tile(nq * num), BN=bn, num_warps=2 if dim <= 64 else 4, num_stages=2, **common,
-        )  # fmt: skip
-        _add_parts_kernel[(key_regions * key_tiles, batch * kv_heads)](
-            plan.tables[2], plan.tables[4], sums, dk, dv, *dk.stride()[:4], *dv.stride()[:4],
-            kv_heads, key_regions, nk, dim, dim_v, key_tiles, plan.parts, *of_k[:3],
-            BN=bn, BD=common["BD"], BDV=common["BDV"], num_warps=4,
-        )  # fmt: skip
-    return dweights.sum((1, 4)) if wants_weights else dweights
+    delta, deltas = Place(_FLOATS), call.batch * call.heads * regions * nq
+    strides = (s for place in (q, k, v, out, grad, dq) for s in place.strides)
+    first = Launch(
+        _query_gradient_kernel,
+        (regions * tiles, call.batch * call.heads),
+        (q, k, v, routes, weights, mask, out, lse, grad, Place(_DLSE), delta, dq, Place(_DWEIGHTS)),
+        (scale, *strides, mask_stride, call.heads, group, regions, *call.sizes(), tiles, *tilings),
+        {**common, "HAS_DW": wants_weights, "HAS_DLSE": has_dlse, "BM": bm, "BN": tile(num * nk)},
+    )
+
+    plan = _Plan.of(call.batch, regions * num, key_regions)
+    bn = tile(nk)
+    key_tiles, sums = ceil_div(nk, bn), Place(_FLOATS, deltas)
+    strides = (s for place in (q, k, v, grad, dk, dv) for s in place.strides)
+    keys = Launch(
+        _key_gradient_kernel,
+        (plan.items * key_tiles, call.batch * call.kv_heads),
+        (q, k, v, plan.order[0], *plan.places, weights, mask, lse, grad, delta, dk, dv, sums),
+        (
+            scale, *strides, mask_stride, call.heads, group, regions, key_regions, *call.sizes(), key_tiles,
+            plan.items, plan.parts, plan.chunk, *tilings,
+        ),
+        {**common, "BM": tile(nq * num), "BN": bn, "num_warps": 2 if call.dim <= 64 else 4, "num_stages": 2},
+    )  # fmt: skip
+    add = Launch(
+        _add_parts_kernel,
+        (key_regions * key_tiles, call.batch * call.kv_heads),
+        (plan.places[1], plan.places[3], sums, dk, dv),
+        (
+            *dk.strides, *dv.strides, call.kv_heads, key_regions, nk, call.dim, call.dim_v, key_tiles, plan.parts, *call.of_k[:3],
+        ),
+        {"BN": bn, "BD": common["BD"], "BDV": common["BDV"], "num_warps": 4},
+    )  # fmt: skip
+    floats = deltas + call.batch * plan.parts * call.kv_heads * nk * (call.dim + call.dim_v)
+    parts = (call.batch, call.heads * tiles, regions, num, nk)
+    return Backward((first, *plan.launches(), keys, add), plan.sorts, plan.numbers, floats, parts)
+
+
+def run_backward(backward: Backward, tensors: Sequence[Tensor], wants_weights: bool) -> Tensor:
+    """With tensors `_Q` to `_DV`. Returns the gradient of the weights, or something empty."""
+    routes, lse = tensors[_ROUTES], tensors[_LSE]
+    tables = routes.new_empty(backward.tables, dtype=torch.int32)
+    ordered, order = routes.flatten(1).sort(dim=1, stable=True) if backward.sorts else (tables, tables)
+    floats = lse.new_empty(backward.floats)
+    dweights = lse.new_empty(backward.parts) if wants_weights else floats
+    launch_all(backward.launches, (*tensors, order, ordered, tables, floats, dweights))
+    return dweights.sum((1, 4)) if wants_weights else floats.new_empty(1)
+
+
+def _call_of(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights: Tensor | None, mask: Tensor | None, scale: float
+) -> RoutedCall:
+    sizes, key = (q.shape[0], q.shape[1], k.shape[1], q.shape[-1], v.shape[-1], routes.shape[2]), (q.dtype, q.device)
+    stride = None if mask is None else mask.stride(0) if mask.ndim > 2 else 0  # 0: all samples share one
+    return RoutedCall(*sizes, _listed(q), _listed(k), scale, precision(q), weights is not None, stride, key)
+
+
+def _places(**tensors: Tensor) -> dict[str, Place]:
+    return {name: Place(_NUMBERS[name], 0, t.stride()[:4]) for name, t in tensors.items()}
+
+
+_NUMBERS = {"q": _Q, "k": _K, "v": _V, "out": _OUT, "grad": _GRAD, "dq": _DQ, "dk": _DK, "dv": _DV}
 
 
 def _empty_out(q: Tensor, v: Tensor) -> Tensor:
@@ -393,7 +484,8 @@ def _routed_forward(
     out = _empty_out(q, v)
     lse = q.new_empty(q.shape[:4], dtype=torch.float32)
     if out.numel():
-        launch_forward(q, k, v, routes, weights, mask, out, lse, scale, _listed(q), _listed(k))
+        launch = forward_launch(_call_of(q, k, v, routes, weights, mask, scale), **_places(q=q, k=k, v=v, out=out))
+        launch(q, k, v, routes, routes if weights is None else weights, routes if mask is None else mask, out, lse)
     return out, lse
 
 
@@ -409,10 +501,15 @@ def _routed_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, grad, routes = last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(grad), routes.contiguous()
     dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
-    dweights = launch_backward(
-        q, k, v, routes, weights, mask, out, lse, grad, grad_lse, dq, dk, dv, scale, wants_weights, _listed(q), _listed(k)
-    )
-    return dq, dk, dv, dweights
+    if not (q.numel() and k.numel()):
+        dweights = lse.new_zeros(routes.shape if wants_weights else (1,))
+        return dq.zero_(), dk.zero_(), dv.zero_(), dweights
+    places = _places(q=q, k=k, v=v, out=out, grad=grad, dq=dq, dk=dk, dv=dv)
+    call = _call_of(q, k, v, routes, weights, mask, scale)
+    backward = backward_launches(call, wants_weights, grad_lse is not None, **places)
+    some = routes if weights is None else weights, routes if mask is None else mask
+    of_lse = lse if grad_lse is None else (grad_lse * LOG2E).contiguous()
+    return dq, dk, dv, run_backward(backward, (q, k, v, routes, *some, out, lse, grad, of_lse, dq, dk, dv), wants_weights)
 
 
 class _Plan(NamedTuple):
@@ -422,32 +519,47 @@ class _Plan(NamedTuple):
     that have several leave their sums in `parts` places, to be added.
 
     Attributes:
-        tables: numbers of the sources (B, R K), region after region; where each region's sources begin (B, R_k + 1); where its
-            items begin (B, R_k + 1); the region of each item (B, items); where its parts begin, -1 for none (B, R_k).
+        batch, sources, key_regions: routes of a sample, and where they lead.
         items, parts: how many there can be at most.
         chunk: sources of an item.
+        sorts: whether there are too many sources for `_order_kernel`.
+        order: places of the sources by where they lead, and of where they lead.
+        places: of the tables: where each region's sources begin (B, R_k + 1) in the list of sources by regions; where its items
+            begin (B, R_k + 1); the region of each item (B, items); where its parts begin, -1 for none (B, R_k).
+        numbers: of all tables together.
     """
 
-    tables: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    batch: int
+    sources: int
+    key_regions: int
     items: int
     parts: int
     chunk: int
+    sorts: bool
+    order: tuple[Place, ...]
+    places: tuple[Place, ...]
+    numbers: int
 
+    @classmethod
+    def of(cls, batch: int, sources: int, key_regions: int) -> _Plan:
+        chunk = 2 * max(1, sources // key_regions)
+        items, parts = key_regions + sources // chunk, max(1, 2 * sources // chunk)
+        sorts = sources > _MOST_COUNTED
+        lengths = (key_regions + 1, key_regions + 1, items, key_regions, *(() if sorts else (sources, sources)))
+        *offsets, numbers = itertools.accumulate((batch * length for length in lengths), initial=0)
+        places = tuple(Place(_TABLES, offset) for offset in offsets)
+        order = (Place(_ORDER), Place(_ORDERED)) if sorts else places[4:]
+        return cls(batch, sources, key_regions, items, parts, chunk, sorts, order, places[:4], numbers)
 
-def _plan(routes: Tensor, key_regions: int) -> _Plan:
-    batch, regions, num = routes.shape
-    sources = regions * num
-    chunk = 2 * max(1, sources // key_regions)
-    items, parts = key_regions + sources // chunk, max(1, 2 * sources // chunk)
-    ordered, order = routes.flatten(1).sort(dim=1, stable=True)
-    table = functools.partial(torch.empty, dtype=torch.int32, device=routes.device)
-    starts, firsts = table((batch, key_regions + 1)), table((batch, key_regions + 1))
-    of_item, of_part = table((batch, items)), table((batch, key_regions))
-    _plan_kernel[(batch,)](
-        ordered, starts, firsts, of_item, of_part, key_regions, sources, items, chunk, sources.bit_length(),
-        BR=power_of_2(key_regions + 1), num_warps=4,
-    )  # fmt: skip
-    return _Plan((order, starts, firsts, of_item, of_part), items, parts, chunk)
+    def launches(self) -> list[Launch]:
+        numbers = self.key_regions, self.sources, self.items, self.chunk, self.sources.bit_length()
+        constants = {"BR": power_of_2(self.key_regions + 1), "num_warps": 4}
+        launches = [Launch(_plan_kernel, (self.batch,), (self.order[1], *self.places), numbers, constants)]
+        if not self.sorts:
+            tiles, places = ceil_div(self.sources, 32), (Place(_ROUTES), *self.order)
+            constants = {"BE": 32, "num_warps": 4}
+            launches.insert(0, Launch(_order_kernel, (self.batch * tiles,), places, (self.sources, tiles), constants))
+        return launches
 
 
 def _empty_like(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ dozen operations on small tensors, which take the host longer than the attention
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_zoo.ops._operators import operator
-from attention_zoo.ops.triton._common import ceil_div, last_contiguous, tile
-from attention_zoo.ops.triton.routed import Tiling, launch_backward, launch_forward
+from attention_zoo.ops.triton._common import ceil_div, last_contiguous, precision, tile
+from attention_zoo.ops.triton._launch import Launch, Place, launch_all, settled
+from attention_zoo.ops.triton.routed import Backward, RoutedCall, Tiling, backward_launches, forward_launch, run_backward
 
-__all__ = ["best_regions_triton", "routed_map_attention_triton"]
+__all__ = ["best_regions_triton", "find_regions", "routed_map_attention_triton"]
 
 _FEW_REGIONS = {"BC": 32, "num_warps": 4}
 _MANY_REGIONS = {"BC": 16, "num_warps": 8, "num_stages": 1}  # whose keys fill the shared memory of small cards
@@ -67,20 +69,39 @@ def _best_kernel(Means, Routes, Best, scale, R, C, K, BM: tl.constexpr, BR: tl.c
 
 @operator("best_regions")
 def _best_regions(qk: Tensor, height: int, width: int, scale: float, topk: int) -> tuple[Tensor, Tensor]:
-    qk, regions = last_contiguous(qk), _tiled(qk, height, width)
-    batch, channels = qk.shape[0], qk.shape[3]
-    means = qk.new_empty((batch, regions.number, channels), dtype=torch.float32)
+    return find_regions(last_contiguous(qk), qk.shape[3], height, width, scale, topk)
+
+
+def find_regions(qk: Tensor, channels: int, height: int, width: int, scale: float, topk: int) -> tuple[Tensor, Tensor]:
+    """Of the first `channels` of a map, which lie side by side."""
+    regions = _tiled(qk, height, width)
+    means = qk.new_empty((qk.shape[0], regions.number, channels), dtype=torch.float32)
     routes, best = _empty_routes(qk, regions, topk)
     if means.numel():
-        bc = tile(channels, 128)
-        _region_means_kernel[(batch * regions.number, ceil_div(channels, bc))](
-            qk, means, *qk.stride()[:3], regions.tokens, channels, regions.number, *regions[:3], BN=16, BC=bc, num_warps=4
-        )
-        _best_kernel[(ceil_div(regions.number, 16), batch)](
-            means, routes, best, scale, regions.number, channels // 2, topk,
-            BM=16, BR=tile(regions.number, 1 << 30), **(_FEW_REGIONS if regions.number <= 256 else _MANY_REGIONS),
-        )  # fmt: skip
+        launches = _best_launches(qk.shape[0], channels, qk.stride(), regions, scale, topk, qk.dtype, qk.device)
+        launch_all(launches, (qk, means, routes, best))
     return routes, best
+
+
+@settled
+def _best_launches(
+    batch: int,
+    channels: int,
+    strides: Sequence[int],
+    regions: Tiling,
+    scale: float,
+    topk: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Launch, Launch]:
+    """Of queries and keys, means, routes and their products."""
+    bc = tile(channels, 128)
+    numbers = *strides[:3], regions.tokens, channels, regions.number, *regions[:3]
+    grid, constants = (batch * regions.number, ceil_div(channels, bc)), {"BN": 16, "BC": bc, "num_warps": 4}
+    first = Launch(_region_means_kernel, grid, (Place(0), Place(1)), numbers, constants)
+    constants = {"BM": 16, "BR": tile(regions.number, 1 << 30), **(_FEW_REGIONS if regions.number <= 256 else _MANY_REGIONS)}
+    grid, places = (ceil_div(regions.number, 16), batch), (Place(1), Place(2), Place(3))
+    return first, Launch(_best_kernel, grid, places, (scale, regions.number, channels // 2, topk), constants)
 
 
 def _empty_routes(qk: Tensor, regions: Tiling, topk: int) -> tuple[Tensor, Tensor]:
@@ -91,13 +112,6 @@ def _empty_routes(qk: Tensor, regions: Tiling, topk: int) -> tuple[Tensor, Tenso
 @_best_regions.register_fake
 def _(qk: Tensor, height: int, width: int, scale: float, topk: int) -> tuple[Tensor, Tensor]:
     return _empty_routes(qk, _tiled(qk, height, width), topk)
-
-
-def _parts(qkv: Tensor, qk_dim: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v (B, H, Y, X, D) of (B, Y, X, 2 qk_dim + C), views."""
-    parts = qkv.split((qk_dim, qk_dim, qkv.shape[-1] - 2 * qk_dim), -1)
-    q, k, v = (t.view(*t.shape[:3], heads, t.shape[3] // heads).permute(0, 3, 1, 2, 4) for t in parts)
-    return q, k, v
 
 
 def _tiled(qkv: Tensor, height: int, width: int) -> Tiling:
@@ -113,10 +127,47 @@ def _map_forward(
     out = qkv.new_empty((*qkv.shape[:3], qkv.shape[3] - 2 * qk_dim))
     lse = qkv.new_empty((qkv.shape[0], heads, regions.number, regions.tokens), dtype=torch.float32)
     if out.numel():
-        q, k, v = _parts(qkv, qk_dim, heads)
-        to = out.view(*out.shape[:3], heads, -1).permute(0, 3, 1, 2, 4)
-        launch_forward(q, k, v, routes, weights, None, to, lse, scale, regions, regions)
+        call = _call(qkv, routes, weights, qk_dim, heads, regions, scale)
+        launch = _map_forward_launch(call, qk_dim, qkv.stride(), out.stride())
+        launch(qkv, qkv, qkv, routes, routes if weights is None else weights, routes, out, lse)
     return out, lse
+
+
+def _call(
+    qkv: Tensor, routes: Tensor, weights: Tensor | None, qk_dim: int, heads: int, regions: Tiling, scale: float
+) -> RoutedCall:
+    dim, dim_v = qk_dim // heads, (qkv.shape[3] - 2 * qk_dim) // heads
+    sizes = qkv.shape[0], heads, heads, dim, dim_v, routes.shape[2], regions, regions
+    return RoutedCall(*sizes, scale, precision(qkv), weights is not None, None, (qkv.dtype, qkv.device))
+
+
+def _of_projection(first: int, call: RoutedCall, qk_dim: int, strides: Sequence[int]) -> tuple[Place, Place, Place]:
+    """q, k and v in the tensors `first`, ... of a launch, which all are one projection with these strides, by (B, h, Y, X)."""
+    sample, row, column = strides[:3]
+    places = (
+        Place(first + number, number * qk_dim, (sample, dim, row, column))
+        for number, dim in enumerate((call.dim, call.dim, call.dim_v))
+    )
+    q, k, v = places
+    return q, k, v
+
+
+def _of_values(tensor: int, call: RoutedCall, strides: Sequence[int]) -> Place:
+    """Heads side by side (B, Y, X, h d), by (B, h, Y, X)."""
+    return Place(tensor, 0, (strides[0], call.dim_v, strides[1], strides[2]))
+
+
+@settled
+def _map_forward_launch(call: RoutedCall, qk_dim: int, strides: Sequence[int], of_out: Sequence[int]) -> Launch:
+    return forward_launch(call, *_of_projection(0, call, qk_dim, strides), _of_values(6, call, of_out))
+
+
+@settled
+def _map_backward_launches(call: RoutedCall, wants_weights: bool, qk_dim: int, strides: tuple[Sequence[int], ...]) -> Backward:
+    """`strides`: of projection, outputs, their gradient, and the projection's."""
+    of_qkv, of_out, of_grad, of_dqkv = strides
+    places = *_of_projection(0, call, qk_dim, of_qkv), _of_values(6, call, of_out), _of_values(8, call, of_grad)
+    return backward_launches(call, wants_weights, False, *places, *_of_projection(10, call, qk_dim, of_dqkv))
 
 
 @_map_forward.register_fake
@@ -134,13 +185,15 @@ def _map_backward(
     qk_dim: int, heads: int, height: int, width: int, scale: float, wants_weights: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     qkv, routes, grad, regions = last_contiguous(qkv), routes.contiguous(), last_contiguous(grad), _tiled(qkv, height, width)
-    dqkv = qkv.new_empty(qkv.shape)
+    dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     if not grad.numel():
         return dqkv.zero_(), qkv.new_zeros(routes.shape if wants_weights else (1,), dtype=torch.float32)
-    parts, gradients = _parts(qkv, qk_dim, heads), _parts(dqkv, qk_dim, heads)
-    to, of = (t.view(*t.shape[:3], heads, -1).permute(0, 3, 1, 2, 4) for t in (out, grad))
-    dweights = launch_backward(*parts, routes, weights, None, to, lse, of, None, *gradients, scale, wants_weights, regions, regions)
-    return dqkv, dweights
+    call = _call(qkv, routes, weights, qk_dim, heads, regions, scale)
+    strides = qkv.stride(), out.stride(), grad.stride(), dqkv.stride()
+    backward = _map_backward_launches(call, wants_weights, qk_dim, strides)
+    some = routes if weights is None else weights
+    tensors = qkv, qkv, qkv, routes, some, routes, out, lse, grad, lse, dqkv, dqkv, dqkv
+    return dqkv, run_backward(backward, tensors, wants_weights)
 
 
 @_map_backward.register_fake
@@ -182,4 +235,4 @@ def best_regions_triton(qk: Tensor, *, size: tuple[int, int], scale: float, topk
 
 
 # for `ops.routed_layer`, which writes out what comes between them
-best_operator, map_operator, map_backward_operator = _best_regions, _map_forward, _map_backward
+map_operator, map_backward_operator = _map_forward, _map_backward
