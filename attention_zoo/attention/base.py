@@ -42,7 +42,6 @@ __all__ = [
     "resolve_visibility",
     "seen_keys",
     "split_heads",
-    "weight_and_bias",
 ]
 
 ROPE_LAYOUTS = ("half", "interleaved")
@@ -198,14 +197,6 @@ def is_bare(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
 def is_idle(dropout: nn.Module) -> bool:
     """Whether a dropout layer hands on what it gets, unnoticed: modules take time to call, too."""
     return type(dropout) is nn.Dropout and not (dropout.training and dropout.p) and not has_hooks(dropout)
-
-
-def weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """Of a layer that is those, for whoever computes with them: modules find attributes slowly."""
-    found = layer._parameters
-    if "weight" in found and "bias" in found:
-        return found["weight"], found["bias"]
-    return layer.weight, layer.bias
 
 
 def reset_children(module: nn.Module) -> None:

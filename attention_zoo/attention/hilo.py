@@ -29,9 +29,9 @@ from attention_zoo.attention.base import (
     merge_heads,
     resolve_head_dim,
     split_heads,
-    weight_and_bias,
 )
 from attention_zoo.attention.conversion import load_converted, projection_settings, source_heads, source_settings, split_projections
+from attention_zoo.ops._one_node import weight_and_bias
 from attention_zoo.ops._operators import stands_alone
 from attention_zoo.ops.hilo import hilo_attention, pool_windows, too_wide, with_window_means
 from attention_zoo.ops.hilo_layer import HiloSettings, hilo_layer

@@ -52,7 +52,7 @@ class _Compiled:
         self.calls: list[tuple[Any, ...]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args: self.calls.append((grid, *args))
+        return lambda *args, stream: self.calls.append((grid, *args, stream))
 
 
 class _Kernel:
@@ -74,6 +74,7 @@ class _Kernel:
 
 def test_compiled_kernels_get_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_launch, "CompiledKernel", _Compiled)
+    monkeypatch.setattr(_launch, "_current_stream", lambda: 77)
     kernel, constants = _Kernel(), {"num_warps": 4, "BN": 32, "ADD": True}
     launch = Launch(kernel, (5, 6), (Place(1), Place(0, 7, (3, 1)), Place(0)), (0.5, 9), constants)
     x, y = torch.zeros(32), torch.zeros(32, dtype=torch.float16)
@@ -86,6 +87,6 @@ def test_compiled_kernels_get_addresses(monkeypatch: pytest.MonkeyPatch) -> None
     assert not kernel.compiled.calls
     launch(x[4:], y[8:])
     starts = y.data_ptr() + 16, x.data_ptr() + 16 + 28, x.data_ptr() + 16
-    assert kernel.compiled.calls == [((5, 6, 1), *starts, 0.5, 9, True, 32)]
+    assert kernel.compiled.calls == [((5, 6, 1), *starts, 0.5, 9, True, 32, 77)]
     launch(x, y[1:])
     assert (len(kernel.calls), len(kernel.compiled.calls)) == (3, 1)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
 __all__ = ["Launch", "Place", "launch_all", "settled"]
 
@@ -56,13 +57,6 @@ class Launch:
     def __call__(self, *tensors: Tensor) -> None:
         launch_all((self,), tensors)
 
-    def run(self, tensors: Sequence[Tensor], starts: Sequence[int], aligned: bool) -> None:
-        """The call with tensors that begin at `starts`, which are all `aligned` or not."""
-        if aligned and self._run is not None:
-            self._run(*[starts[tensor] + offset for tensor, offset in self._starts], *self._values)
-        else:
-            self._launch(tensors, aligned)
-
     def _launch(self, tensors: Sequence[Tensor], aligned: bool) -> None:
         compiled = self._kernel[self._grid](
             *(_behind(tensors[number], offset) for number, offset in self._places), *self._numbers, **self._constants
@@ -81,8 +75,17 @@ def launch_all(launches: Iterable[Launch], tensors: Sequence[Tensor]) -> None:
         start = tensor.data_ptr()
         bits |= start
         starts.append(start)
+    aligned, stream = not bits & _ALIGNED, None
     for launch in launches:
-        launch.run(tensors, starts, not bits & _ALIGNED)
+        if aligned and launch._run is not None:
+            stream = _current_stream() if stream is None else stream
+            launch._run(*[starts[tensor] + offset for tensor, offset in launch._starts], *launch._values, stream=stream)
+        else:
+            launch._launch(tensors, aligned)
+
+
+def _current_stream() -> int:
+    return driver.active.get_current_stream(driver.active.get_current_device())  # type: ignore[no-any-return]
 
 
 def _behind(tensor: Tensor, offset: int) -> Tensor:
