@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attention_zoo.ops.engines.base import GRID_LIMIT, HALF, compute_capability
 
-__all__ = ["WIDEST", "dense_backward", "dense_forward", "serves"]
+__all__ = ["WIDEST", "dense_backward", "dense_forward", "serves", "with_heads_last"]
 
 WIDEST = 128  # channels of values up to which the backward is at its best
 
@@ -51,6 +51,13 @@ def dense_forward(q: Tensor, k: Tensor, v: Tensor, *, scale: float, is_causal: b
     return out, lse if keep else q.new_empty((0,), dtype=torch.float32)
 
 
+def with_heads_last(out: Tensor) -> Tensor:
+    """Outputs (B, H, N, D_v) of an SDPA, whose gradient will come to it with heads next to channels, whatever it is made by."""
+    if out.requires_grad and not torch.compiler.is_compiling():
+        out.register_hook(lambda grad: grad.transpose(1, 2).contiguous().transpose(1, 2))
+    return out
+
+
 def dense_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float, is_causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +66,8 @@ def dense_backward(
     v, out and grad may be some of the channels: gradients of q and k are sums over all of them.
 
     torch keeps cuDNN's plans by the sizes and strides of q, k and v, only its latest releases by those of `out` and `grad` too: all
-    that comes here or through SDPA with q, k and v of some strides must have `out` and `grad` of the same strides each time.
+    that comes here or through SDPA with q, k and v of some strides must have `out` and `grad` of the same strides each time, or the
+    gradients are wrong. `grad` therefore has heads next to channels, as from a projection of the outputs; see `with_heads_last`.
     """
     unused = torch.empty((), dtype=torch.int64, device=q.device)  # dropout's random numbers
     return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(  # type: ignore[no-any-return]

@@ -117,8 +117,8 @@ def split_maps(x: Tensor, groups: int, pairing: str = "interleaved") -> tuple[Te
 def _attend(q: Tensor, k: Tensor, v: Tensor, *, whole: bool, dropout_p: float, backend: str, **call: Any) -> Tensor:
     """One map. With gradients values of more than 128 channels go in halves: no library's backward is good at them whole.
 
-    whole: not where `differential_attention_cudnn` would serve the call: it has halves that lie in memory in another way, which
-        torch's plans for cuDNN do not tell apart, see `_cudnn.dense_backward`.
+    whole: where `differential_attention_cudnn` would serve the call: it has halves that lie in memory in another way, and gradients
+        that lie as those of a projection, which torch's plans for cuDNN do not tell apart, see `_cudnn.dense_backward`.
     """
     channels = v.shape[-1]
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
@@ -131,6 +131,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, whole: bool, dropout_p: float, b
         out = attention(q, k, part, dropout_p=dropout_p, backend=backend, **call)
         assert isinstance(out, Tensor)  # no log-normaliser was asked for
         outputs.append(out)
+    if whole:
+        return _cudnn.with_heads_last(outputs[0])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 

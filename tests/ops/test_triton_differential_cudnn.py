@@ -193,6 +193,27 @@ def test_joint_heads_that_do_not_fit(changes: dict[str, Any]) -> None:
         ops.differential_attention(**{**case.tensors, **case.settings, **new})
 
 
+def test_gradients_with_heads_last() -> None:
+    """However they come, SDPA gets them as a projection gives them, with the same numbers."""
+    x, grad = torch.randn(2, 3, 5, 8, requires_grad=True), torch.randn(2, 3, 5, 8)
+    strides: list[tuple[int, ...]] = []
+
+    class Sdpa(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+            strides.append(grad.stride())
+            return grad
+
+    _cudnn.with_heads_last(Sdpa.apply(x)).backward(grad)
+    assert strides == [(120, 8, 24, 1)]
+    assert x.grad is not None
+    assert torch.equal(x.grad, grad)
+
+
 class _Cudnn(Exception):
     """The call has come to the operator."""
 
