@@ -6,16 +6,22 @@ As `hilo_layer`: some thirty operations, views, tables and sums of gradients are
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from attention_zoo.ops._kernels import use_kernel
+from attention_zoo.ops._kernels import Lazy, use_kernel
 from attention_zoo.ops._one_node import Parts, apply_node, linear_gradients
 from attention_zoo.ops.agent import Grid, too_large_tables, too_many_agents
+
+if TYPE_CHECKING:
+    from attention_zoo.ops.triton import agent_layer as kernels
+    from attention_zoo.ops.triton import depthwise
+else:
+    kernels, depthwise = Lazy("attention_zoo.ops.triton.agent_layer"), Lazy("attention_zoo.ops.triton.depthwise")
 
 __all__ = ["AgentLayer", "agent_layer", "takes_layer"]
 
@@ -66,35 +72,29 @@ def agent_layer(x: Tensor, layer: AgentLayer) -> Tensor:
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: tuple[Grid, Grid, int, float], *parameters: Any) -> Tensor:
-        from attention_zoo.ops.triton.agent_layer import LayerCall, attend
-        from attention_zoo.ops.triton.depthwise import convolve_channels
-
         qkv_weight, qkv_bias, proj, proj_bias, kernel, kernel_bias, *tables = parameters
         qkv = F.linear(x, qkv_weight, qkv_bias).contiguous()
         given = () if tables[0] is None else tuple(t.contiguous() for t in tables)
-        ctx.call = LayerCall.of(qkv, *settings, given)
-        found = attend(qkv, ctx.call, given)
+        ctx.call = kernels.LayerCall.of(qkv, *settings, given)
+        found = kernels.attend(qkv, ctx.call, given)
         out, grid = found.out, settings[0]
         if kernel is not None:
-            convolve_channels(qkv, qkv.shape[2] // 3 * 2, grid, kernel, kernel_bias, out, out)
+            depthwise.convolve_channels(qkv, qkv.shape[2] // 3 * 2, grid, kernel, kernel_bias, out, out)
         ctx.save_for_backward(x, qkv, *found, qkv_weight, proj, kernel)
         return F.linear(out, proj, proj_bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        from attention_zoo.ops.triton.agent_layer import Attended, attend_backward
-        from attention_zoo.ops.triton.depthwise import add_gradients
-
         x, qkv, *found, qkv_weight, proj, kernel = ctx.saved_tensors
-        attended = Attended(*found)
+        attended = kernels.Attended(*found)
         needs_x, _, *needs = ctx.needs_input_grad
         dout, d_proj, d_proj_bias = linear_gradients(grad, attended.out, proj, True, *needs[2:4])
         wants = any(needs[6:9]), any(needs[9:12])
-        dqkv, d_tables = attend_backward(qkv, ctx.call, attended, dout, wants)
+        dqkv, d_tables = kernels.attend_backward(qkv, ctx.call, attended, dout, wants)
         d_kernel, d_kernel_bias = None, None
         if kernel is not None:
             first = qkv.shape[2] // 3 * 2
-            d_kernel, d_kernel_bias = add_gradients(qkv, dqkv, first, ctx.call.grid, kernel, dout, needs[4] or needs[5])
+            d_kernel, d_kernel_bias = depthwise.add_gradients(qkv, dqkv, first, ctx.call.grid, kernel, dout, needs[4] or needs[5])
         dx, d_qkv, d_qkv_bias = linear_gradients(dqkv, x, qkv_weight, needs_x, *needs[:2])
         return dx, None, d_qkv, d_qkv_bias, d_proj, d_proj_bias, d_kernel, d_kernel_bias, *d_tables

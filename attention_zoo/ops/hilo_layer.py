@@ -6,14 +6,21 @@ weights. Here all are one node, whose backward pass is written out. Compilers ge
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from attention_zoo.ops._kernels import Lazy
 from attention_zoo.ops._one_node import apply_node, as_rows, linear_gradients
+
+if TYPE_CHECKING:
+    from attention_zoo.ops.triton import column_sums as sums
+    from attention_zoo.ops.triton import hilo as kernels
+else:
+    sums, kernels = Lazy("attention_zoo.ops.triton.column_sums"), Lazy("attention_zoo.ops.triton.hilo")
 
 __all__ = ["HiloSettings", "hilo_layer"]
 
@@ -55,16 +62,14 @@ def hilo_layer(
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: HiloSettings, *parameters: Any) -> Tensor:
-        from attention_zoo.ops.triton.hilo import forward_operator, prepare_layer
-
         w_high, w_query, w_kv, b_high, b_query, b_kv, *of_output = parameters
         branches = len(of_output) // 2
         grid, side, heads, scale, masked = settings
         # one product for both outputs, whose zeros cost less than a second one and a copy
         layers = (w_high, w_query), (b_high, b_query), of_output[:branches], of_output[branches:]
-        means, weight, bias, out_weight, out_bias = prepare_layer(x, grid, side, masked, *layers)
+        means, weight, bias, out_weight, out_bias = kernels.prepare_layer(x, grid, side, masked, *layers)
         qkv, kv = F.linear(x, weight, bias), F.linear(means, w_kv, b_kv)
-        out, lse = forward_operator.unseen()(qkv, kv, *grid, side, *heads, scale, masked)
+        out, lse = kernels.forward_operator.unseen()(qkv, kv, *grid, side, *heads, scale, masked)
         ctx.settings = settings
         ctx.save_for_backward(x, means, qkv, kv, out, lse, weight, w_kv, *of_output[:branches])
         return F.linear(out, out_weight, out_bias)
@@ -72,18 +77,17 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        from attention_zoo.ops.triton.hilo import add_means_backward_operator, backward_operator
-
         x, means, qkv, kv, out, lse, weight, w_kv, *out_weights = ctx.saved_tensors
         (height, width), side, heads, scale, masked = ctx.settings
         needs = ctx.needs_input_grad
         of_in, of_out = needs[2:8], needs[8:]
         dout, of_out_parameters = _back_through_output(as_rows(grad), as_rows(out), out_weights, of_out)
-        dqkv, dkv = backward_operator.unseen()(qkv, kv, out, lse, dout.view_as(out), height, width, side, *heads, scale, masked)
+        call = height, width, side, *heads, scale, masked
+        dqkv, dkv = kernels.backward_operator.unseen()(qkv, kv, out, lse, dout.view_as(out), *call)
         dx, dw, db = linear_gradients(dqkv, x, weight, needs[0], of_in[0] or of_in[1], of_in[3] or of_in[4])
         dmeans, dw_kv, db_kv = linear_gradients(dkv, means, w_kv, needs[0], of_in[2], of_in[5])
         if dx is not None:
-            add_means_backward_operator.unseen()(dmeans, dx, height, width, side, masked)
+            kernels.add_means_backward_operator.unseen()(dmeans, dx, height, width, side, masked)
         rows = weight.shape[0] - w_kv.shape[0] // 2, w_kv.shape[0] // 2
         pairs = [(None, None) if t is None else t.split_with_sizes(rows) for t in (dw, db)]
         return dx, None, *pairs[0], dw_kv, *pairs[1], db_kv, *of_out_parameters
@@ -93,12 +97,10 @@ def _back_through_output(
     grad: Tensor, out: Tensor, weights: list[Tensor], needs: tuple[bool, ...]
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Gradients (B N, ...) of what the branches computed, and of the output's weights and biases, branch by branch."""
-    from attention_zoo.ops.triton.column_sums import column_sums
-
     branches, rows = len(weights), [weight.shape[0] for weight in weights]
     of_biases: tuple[Tensor | None, ...] = (None,) * branches
     if any(needs[branches:]):
-        of_biases = column_sums.unseen()(grad).split_with_sizes(rows)
+        of_biases = sums.column_sums.unseen()(grad).split_with_sizes(rows)
     dout = torch.empty_like(out)
     columns = [weight.shape[1] for weight in weights]
     of_weights: list[Tensor | None] = []

@@ -6,15 +6,22 @@ As `hilo_layer`: projections, router, attention and LePE are one node of autogra
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from attention_zoo.ops._kernels import Lazy
 from attention_zoo.ops._one_node import Parts, apply_node, linear_gradients
 from attention_zoo.ops.routed_map import Regions
+
+if TYPE_CHECKING:
+    from attention_zoo.ops.triton import depthwise
+    from attention_zoo.ops.triton import routed_map as kernels
+else:
+    kernels, depthwise = Lazy("attention_zoo.ops.triton.routed_map"), Lazy("attention_zoo.ops.triton.depthwise")
 
 __all__ = ["RoutedLayer", "routed_layer"]
 
@@ -53,9 +60,6 @@ class _Layer(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, settings: tuple[Regions, int, int, float, int, bool], *parameters: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from attention_zoo.ops.triton import routed_map as kernels
-        from attention_zoo.ops.triton.depthwise import convolve_channels
-
         regions, qk_dim, heads, scale, topk, soft = settings
         qkv_weight, qkv_bias, proj, proj_bias, kernel, kernel_bias = parameters
         size = regions.height, regions.width
@@ -68,7 +72,7 @@ class _Layer(torch.autograd.Function):
         out = attended
         if kernel is not None:
             out = torch.empty_like(attended)
-            convolve_channels(qkv, 2 * qk_dim, grid, kernel, kernel_bias, attended, out)
+            depthwise.convolve_channels(qkv, 2 * qk_dim, grid, kernel, kernel_bias, attended, out)
         ctx.settings = settings
         ctx.save_for_backward(x, qkv, routes, weights, attended, lse, out, qkv_weight, proj, kernel)
         ctx.mark_non_differentiable(routes, best)
@@ -78,9 +82,6 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *others: Any) -> tuple[Any, ...]:
-        from attention_zoo.ops.triton import routed_map as kernels
-        from attention_zoo.ops.triton.depthwise import add_gradients
-
         if grad is None:
             return (None,) * 8
         x, qkv, routes, weights, attended, lse, out, qkv_weight, proj, kernel = ctx.saved_tensors
@@ -93,6 +94,6 @@ class _Layer(torch.autograd.Function):
         d_kernel, d_kernel_bias = None, None
         if kernel is not None:
             grid = regions.rows * size[0], regions.columns * size[1]
-            d_kernel, d_kernel_bias = add_gradients(qkv, dqkv, 2 * qk_dim, grid, kernel, dout, needs[4] or needs[5])
+            d_kernel, d_kernel_bias = depthwise.add_gradients(qkv, dqkv, 2 * qk_dim, grid, kernel, dout, needs[4] or needs[5])
         dx, d_qkv, d_qkv_bias = linear_gradients(dqkv, x, qkv_weight, needs_x, *needs[:2])
         return dx, None, d_qkv, d_qkv_bias, d_proj, d_proj_bias, d_kernel, d_kernel_bias
