@@ -99,8 +99,9 @@ def _times(
 
 def render_hilo_on_cpu(result: Mapping[str, Any]) -> str:
     """Markdown: a row for each layer."""
+    threads = f"{result['threads']} thread{'s' if result['threads'] > 1 else ''}"
     lines = [
-        f"| layer, {result['threads']} threads | million multiply-adds | ms | images/s | HiLo is faster by | target |",
+        f"| layer, {threads} | million multiply-adds | ms | images/s | HiLo is faster by | target |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in result["layers"].items():

@@ -82,12 +82,12 @@ def cases(scale: str) -> list[Case]:
     return found if scale == "full" else [replace(case, targets={}) for case in found]  # what is aimed at holds for full sizes
 
 
-def hilo_on_cpu(scale: str) -> dict[str, Any]:
-    """The paper's setting on this machine's CPU; fewer images at smaller scales."""
+def hilo_on_cpu(scale: str) -> list[dict[str, Any]]:
+    """The paper's setting on this machine's CPU, on one thread and on all; fewer images at smaller scales."""
     from attention_zoo.benchmarks.hilo_cpu import measure_hilo_on_cpu
 
     sizes = {"full": {}, "small": {"batch": 8, "rounds": 5}, "quick": {"dim": 96, "batch": 1, "rounds": 1}}[scale]
-    return measure_hilo_on_cpu(**sizes)
+    return [measure_hilo_on_cpu(threads=threads, **sizes) for threads in sorted({1, torch.get_num_threads()})]
 
 
 # ---- modules on maps
