@@ -77,7 +77,7 @@ class _Layer(torch.autograd.Function):
         ctx.save_for_backward(x, qkv, routes, weights, attended, lse, out, qkv_weight, proj, kernel)
         ctx.mark_non_differentiable(routes, best)
         ctx.set_materialize_grads(False)
-        return F.linear(out.view(x.shape[0], x.shape[1], -1), proj, proj_bias), routes, best
+        return F.linear(out.view(x.shape[0], x.shape[1], out.shape[3]), proj, proj_bias), routes, best
 
     @staticmethod
     @once_differentiable

@@ -144,7 +144,9 @@ def test_lists_of_tensors() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_kernels_run_where_their_tensors_are() -> None:
-    for name, options, n in (("hilo", {}, 196), ("bra", {"n_win": 7, "topk": 2}, 196), ("agent", {}, 196), ("moh", {}, 64)):
+    cases: list[tuple[str, dict[str, Any], int]] = [("hilo", {}, 196), ("agent", {}, 196), ("moh", {}, 64)]
+    cases += [("bra", {"n_win": 7, "topk": 2}, 196), ("halo", {"block_size": 7, "halo_size": 2}, 196)]
+    for name, options, n in cases:
         module = az.create_attention(name, 64, 4, **options, device="cuda:1", dtype=torch.bfloat16)
         x = torch.randn(2, n, 64, device="cuda:1", dtype=torch.bfloat16, requires_grad=True)
         grid = {"grid_size": (14, 14)} if module.attention_info.spatial else {}
@@ -159,10 +161,37 @@ def test_kernels_run_where_their_tensors_are() -> None:
         assert x.grad.isfinite().all()
 
 
+_LAYERS: list[tuple[str, dict[str, Any]]] = [
+    ("hilo", {}),
+    ("agent", {"agent_num": 4, "window_size": (4, 6)}),
+    ("bra", {"n_win": 2, "topk": 2}),
+]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize(
-    ("name", "options"), [("hilo", {}), ("agent", {"agent_num": 4, "window_size": (4, 6)}), ("bra", {"n_win": 2, "topk": 2})]
-)
+@pytest.mark.parametrize(("name", "options"), _LAYERS)
+def test_layers_of_one_node_take_tokens_that_lie_anyhow(name: str, options: dict[str, Any]) -> None:
+    """Also again on a GPU, where launches are settled by then; without gradients they compute the same."""
+    layer, tokens = az.create_attention(name, 32, 2, **options, device=DEVICE), torch.randn(2 * 24 * 64 + 1, device=DEVICE)
+    begins_late = tokens[1:].view(4, 24, 32)
+    given = {"among others": tokens[:-1].view(2, 24, 64)[..., ::2], "begin late": begins_late[:1], "none": begins_late[:0]}
+    again = 2 if DEVICE == "cuda" else 1
+    for kind, some in given.items():
+        x = some.detach().requires_grad_()
+        results = []
+        for backend in ("reference", *["triton"] * again):
+            with az.ops.use_backend(backend), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                out = layer(x, grid_size=(4, 6))
+                with torch.no_grad():
+                    assert torch.equal(layer(x, grid_size=(4, 6)), out), kind
+            results.append((out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])))
+        assert type(out.grad_fn).__name__ == "_LayerBackward"
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0], atol=1e-4, rtol=1e-4, msg=lambda text, kind=kind: f"{kind}: {text}")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize(("name", "options"), _LAYERS)
 def test_layers_of_one_node_in_one_graph(name: str, options: dict[str, Any]) -> None:
     """Compilers get the operations one by one, and compute the same, as checkpoints do."""
     layer = az.create_attention(name, 32, 2, **options, device=DEVICE)
@@ -182,9 +211,13 @@ def test_layers_of_one_node_in_one_graph(name: str, options: dict[str, Any]) -> 
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_layers_of_one_node_under_autocast() -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("agent", {"agent_num": 4, "window_size": (4, 6)}), ("halo", {"block_size": 2, "halo_size": 1, "qkv_bias": True})],
+)
+def test_layers_of_one_node_under_autocast(name: str, options: dict[str, Any]) -> None:
     """Parameters keep their dtype, and get gradients of it."""
-    layer = az.create_attention("agent", 32, 2, agent_num=4, window_size=(4, 6), device=DEVICE)
+    layer = az.create_attention(name, 32, 2, **options, device=DEVICE)
     x = torch.randn(2, 24, 32, device=DEVICE, requires_grad=True)
     results = []
     for backend in ("reference", "triton"):
