@@ -23,13 +23,18 @@ from attention_zoo.attention.base import (
     AttentionModule,
     check_grid,
     check_tokens,
+    has_hooks,
     is_bare,
+    is_idle,
     merge_heads,
     resolve_head_dim,
     split_heads,
 )
 from attention_zoo.attention.conversion import load_converted, projection_settings, source_heads, source_settings, split_projections
 from attention_zoo.attention.functional import pure_function
+from attention_zoo.ops._one_node import weight_and_bias
+from attention_zoo.ops._operators import stands_alone
+from attention_zoo.ops.halo_layer import HaloParts, HaloSettings, halo_layer, takes_layer
 from attention_zoo.registry import register_attention
 
 __all__ = ["HaloAttention", "halo"]
@@ -215,11 +220,16 @@ class HaloAttention(AttentionModule):
     def forward(self, x: Tensor, *, grid_size: tuple[int, int] | None = None) -> Tensor:
         if x.ndim == 4:
             self._check_map(x, grid_size)
+            if (layer := self._of_one_node(x, (x.shape[2], x.shape[3]))) is not None:
+                cells = x.flatten(2).transpose(1, 2).contiguous()
+                return self._in_one_node(cells, layer).transpose(1, 2).unflatten(2, x.shape[2:])
             out, _ = self._attend(x)
             return self.proj_drop(self.proj(out.movedim(1, -1))).movedim(-1, 1)
         check_tokens(x, self.dim)
         if grid_size is None:
             raise TypeError("forward() of tokens needs grid_size=(H, W)")
+        if not self.num_prefix_tokens and (layer := self._of_one_node(x, check_grid(x, grid_size))) is not None:
+            return self._in_one_node(x, layer)
         prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         image = patches.transpose(1, 2).unflatten(2, check_grid(patches, grid_size))
         out, prefix_out = self._attend(image, prefix if self.num_prefix_tokens else None)
@@ -227,6 +237,28 @@ class HaloAttention(AttentionModule):
         if prefix_out is not None:
             tokens = torch.cat([prefix_out, tokens], 1)
         return self.proj_drop(self.proj(tokens))
+
+    def _of_one_node(self, x: Tensor, grid_size: tuple[int, int]) -> tuple[HaloSettings, HaloParts] | None:
+        """What `_in_one_node` takes; None unless our kernels serve all of the layer as it is, and nobody looks on."""
+        if self.query_stride > 1 or self.averages or not stands_alone(x) or ops.is_observed():
+            return None
+        layers: Any = self._modules  # modules find attributes slowly
+        q, kv, proj, positions = layers["q"], layers["kv"], layers["proj"], layers["pos_embed"]
+        without = type(proj) is nn.Identity
+        if not (_is_pointwise(q) and _is_pointwise(kv)) or (has_hooks(proj) if without else not is_bare(proj)):
+            return None
+        of_proj = (None, None) if without else weight_and_bias(proj)
+        parts = HaloParts(*weight_and_bias(q), *weight_and_bias(kv), positions.height_rel, positions.width_rel, *of_proj)
+        alike = (parts.query_bias is None) == (parts.pair_bias is None)
+        if not (alike and stands_alone(parts.rows) and stands_alone(parts.columns)):
+            return None
+        settings = HaloSettings(grid_size, self.num_heads, self.block_size, self.halo_size, self.scale_pos_embed, self.mask_padding)
+        return (settings, parts) if takes_layer(x, settings, (self.head_dim, self.value_dim), self._dropout) else None
+
+    def _in_one_node(self, x: Tensor, layer: tuple[HaloSettings, HaloParts]) -> Tensor:
+        """`forward` of tokens with one node of autograd, whose books take longer than a GPU takes for a small map."""
+        out, drop = halo_layer(x, *layer), self.proj_drop
+        return out if is_idle(drop) else drop(out)
 
     def _attend(self, image: Tensor, prefix: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(B, C, H, W) and (B, P, C) -> (B, dim_out, H / stride, W / stride) and (B, P, dim_out), before the output projection."""
@@ -295,11 +327,17 @@ def project_map(layer: nn.Module, image: Tensor) -> Tensor:
     On CUDA as a matrix product over the cells, which leaves the channels of a cell side by side, where the kernel reads them: a
     convolution may transpose the map on either side, each way about as long as the attention takes.
     """
-    bare = isinstance(layer, nn.Conv2d) and is_bare(layer, nn.Conv2d)
-    if image.is_cuda and bare and layer.kernel_size == (1, 1) and layer.groups == 1 and layer.padding == (0, 0):
+    if image.is_cuda and _is_pointwise(layer):
         return project_cells(layer, image)  # type: ignore[arg-type]
     result: Tensor = layer(image).movedim(1, -1)
     return result
+
+
+def _is_pointwise(layer: nn.Module | None) -> bool:
+    """Whether a layer is a matrix of weights and a bias for each cell, or for each of some cells."""
+    if not isinstance(layer, nn.Conv2d) or not is_bare(layer, nn.Conv2d):
+        return False
+    return layer.kernel_size == (1, 1) and layer.groups == 1 and layer.padding == (0, 0)
 
 
 def project_cells(layer: nn.Conv2d, image: Tensor) -> Tensor:

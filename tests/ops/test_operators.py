@@ -165,6 +165,7 @@ _LAYERS: list[tuple[str, dict[str, Any]]] = [
     ("hilo", {}),
     ("agent", {"agent_num": 4, "window_size": (4, 6)}),
     ("bra", {"n_win": 2, "topk": 2}),
+    ("halo", {"block_size": 2, "halo_size": 1}),
 ]
 
 

@@ -9,7 +9,7 @@ for each block of cells: nothing is computed twice, and there are no atomics.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,11 +29,13 @@ from attention_zoo.ops.triton._common import (
     read_lse,
     tile,
 )
+from attention_zoo.ops.triton._launch import Launch, Place, launch_all, settled
 
-__all__ = ["halo_attention_triton"]
+__all__ = ["Halo", "Scratch", "backward_launches", "forward_launch", "halo_attention_triton"]
 
 _WARPS = 4
 _KEPT_BYTES = 2**26  # of weights and gradients of logits that the backward holds at a time; a GPU is full with less
+_PROGRAMS = 512  # that share out the sums over all blocks, and fill a GPU
 
 
 @triton.jit
@@ -280,6 +282,194 @@ def _table_gradient_kernel(
     tl.store(at, total, mask=(d < D)[None, :])
 
 
+@triton.jit
+def _table_total_kernel(Sums, DRows, DColumns, PARTS, D, WIN, BOTH: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr):
+    """Gradients of both tables, (2 WIN - 1, D) each, from `PARTS` sums (BOTH, D): one row of one table."""
+    number = tl.program_id(0) % (2 * WIN - 1)
+    of_columns = tl.program_id(0) // (2 * WIN - 1)
+    p, d = tl.arange(0, BP), tl.arange(0, BD)
+    acc = tl.zeros([BP, BD], tl.float32)
+    for start in range(0, PARTS, BP):
+        parts = start + p
+        at = Sums + (parts.to(tl.int64) * BOTH + of_columns * (BOTH // 2) + number)[:, None] * D + d[None, :]
+        acc += tl.load(at, mask=(parts < PARTS)[:, None] & (d < D)[None, :], other=0.0)
+    total = tl.sum(acc, 0)
+    tl.store(DRows + number * D + d, total.to(DRows.dtype.element_ty), mask=(d < D) & (of_columns == 0))
+    tl.store(DColumns + number * D + d, total.to(DColumns.dtype.element_ty), mask=(d < D) & (of_columns == 1))
+
+
+class Halo(NamedTuple):
+    """What the launches of a call depend on besides where its tensors are.
+
+    Attributes:
+        batch, heads, height, width: of the keys' map.
+        channels, value_channels: of a head.
+        block, halo, stride, scale, scale_positions, masked: of the call; both scales are factors.
+        positions: whether there are tables.
+        bytes: of a number.
+        precision: of products.
+    """
+
+    batch: int
+    heads: int
+    height: int
+    width: int
+    channels: int
+    value_channels: int
+    block: int
+    halo: int
+    stride: int
+    scale: float
+    scale_positions: float
+    masked: bool
+    positions: bool
+    bytes: int
+    precision: str
+
+    @property
+    def rows(self) -> int:
+        """Heads of all samples."""
+        return self.batch * self.heads
+
+    @property
+    def side(self) -> int:
+        """Of the queries of a block."""
+        return self.block // self.stride
+
+    @property
+    def window(self) -> int:
+        return self.block + 2 * self.halo
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        return ceil_div(self.height, self.block), ceil_div(self.width, self.block)
+
+    @property
+    def distances(self) -> int:
+        """A row of a table, filled up to a tile."""
+        return tile(2 * self.window - 1, 512)
+
+    def queries(self) -> tuple[int, int, int]:
+        """H_q and W_q, and the tiles of a block's queries."""
+        cells = self.side * self.side
+        return ceil_div(self.height, self.stride), ceil_div(self.width, self.stride), ceil_div(cells, tile(cells))
+
+    def constants(self) -> dict[str, Any]:
+        """What all kernels take that multiply queries, keys and values."""
+        channels = {"BD": tile(self.channels, 256), "BDV": tile(self.value_channels, 256)}
+        return {"PRECISION": self.precision, "BM": tile(self.side * self.side), **channels, "num_warps": _WARPS}
+
+    def of_windows(self) -> dict[str, Any]:
+        """Besides, of kernels that walk along windows."""
+        tiles = {"BN": tile(self.window * self.window), "BW": tile(self.window, 256), "BT": self.distances}
+        return {"POSITIONS": self.positions, "MASKED": self.masked, **self.constants(), **tiles}
+
+
+class Scratch(NamedTuple):
+    """How many numbers a backward works in: gradients by distance and kept weights, in the queries' dtype, and float32 sums."""
+
+    distances: int
+    kept: int
+    sums: int
+
+
+def forward_launch(call: Halo, q: Place, k: Place, v: Place, tables: tuple[Place, Place], out: Place, lse: Place) -> Launch:
+    """Attention into `out` and `lse`; strides are those of (B, heads, H, W), channels side by side. Places of no tables are any."""
+    (down, across), (height, width, tiles) = call.blocks, call.queries()
+    strides = (s for place in (q, k, v, out) for s in place.strides)
+    numbers = (
+        call.scale * LOG2E, call.scale_positions * LOG2E, *strides,
+        call.heads, call.height, call.width, height, width, across, call.side, call.block, call.halo, call.window,
+        call.channels, call.value_channels, tiles,
+    )  # fmt: skip
+    return Launch(_forward_kernel, (down * across * tiles, call.rows), (q, k, v, *tables, out, lse), numbers, call.of_windows())
+
+
+def backward_launches(
+    call: Halo, q: Place, k: Place, v: Place, tables: tuple[Place, Place], out: Place, lse: Place, grad: Place, d_lse: Place | None,
+    dq: Place, dk: Place, dv: Place, scratch: tuple[Place, Place, Place], d_tables: tuple[Place, Place] | None,
+) -> tuple[list[Launch], Scratch]:  # fmt: skip
+    """Gradients into `dq`, `dk`, `dv` and, if wanted, those of the tables; strides as in `forward_launch`.
+
+    `scratch`: three tensors, of as many numbers as the second result says. `d_lse`: the gradient of the log-normaliser of base 2,
+    times log2 e.
+    """
+    (down, across), (height, width, tiles) = call.blocks, call.queries()
+    blocks, per_head = down * across, down * across * (call.window * call.side) ** 2
+    most = max(1, _KEPT_BYTES // (2 * per_head * call.bytes))
+    step = max(1, ceil_div(call.rows, ceil_div(call.rows, most)))  # heads at a time, about as many each time
+    by_distance, (kept, first, _), sums = scratch
+    p, dz = Place(kept, first), Place(kept, first + step * per_head)
+    scales, constants, sizes = (
+        (call.scale * LOG2E, call.scale_positions * LOG2E),
+        call.constants(),
+        (call.block, call.halo, call.window),
+    )
+    of_queries = [s for place in (q, k, v, out, grad, dq) for s in place.strides]
+    of_keys = [s for place in (q, grad, dk, dv) for s in place.strides]
+    cells, bn = call.block * call.block, tile(call.block * call.block)
+    launches = []
+    for head in range(0, call.rows, step):
+        some, channels = min(step, call.rows - head), (call.channels, call.value_channels)
+        numbers: tuple[float, ...] = (
+            *scales, head, *of_queries, call.heads, call.height, call.width, height, width, blocks, across, call.side, *sizes,
+            *channels, tiles,
+        )  # fmt: skip
+        places = q, k, v, *tables, out, lse, grad, d_lse or lse, dq, by_distance, p, dz
+        given = call.of_windows() | {"HAS_DLSE": d_lse is not None}
+        launches.append(Launch(_query_gradient_kernel, (blocks * tiles, some), places, numbers, given))
+        numbers = (
+            scales[0], head, *of_keys, call.heads, call.height, call.width, height, width, down, across, call.side, *sizes,
+            ceil_div(call.halo, call.block), *channels, ceil_div(cells, bn),
+        )  # fmt: skip
+        grid = blocks * ceil_div(cells, bn), some
+        launches.append(Launch(_key_gradient_kernel, grid, (q, grad, p, dz, dk, dv), numbers, constants | {"BN": bn}))
+    if not call.positions:
+        return launches, Scratch(1, 2 * step * per_head, 1)
+    both, numbers_of_sums = 2 * call.distances, 1
+    if d_tables is not None:
+        share = ceil_div(blocks * tiles, max(1, _PROGRAMS // call.rows))
+        shares = ceil_div(blocks * tiles, share)
+        numbers = (*q.strides, call.heads, height, width, blocks, across, call.side, call.channels, tiles, share)
+        given = {name: constants[name] for name in ("PRECISION", "BM", "BD", "num_warps")} | {"BOTH": both}
+        launches.append(Launch(_table_gradient_kernel, (shares, call.rows), (q, by_distance, sums), numbers, given))
+        numbers, bd = (shares * call.rows, call.channels, call.window), constants["BD"]
+        given = {"BOTH": both, "BP": max(16, 4096 // bd), "BD": bd, "num_warps": _WARPS}
+        launches.append(Launch(_table_total_kernel, (2 * (2 * call.window - 1),), (sums, *d_tables), numbers, given))
+        numbers_of_sums = shares * call.rows * both * call.channels
+    return launches, Scratch(call.rows * blocks * call.side**2 * both, 2 * step * per_head, numbers_of_sums)
+
+
+# Of tensors that stand alone, by their strides; `key` is their dtype, the tables', and the device.
+
+
+@settled
+def _forward_of(call: Halo, strides: tuple[tuple[int, ...], ...], *key: torch.dtype | torch.device | None) -> Launch:
+    q, k, v, out = (Place(number, 0, of[:4]) for number, of in enumerate(strides))
+    return forward_launch(call, q, k, v, (Place(4), Place(5)), out, Place(6))
+
+
+@settled
+def _backward_of(
+    call: Halo, strides: tuple[tuple[int, ...], ...], has_d_lse: bool, *key: torch.dtype | torch.device | None
+) -> tuple[list[Launch], Scratch]:
+    """Of q, k, v, outputs, gradients, of q, k, v, tables, log-normalisers, their gradients, scratch, gradients of both tables."""
+    q, k, v, out, grad, dq, dk, dv = (Place(number, 0, of[:4]) for number, of in enumerate(strides))
+    d_tables, d_lse = (Place(14), Place(14, (2 * call.window - 1) * call.channels)), Place(11) if has_d_lse else None
+    scratch = Place(12), Place(13), Place(15)
+    return backward_launches(call, q, k, v, (Place(8), Place(9)), out, Place(10), grad, d_lse, dq, dk, dv, scratch, d_tables)
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None,
+    block: int, halo: int, stride: int, scale: float, scale_positions: float, masked: bool,
+) -> Halo:  # fmt: skip
+    settings = block, halo, stride, scale, scale_positions, masked
+    batch, heads, height, width, dim = k.shape
+    sizes = batch, heads, height, width, dim, v.shape[4]
+    return Halo(*sizes, *settings, rows is not None, q.element_size(), precision(q))
+
+
 def _empty(like: Tensor, channels: int) -> Tensor:
     """(B, heads, H, W, channels), laid out with heads next to channels as projections read them."""
     batch, heads, height, width = like.shape[:4]
@@ -292,22 +482,12 @@ def _halo_forward(
     block: int, halo: int, stride: int, scale: float, scale_positions: float, masked: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
-    (batch, heads, qh, qw, dim), (height, width), dim_v = q.shape, k.shape[2:4], v.shape[-1]
-    out, lse = _empty(q, dim_v), q.new_empty((batch, heads, qh, qw), dtype=torch.float32)
-    if not out.numel():
-        return out, lse
-    side, win = block // stride, block + 2 * halo
-    blocks_y, blocks_x = ceil_div(height, block), ceil_div(width, block)
-    bm = tile(side * side)
-    tiles = ceil_div(side * side, bm)
-    _forward_kernel[(blocks_y * blocks_x * tiles, batch * heads)](
-        q, k, v, q if rows is None else rows, q if columns is None else columns, out, lse, scale * LOG2E, scale_positions * LOG2E,
-        *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *out.stride()[:4],
-        heads, height, width, qh, qw, blocks_x, side, block, halo, win, dim, dim_v, tiles,
-        POSITIONS=rows is not None, MASKED=masked, PRECISION=precision(q),
-        BM=bm, BN=tile(win * win), BW=tile(win, 256), BT=tile(2 * win - 1, 512), BD=tile(dim, 256), BDV=tile(dim_v, 256),
-        num_warps=_WARPS,
-    )  # fmt: skip
+    out, lse = _empty(q, v.shape[-1]), q.new_empty(q.shape[:4], dtype=torch.float32)
+    if out.numel():
+        call = _call(q, k, v, rows, block, halo, stride, scale, scale_positions, masked)
+        tables = q if rows is None else rows, q if columns is None else columns
+        strides = tuple(t.stride() for t in (q, k, v, out))
+        _forward_of(call, strides, q.dtype, tables[0].dtype, tables[1].dtype, q.device)(q, k, v, out, *tables, lse)
     return out, lse
 
 
@@ -326,40 +506,20 @@ def _halo_backward(
     block: int, halo: int, stride: int, scale: float, scale_positions: float, masked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, grad = last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(grad)
-    (batch, heads, qh, qw, dim), (height, width), dim_v = q.shape, k.shape[2:4], v.shape[-1]
-    side, win = block // stride, block + 2 * halo
-    blocks_y, blocks_x = ceil_div(height, block), ceil_div(width, block)
-    dq, dk, dv = _empty(q, dim), _empty(k, dim), _empty(v, dim_v)
-    positions, blocks, bw, bt = rows is not None, blocks_y * blocks_x, tile(win, 256), tile(2 * win - 1, 512)
-    distances = q.new_empty((batch, heads, blocks, side * side, 2, bt) if positions else (1,))
+    dq, dk, dv = _empty(q, q.shape[-1]), _empty(k, k.shape[-1]), _empty(v, v.shape[-1])
+    shape = (2, 2 * (block + 2 * halo) - 1, q.shape[-1]) if rows is not None else (1,)
     if not q.numel():
-        return dq, dk, dv, q.new_zeros((2, 2 * win - 1, dim) if positions else (1,), dtype=torch.float32)
-    bm, bn = tile(side * side), tile(block * block)
-    per_head = blocks * win * win * side * side
-    step = max(1, min(batch * heads, _KEPT_BYTES // (2 * per_head * q.element_size())))
-    p, dz = (q.new_empty(step * per_head) for _ in range(2))
+        return dq, dk, dv, q.new_zeros(shape, dtype=torch.float32)
+    call = _call(q, k, v, rows, block, halo, stride, scale, scale_positions, masked)
+    tables = q if rows is None else rows, q if columns is None else columns
+    d_tables = q.new_empty(shape, dtype=torch.float32)
     d_lse = lse if grad_lse is None else (grad_lse * LOG2E).contiguous()
-    common = {"PRECISION": precision(q), "BM": bm, "BD": tile(dim, 256), "BDV": tile(dim_v, 256), "num_warps": _WARPS}
-    for first in range(0, batch * heads, step):
-        some = min(step, batch * heads - first)
-        tiles = ceil_div(side * side, bm)
-        _query_gradient_kernel[(blocks * tiles, some)](
-            q, k, v, q if rows is None else rows, q if columns is None else columns, out, lse, grad, d_lse, dq, distances, p, dz,
-            scale * LOG2E, scale_positions * LOG2E, first,
-            *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *out.stride()[:4], *grad.stride()[:4], *dq.stride()[:4],
-            heads, height, width, qh, qw, blocks, blocks_x, side, block, halo, win, dim, dim_v, tiles,
-            POSITIONS=positions, MASKED=masked, HAS_DLSE=grad_lse is not None, BN=tile(win * win), BW=bw, BT=bt, **common,
-        )  # fmt: skip
-        tiles = ceil_div(block * block, bn)
-        _key_gradient_kernel[(blocks * tiles, some)](
-            q, grad, p, dz, dk, dv, scale * LOG2E, first,
-            *q.stride()[:4], *grad.stride()[:4], *dk.stride()[:4], *dv.stride()[:4],
-            heads, height, width, qh, qw, blocks_y, blocks_x, side, block, halo, win, ceil_div(halo, block),
-            dim, dim_v, tiles, BN=bn, **common,
-        )  # fmt: skip
-    if not positions:
-        return dq, dk, dv, distances
-    return dq, dk, dv, _table_gradients(q, distances, side, win)
+    given = q, k, v, out, grad, dq, dk, dv
+    strides, dtypes = tuple(t.stride() for t in given), (q.dtype, tables[0].dtype, tables[1].dtype)
+    launches, scratch = _backward_of(call, strides, grad_lse is not None, *dtypes, q.device)
+    distances, kept, sums = q.new_empty(scratch.distances), q.new_empty(scratch.kept), d_tables.new_empty(scratch.sums)
+    launch_all(launches, (*given, *tables, lse, d_lse, distances, kept, d_tables, sums))
+    return dq, dk, dv, d_tables
 
 
 @_halo_backward.register_fake
@@ -383,21 +543,6 @@ def _backward(ctx: Any, grad: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...
     dq, dk, dv, tables = _halo_backward(q, k, v, rows, columns, out, lse, grad, grad_lse, *ctx.settings)
     of_tables = (None, None) if rows is None else (tables[0].to(rows.dtype), tables[1].to(columns.dtype))
     return dq, dk, dv, *of_tables, *(None,) * 6
-
-
-def _table_gradients(q: Tensor, distances: Tensor, side: int, win: int) -> Tensor:
-    """Gradients of both tables, (2, 2 win - 1, D) float32, from those by distance, (B, heads, blocks, side^2, 2, BT)."""
-    batch, heads, blocks, _, _, bt = distances.shape
-    dim, bm = q.shape[-1], tile(side * side)
-    tiles = ceil_div(side * side, bm)
-    share = max(1, min(32, batch * heads * blocks * tiles // 2048))
-    shares = ceil_div(blocks * tiles, share)
-    sums = torch.empty((shares, batch * heads, 2, bt, dim), dtype=torch.float32, device=q.device)
-    _table_gradient_kernel[(shares, batch * heads)](
-        q, distances, sums, *q.stride()[:4], heads, *q.shape[2:4], blocks, ceil_div(q.shape[3], side), side, dim, tiles, share,
-        PRECISION=precision(q), BM=bm, BOTH=2 * bt, BD=tile(dim, 256), num_warps=_WARPS,
-    )  # fmt: skip
-    return sums.sum((0, 1))[:, : 2 * win - 1].contiguous()
 
 
 _halo_forward.register_autograd(_backward, setup_context=_setup)
