@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 else:
     sums = Lazy("attention_zoo.ops.triton.column_sums")
 
-__all__ = ["Parts", "apply_node", "as_rows", "linear_gradients", "weight_and_bias"]
+__all__ = ["Parts", "apply_node", "as_rows", "bias_gradients", "linear_gradients", "weight_and_bias"]
 
 
 def weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
@@ -87,3 +87,10 @@ def linear_gradients(
     dx = torch.mm(flat, weight).view_as(x) if wants_x else None
     d_weight = torch.mm(flat.t(), as_rows(x)) if wants_weight else None
     return dx, d_weight, sums.column_sums.unseen()(flat) if wants_bias else None
+
+
+def bias_gradients(*grads: Tensor | None) -> list[Tensor | None]:
+    """Of biases, from gradients (..., C) of what they were added to, up to three of them; None where it is not wanted."""
+    wanted = [as_rows(grad) for grad in grads if grad is not None]
+    found = iter(sums.joint_column_sums(wanted) if wanted else ())
+    return [None if grad is None else next(found) for grad in grads]

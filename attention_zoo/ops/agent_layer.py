@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from attention_zoo.ops._kernels import Lazy, use_kernel
-from attention_zoo.ops._one_node import Parts, apply_node, linear_gradients
+from attention_zoo.ops._one_node import Parts, apply_node, bias_gradients, linear_gradients
 from attention_zoo.ops.agent import Grid, too_large_tables, too_many_agents
 
 if TYPE_CHECKING:
@@ -89,12 +89,13 @@ class _Layer(torch.autograd.Function):
         x, qkv, *found, qkv_weight, proj, kernel = ctx.saved_tensors
         attended = kernels.Attended(*found)
         needs_x, _, *needs = ctx.needs_input_grad
-        dout, d_proj, d_proj_bias = linear_gradients(grad, attended.out, proj, True, *needs[2:4])
+        dout, d_proj, _ = linear_gradients(grad, attended.out, proj, True, needs[2], False)
         wants = any(needs[6:9]), any(needs[9:12])
         dqkv, d_tables = kernels.attend_backward(qkv, ctx.call, attended, dout, wants)
         d_kernel, d_kernel_bias = None, None
         if kernel is not None:
             first = qkv.shape[2] // 3 * 2
             d_kernel, d_kernel_bias = depthwise.add_gradients(qkv, dqkv, first, ctx.call.grid, kernel, dout, needs[4] or needs[5])
-        dx, d_qkv, d_qkv_bias = linear_gradients(dqkv, x, qkv_weight, needs_x, *needs[:2])
+        dx, d_qkv, _ = linear_gradients(dqkv, x, qkv_weight, needs_x, needs[0], False)
+        d_proj_bias, d_qkv_bias = bias_gradients(grad if needs[3] else None, dqkv if needs[1] else None)
         return dx, None, d_qkv, d_qkv_bias, d_proj, d_proj_bias, d_kernel, d_kernel_bias, *d_tables

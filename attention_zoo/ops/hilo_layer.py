@@ -14,13 +14,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from attention_zoo.ops._kernels import Lazy
-from attention_zoo.ops._one_node import apply_node, as_rows, linear_gradients
+from attention_zoo.ops._one_node import apply_node, as_rows, bias_gradients, linear_gradients
 
 if TYPE_CHECKING:
-    from attention_zoo.ops.triton import column_sums as sums
     from attention_zoo.ops.triton import hilo as kernels
 else:
-    sums, kernels = Lazy("attention_zoo.ops.triton.column_sums"), Lazy("attention_zoo.ops.triton.hilo")
+    kernels = Lazy("attention_zoo.ops.triton.hilo")
 
 __all__ = ["HiloSettings", "hilo_layer"]
 
@@ -81,31 +80,33 @@ class _Layer(torch.autograd.Function):
         (height, width), side, heads, scale, masked = ctx.settings
         needs = ctx.needs_input_grad
         of_in, of_out = needs[2:8], needs[8:]
-        dout, of_out_parameters = _back_through_output(as_rows(grad), as_rows(out), out_weights, of_out)
+        dout, of_out_weights = _back_through_output(as_rows(grad), as_rows(out), out_weights, of_out)
         call = height, width, side, *heads, scale, masked
         dqkv, dkv = kernels.backward_operator.unseen()(qkv, kv, out, lse, dout.view_as(out), *call)
-        dx, dw, db = linear_gradients(dqkv, x, weight, needs[0], of_in[0] or of_in[1], of_in[3] or of_in[4])
-        dmeans, dw_kv, db_kv = linear_gradients(dkv, means, w_kv, needs[0], of_in[2], of_in[5])
+        dx, dw, _ = linear_gradients(dqkv, x, weight, needs[0], of_in[0] or of_in[1], False)
+        dmeans, dw_kv, _ = linear_gradients(dkv, means, w_kv, needs[0], of_in[2], False)
+        wanted = any(of_out[len(out_weights) :]), of_in[3] or of_in[4], of_in[5]
+        of_biases = (t if needed else None for t, needed in zip((grad, dqkv, dkv), wanted, strict=True))
+        d_out_bias, db, db_kv = bias_gradients(*of_biases)
         if dx is not None:
             kernels.add_means_backward_operator.unseen()(dmeans, dx, height, width, side, masked)
         rows = weight.shape[0] - w_kv.shape[0] // 2, w_kv.shape[0] // 2
         pairs = [(None, None) if t is None else t.split_with_sizes(rows) for t in (dw, db)]
-        return dx, None, *pairs[0], dw_kv, *pairs[1], db_kv, *of_out_parameters
+        of_out_biases = (d_out_bias,) * len(out_weights)
+        if d_out_bias is not None and len(out_weights) > 1:
+            of_out_biases = d_out_bias.split_with_sizes([t.shape[0] for t in out_weights])
+        return dx, None, *pairs[0], dw_kv, *pairs[1], db_kv, *of_out_weights, *of_out_biases
 
 
 def _back_through_output(
     grad: Tensor, out: Tensor, weights: list[Tensor], needs: tuple[bool, ...]
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Gradients (B N, ...) of what the branches computed, and of the output's weights and biases, branch by branch."""
-    branches, rows = len(weights), [weight.shape[0] for weight in weights]
-    of_biases: tuple[Tensor | None, ...] = (None,) * branches
-    if any(needs[branches:]):
-        of_biases = sums.column_sums.unseen()(grad).split_with_sizes(rows)
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients (B N, ...) of what the branches computed, and of the output's weights, branch by branch."""
+    rows, columns = [weight.shape[0] for weight in weights], [weight.shape[1] for weight in weights]
     dout = torch.empty_like(out)
-    columns = [weight.shape[1] for weight in weights]
     of_weights: list[Tensor | None] = []
     parts = grad.split_with_sizes(rows, 1), out.split_with_sizes(columns, 1), dout.split_with_sizes(columns, 1)
-    for part, branch, place, weight, wanted in zip(*parts, weights, needs[:branches], strict=True):
+    for part, branch, place, weight, wanted in zip(*parts, weights, needs[: len(weights)], strict=True):
         torch.mm(part, weight, out=place)
         of_weights.append(torch.mm(part.t(), branch) if wanted else None)
-    return dout, (*of_weights, *of_biases)
+    return dout, of_weights

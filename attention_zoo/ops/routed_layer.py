@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from attention_zoo.ops._kernels import Lazy
-from attention_zoo.ops._one_node import Parts, apply_node, linear_gradients
+from attention_zoo.ops._one_node import Parts, apply_node, bias_gradients, linear_gradients
 from attention_zoo.ops.routed_map import Regions
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class _Layer(torch.autograd.Function):
         x, qkv, routes, weights, attended, lse, out, qkv_weight, proj, kernel = ctx.saved_tensors
         regions, qk_dim, heads, scale, _, _ = ctx.settings
         needs_x, _, *needs = ctx.needs_input_grad
-        dout, d_proj, d_proj_bias = linear_gradients(grad, out, proj, True, *needs[2:4])
+        dout, d_proj, _ = linear_gradients(grad, out, proj, True, needs[2], False)
         size = regions.height, regions.width
         backward = kernels.map_backward_operator.unseen()
         dqkv, _ = backward(qkv, routes, weights, attended, lse, dout, qk_dim, heads, *size, scale, False)
@@ -95,5 +95,6 @@ class _Layer(torch.autograd.Function):
         if kernel is not None:
             grid = regions.rows * size[0], regions.columns * size[1]
             d_kernel, d_kernel_bias = depthwise.add_gradients(qkv, dqkv, 2 * qk_dim, grid, kernel, dout, needs[4] or needs[5])
-        dx, d_qkv, d_qkv_bias = linear_gradients(dqkv, x, qkv_weight, needs_x, *needs[:2])
+        dx, d_qkv, _ = linear_gradients(dqkv, x, qkv_weight, needs_x, needs[0], False)
+        d_proj_bias, d_qkv_bias = bias_gradients(grad if needs[3] else None, dqkv if needs[1] else None)
         return dx, None, d_qkv, d_qkv_bias, d_proj, d_proj_bias, d_kernel, d_kernel_bias

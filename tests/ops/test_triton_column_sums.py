@@ -13,7 +13,7 @@ from kernel_case import DEVICE, FEW
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from attention_zoo.ops.triton.column_sums import column_sums
+from attention_zoo.ops.triton.column_sums import column_sums, joint_column_sums
 
 LARGER = 40 if DEVICE == "cuda" else 1  # the interpreter is slow
 
@@ -31,6 +31,13 @@ def test_column_sums(rows: int, columns: int, dtype: torch.dtype, part: bool) ->
     assert got.dtype == dtype
     last_place = max(1e-5, torch.finfo(dtype).eps)  # the interpreter cuts off where a GPU rounds
     torch.testing.assert_close(got.float(), x.float().sum(0), rtol=last_place, atol=1e-5 * max(1, rows) ** 0.5)
+
+
+@pytest.mark.parametrize("sizes", [((150, 70), (20, 16)), ((20, 1), (0, 30), (200, 140)), ((9, 0), (70, 33), (70, 33))])
+def test_several_matrices(sizes: tuple[tuple[int, int], ...]) -> None:
+    matrices = [torch.randn(size, device=DEVICE) for size in sizes]
+    for got, x in zip(joint_column_sums(matrices), matrices, strict=True):
+        torch.testing.assert_close(got, x.sum(0), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(130, 40), (0, 8)])
