@@ -31,6 +31,7 @@ from attention_zoo.attention.base import (
     check_head_split,
     check_tokens,
     is_bare,
+    is_idle,
     merge_heads,
     project_qkv,
     resolve_head_dim,
@@ -46,11 +47,15 @@ from attention_zoo.attention.conversion import (
     update_layer_options,
     whole_heads,
 )
+from attention_zoo.ops._one_node import weight_and_bias
+from attention_zoo.ops._operators import stands_alone
 from attention_zoo.ops.mixture import load_balance_loss, top_k_mask, work_softmax
+from attention_zoo.ops.mixture_layer import MixtureSettings, mixture_layer, takes_layer
 from attention_zoo.registry import PATTERNS, register_attention
 
 __all__ = ["MixtureOfHeads", "MoHAttention", "load_balance_loss", "set_routed_topk", "top_k_mask", "work_dtype"]
 
+_ROUTERS = "router", "shared_router", "balance"
 _GATES = {"linear": "soft", "query_norm": "hard"}  # the kind of gate that each router makes
 
 
@@ -101,7 +106,7 @@ class MixtureOfHeads(AuxiliaryLossModule):
 
     def _router_logits(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of routed heads, shared heads and the balance of the two, each None where the layer has no such router."""
-        layers = [getattr(self, name, None) for name in ("router", "shared_router", "balance")]
+        layers = [getattr(self, name, None) for name in _ROUTERS]
         if not x.is_cuda or any(layer is not None and not is_bare(layer) for layer in layers):
             return tuple(None if layer is None else layer(x) for layer in layers)  # type: ignore[return-value]
         weights = [layer.weight for layer in layers if layer is not None]
@@ -272,6 +277,8 @@ class MoHAttention(MixtureOfHeads):
     ) -> Tensor:
         self._forget_auxiliary_loss()
         check_tokens(x, self.dim)
+        if context is attention_mask is position_embeddings is past_key_values is None and self._is_one_node(x):
+            return self._in_one_node(x)
         q, k, v = self._project(x, context)
         gates, scores, chosen = self._route(x, q)
         heads = attend(
@@ -363,6 +370,30 @@ class MoHAttention(MixtureOfHeads):
             f"is_causal={self.is_causal}"
         )
 
+    def _settings(self) -> MixtureSettings:
+        sizes = self.num_heads, self.head_dim, self.routed_heads, self.routed_topk
+        return MixtureSettings(*sizes, self.is_causal, self._wants_statistics)
+
+    def _is_one_node(self, x: Tensor) -> bool:
+        """Whether our kernels serve the whole layer in self-attention: its layers are their weights, and nobody looks on."""
+        layers: dict[str, Any] = self._modules
+        if not (self.fused and self.router_kind == "linear" and stands_alone(x)) or ops.is_observed():
+            return False
+        if not type(layers["q_norm"]) is type(layers["k_norm"]) is nn.Identity or not is_idle(layers["proj_drop"]):
+            return False
+        if not all(is_bare(layers[name]) for name in ("qkv", "proj", *_ROUTERS) if layers.get(name) is not None):
+            return False
+        return takes_layer(x, self._settings(), self.attn_drop if self.training else 0.0)
+
+    def _in_one_node(self, x: Tensor) -> Tensor:
+        """The same with one node of autograd, whose books take longer than a GPU takes for a few thousand tokens."""
+        layers: dict[str, Any] = self._modules
+        given = *weight_and_bias(layers["qkv"]), *weight_and_bias(layers["proj"])
+        routers = tuple(None if layers.get(name) is None else layers[name].weight for name in _ROUTERS)
+        out, loss, load = mixture_layer(x, self._settings(), given, routers)
+        self.last_head_load = load if self.debug else None
+        return self._keep_auxiliary_loss(loss, out)
+
     def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, h, N, d) of x, k and v (B, h_kv, M, d) of context (of x when it is None)."""
         check_context(context, self.dim, self.context_dim)
@@ -406,7 +437,7 @@ class MoHAttention(MixtureOfHeads):
                     loaded[f"qkv.{kind}"] = torch.cat(parts)
             loaded = {name.replace("o_proj.", "proj."): tensor for name, tensor in loaded.items()}
         own = self.state_dict()
-        routers = {name for name in own if name.split(".")[0] in ("router", "shared_router", "balance")}
+        routers = {name for name in own if name.split(".")[0] in _ROUTERS}
         load_converted(self, {**{name: torch.zeros_like(own[name]) for name in routers}, **loaded})
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attention_zoo.ops.engines.base import GRID_LIMIT, HALF, compute_capability
 
-__all__ = ["WIDEST", "dense_backward", "dense_forward", "serves", "with_heads_last"]
+__all__ = ["WIDEST", "dense_backward", "dense_forward", "dense_work", "serves", "with_heads_last"]
 
 WIDEST = 128  # channels of values up to which the backward is at its best
 
@@ -40,6 +40,11 @@ def serves(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> bool:
 def _is_aligned(x: Tensor) -> bool:
     """Rows without gaps between channels, in steps of 16 bytes."""
     return x.stride(3) == 1 and all(step % 8 == 0 for step in x.stride()[:3])
+
+
+def dense_work(batch: int, heads: int, tokens: int, keys: int, dim: int, is_causal: bool) -> int:
+    """B H N M D, halved by causality: by how many numbers a call's time grows."""
+    return batch * heads * tokens * keys * dim // (2 if is_causal else 1)
 
 
 def dense_forward(q: Tensor, k: Tensor, v: Tensor, *, scale: float, is_causal: bool, keep: bool = True) -> tuple[Tensor, Tensor]:

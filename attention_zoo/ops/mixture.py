@@ -19,13 +19,26 @@ from attention_zoo.ops.attention import attention, attention_weights
 from attention_zoo.ops.dispatch import follow_autocast, wanted_backend
 from attention_zoo.ops.engines.base import HALF
 
-__all__ = ["gate_heads", "load_balance_loss", "mixture_attention", "mixture_gates", "query_norm_gates", "top_k_mask"]
+__all__ = [
+    "MOST_COMPARED",
+    "gate_heads",
+    "heads_apart",
+    "load_balance_loss",
+    "mixture_attention",
+    "mixture_gates",
+    "pays",
+    "query_norm_gates",
+    "top_k_mask",
+]
 
-_MOST_ACTIVE = 0.7  # share of the heads up to which skipping the others pays for packing: three quarters gained nothing in a layer
+# Shares of the heads up to which skipping the others pays for packing, each from so much `_cudnn.dense_work` on; below, the host
+# takes longer to launch the kernels. Of dense attention's time, forward | with backward, a layer with three quarters of its heads
+# takes 0.83 | 0.85 for 16K tokens (2**38), 0.89 | 0.96 causal, and for 4K (2**36) 0.92 | 0.89, 1.05 | 0.97 in a CUDA graph.
+_MOST_ACTIVE = 0.7, 0.76
+_LEAST_WORK = 2**35, 2**37
 _MOST_MEASURED = 128  # channels of a head
-_LEAST_WORK = 2**35  # B H N M D, halved by causality, of the dense call; below, what launches the kernels takes longer
 _LEAST_GATED = 2**22  # numbers that gates multiply; below, the kernel's launch takes the host longer than the product takes
-_MOST_COMPARED = 64  # heads that the kernels of the router compare with each other
+MOST_COMPARED = 64  # heads that the kernels of the router compare with each other
 
 
 def _weights(
@@ -121,7 +134,7 @@ def mixture_gates(
     Returns: gates (B, N, h_s + h_r), p and m.
     """
     given = tuple(t for t in (logits, shared, balance) if t is not None)
-    missing = None if logits.shape[-1] <= _MOST_COMPARED else f"more than {_MOST_COMPARED} heads to choose from"
+    missing = None if logits.shape[-1] <= MOST_COMPARED else f"more than {MOST_COMPARED} heads to choose from"
     if use_kernel(backend, given, missing=missing):
         from attention_zoo.ops.triton.mixture_gates import mixture_gates_triton
 
@@ -158,7 +171,7 @@ def query_norm_gates(
     Returns: gates (B, N, h), p (None unless it is `scored` or gradients go `through` it) and m, (B, N, h_r).
     """
     routed, scored = q[:, shared_heads:], scored or through
-    missing = None if routed.shape[1] <= _MOST_COMPARED else f"more than {_MOST_COMPARED} heads to choose from"
+    missing = None if routed.shape[1] <= MOST_COMPARED else f"more than {MOST_COMPARED} heads to choose from"
     if use_kernel(backend, (q,), missing=missing):
         from attention_zoo.ops.triton.mixture_norms import query_norm_gates_triton
 
@@ -193,8 +206,8 @@ def load_balance_loss(
     Returns: the loss, a scalar whose gradient flows through `scores`, and the load (h_r,).
     """
     missing = None if scores.dtype == torch.float32 else "scores that are not float32"
-    if scores.shape[-1] > _MOST_COMPARED:
-        missing = f"more than {_MOST_COMPARED} heads to choose from"
+    if scores.shape[-1] > MOST_COMPARED:
+        missing = f"more than {MOST_COMPARED} heads to choose from"
     if use_kernel(backend, (scores, chosen), missing=missing):
         from attention_zoo.ops.triton.mixture_balance import load_balance_triton
 
@@ -215,7 +228,7 @@ def top_k_mask(scores: Tensor, k: int, *, backend: str = "auto") -> Tensor:
     scores = scores.detach()
     if k == scores.shape[-1]:
         return torch.ones_like(scores)
-    if scores.shape[-1] <= _MOST_COMPARED and use_kernel(backend, (scores,)):
+    if scores.shape[-1] <= MOST_COMPARED and use_kernel(backend, (scores,)):
         from attention_zoo.ops.triton.mixture_gates import top_k_mask_triton
 
         return top_k_mask_triton(scores, k)
@@ -227,11 +240,16 @@ def _skips_enough(q: Tensor, k: Tensor, chosen: Tensor | None, topk: int, is_cau
     """Whether the kernels are faster than the dense engines, as measured on an H200; yes if they are asked for."""
     if wanted_backend(backend) != "auto":
         return True
-    if chosen is None or not q.is_cuda or q.dtype not in HALF or q.shape[-1] > _MOST_MEASURED:
+    return chosen is not None and q.is_cuda and pays(q.shape, q.dtype, k.shape[2], chosen.shape[-1], topk, is_causal)
+
+
+def pays(shape: tuple[int, ...], dtype: torch.dtype, keys: int, routed: int, topk: int, is_causal: bool) -> bool:
+    """Whether enough is skipped of a call with queries (B, H, N, D), of whose last `routed` heads a token chooses `topk`."""
+    batch, heads, tokens, dim = shape
+    if dtype not in HALF or dim > _MOST_MEASURED:
         return False
-    batch, heads, tokens, dim = q.shape
-    work = batch * heads * tokens * k.shape[2] * dim // (2 if is_causal else 1)
-    return heads - chosen.shape[-1] + topk <= _MOST_ACTIVE * heads and bool(work >= _LEAST_WORK)
+    work, active = _cudnn.dense_work(batch, heads, tokens, keys, dim, is_causal), (heads - routed + topk) / heads
+    return any(active <= most and work >= least for most, least in zip(_MOST_ACTIVE, _LEAST_WORK, strict=True))
 
 
 def _run_kernel(
@@ -248,12 +266,17 @@ def _run_kernel(
         )
     if chosen is None:
         chosen = gates.new_empty((q.shape[0], q.shape[2], 0))
-    group = q.shape[1] // max(1, k.shape[1])
-    whole = min((q.shape[1] - chosen.shape[-1]) // max(1, group), k.shape[1] - 1)
-    in_library = q.shape[-1] == v.shape[-1] and _cudnn.serves(q, k, v, is_causal)
-    apart = group * max(0, whole) if in_library else 0
+    apart = heads_apart(q, k, v, chosen.shape[-1], is_causal)
     with no_autocast(q):
         return mixture_attention_triton(q, k, v, gates, chosen, topk=topk, apart=apart, scale=scale, is_causal=is_causal)
+
+
+def heads_apart(q: Tensor, k: Tensor, v: Tensor, routed: int, is_causal: bool) -> int:
+    """How many heads of those that every token uses are left to cuDNN: whole groups, and not all that there are."""
+    group = q.shape[1] // max(1, k.shape[1])
+    whole = min((q.shape[1] - routed) // max(1, group), k.shape[1] - 1)
+    in_library = whole > 0 and q.shape[-1] == v.shape[-1] and _cudnn.serves(q, k, v, is_causal)
+    return group * whole if in_library else 0
 
 
 def _check(q: Tensor, gates: Tensor, chosen: Tensor | None, topk: int) -> None:

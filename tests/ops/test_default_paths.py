@@ -66,7 +66,7 @@ def layer_calls(name: str, device: str, side: int, dim: int, batch: int = 1) -> 
 @pytest.fixture(autouse=True)
 def _small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mixtures of heads leave calls as small as these to the dense engines."""
-    monkeypatch.setattr("attention_zoo.ops.mixture._LEAST_WORK", 0)
+    monkeypatch.setattr("attention_zoo.ops.mixture._LEAST_WORK", (0, 0))
 
 
 @pytest.mark.gpu

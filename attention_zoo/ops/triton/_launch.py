@@ -6,15 +6,18 @@ the GPU. So a settled launch goes to the compiled kernel by itself, with address
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Launch", "Place", "launch_all", "settled"]
+__all__ = ["Launch", "Place", "Tiled", "launch_all", "settled"]
 
 _ALIGNED = 15  # bits of an address that Triton's kernels are compiled for: those of which all are 0, and others
 
@@ -30,26 +33,45 @@ class Place(NamedTuple):
     strides: tuple[int, ...] = ()
 
 
+class Tiled(NamedTuple):
+    """Where a kernel finds a tensor that it reads in tiles, by the copy engine: a `Place` that a descriptor describes.
+
+    Its start and its steps but the last one, which is 1, are multiples of 16 bytes.
+    """
+
+    tensor: int
+    offset: int
+    strides: tuple[int, ...]
+    shape: tuple[int, ...]
+    block: tuple[int, ...]
+
+
 class Launch:
     """A kernel with its grid, numbers and constants, to be called with tensors that always have the same dtypes and device.
 
     The first call goes by way of Triton, which compiles; so does every one with tensors that do not begin at 16 bytes.
 
     Args:
-        kernel: whose arguments are pointers, then numbers, then constants.
+        kernel: whose arguments are pointers and descriptors, then numbers, then constants.
         grid: of up to three numbers.
-        places: of the pointers, among the tensors of a call.
+        places: of the pointers and descriptors, among the tensors of a call.
         numbers: in the kernel's order.
         constants: by name, with warps and stages.
     """
 
-    __slots__ = ("_constants", "_grid", "_kernel", "_numbers", "_places", "_run", "_starts", "_values")
+    __slots__ = ("_constants", "_grid", "_kernel", "_numbers", "_places", "_run", "_starts", "_tiled", "_values")
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], places: Sequence[Place], numbers: Sequence[float], constants: Mapping[str, Any]
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        places: Sequence[Place | Tiled],
+        numbers: Sequence[float],
+        constants: Mapping[str, Any],
     ) -> None:
         self._kernel, self._grid, self._numbers, self._constants = kernel, grid, tuple(numbers), dict(constants)
         self._places = tuple(place[:2] for place in places)
+        self._tiled = tuple((number, place) for number, place in enumerate(places) if isinstance(place, Tiled))
         self._run: Any = None
         self._starts: tuple[tuple[int, int], ...] = ()  # places, their offsets in bytes
         self._values: tuple[Any, ...] = ()  # of what follows the pointers
@@ -58,30 +80,58 @@ class Launch:
         launch_all((self,), tensors)
 
     def _launch(self, tensors: Sequence[Tensor], aligned: bool) -> None:
-        compiled = self._kernel[self._grid](
-            *(_behind(tensors[number], offset) for number, offset in self._places), *self._numbers, **self._constants
-        )
+        found: list[Any] = [_behind(tensors[number], offset) for number, offset in self._places]
+        for number, tiled in self._tiled:
+            found[number] = TensorDescriptor(found[number], list(tiled.shape), list(tiled.strides), list(tiled.block))
+        compiled = self._kernel[self._grid](*found, *self._numbers, **self._constants)
         if aligned and isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
             self._starts = tuple((number, offset * tensors[number].element_size()) for number, offset in self._places)
             names = self._kernel.arg_names[len(self._places) + len(self._numbers) :]
             self._values = *self._numbers, *(self._constants[name] for name in names)
-            self._run = compiled[(*self._grid, 1, 1)[:3]]
+            run = compiled[(*self._grid, 1, 1)[:3]]
+            self._run = functools.partial(_run_described, run, self._tiled) if self._tiled else run
 
 
-def launch_all(launches: Iterable[Launch], tensors: Sequence[Tensor]) -> None:
-    """One after the other with the same tensors."""
+class _Described:
+    """What Triton's launcher reads of a descriptor: it fills in the map for the copy engine at each launch."""
+
+    __slots__ = ("_start", "shape", "strides")
+    padding, round_f32_to_tf32 = "zero", False
+
+    def __init__(self, start: int, tiled: Tiled) -> None:
+        self._start, self.shape, self.strides = start, tiled.shape, tiled.strides
+
+    @property
+    def base(self) -> _Described:
+        return self
+
+    def data_ptr(self) -> int:
+        return self._start
+
+
+def _run_described(run: Any, descriptors: tuple[tuple[int, Tiled], ...], *values: Any, stream: int) -> None:
+    """A compiled kernel, some of whose addresses become descriptors."""
+    given = list(values)
+    for number, tiled in descriptors:
+        given[number] = _Described(given[number], tiled)
+    run(*given, stream=stream)
+
+
+def launch_all(launches: Iterable[Launch], tensors: Sequence[Tensor], beside: torch.cuda.Stream | None = None) -> None:
+    """One after the other with the same tensors, on the current stream or on `beside`."""
     bits, starts = 0, []
     for tensor in tensors:
         start = tensor.data_ptr()
         bits |= start
         starts.append(start)
-    aligned, stream = not bits & _ALIGNED, None
+    aligned, stream = not bits & _ALIGNED, None if beside is None else beside.cuda_stream
     for launch in launches:
         if aligned and launch._run is not None:
             stream = _current_stream() if stream is None else stream
             launch._run(*[starts[tensor] + offset for tensor, offset in launch._starts], *launch._values, stream=stream)
         else:
-            launch._launch(tensors, aligned)
+            with contextlib.nullcontext() if beside is None else torch.cuda.stream(beside):
+                launch._launch(tensors, aligned)
 
 
 def _current_stream() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,29 +13,44 @@ from torch import Tensor
 __all__ = ["two_streams"]
 
 
+class _Pair(NamedTuple):
+    """A stream, the one beside it, and the events by which each waits for the other: to make them takes the host longer."""
+
+    caller: torch.cuda.Stream
+    other: torch.cuda.Stream
+    begins: torch.cuda.Event
+    ends: torch.cuda.Event
+
+
 @contextlib.contextmanager
-def two_streams(x: Tensor, wanted: bool = True) -> Iterator[contextlib.AbstractContextManager[object]]:
-    """A context that gives another one: what is launched inside that runs beside what is launched in this one outside it.
+def two_streams(x: Tensor, wanted: bool = True) -> Iterator[torch.cuda.Stream | None]:
+    """A context that gives another stream: what is launched there runs beside what is launched on the caller's meanwhile.
 
     Both begin after what the caller's stream has to do; from the end of this context on the caller's stream waits for both. A CUDA
-    graph records the two branches. The device is that of `x`, the current one; on a CPU, or if it is not `wanted`, nothing happens.
+    graph records the two branches. The device is that of `x`, the current one; on a CPU, or if it is not `wanted`, it gives None.
 
-    Nothing may be allocated in the inner context, and what it reads and writes must live until the end of the outer one: memory
+    Nothing may be allocated for the other stream, and what it reads and writes must live until the end of the context: memory
     belongs to the caller's stream, which alone knows when it may be used again.
     """
     if not (wanted and x.is_cuda):
-        yield contextlib.nullcontext()
+        yield None
         return
-    caller = torch.cuda.current_stream(x.device)
-    other = _beside(caller.device_index, caller.cuda_stream)
-    other.wait_stream(caller)
+    device = x.get_device()
+    caller, other, begins, ends = _beside(device, torch._C._cuda_getCurrentRawStream(device))
+    begins.record(caller)
+    other.wait_event(begins)
     try:
-        yield torch.cuda.stream(other)
+        yield other
     finally:
-        caller.wait_stream(other)
+        ends.record(other)
+        caller.wait_event(ends)
 
 
 @functools.lru_cache(maxsize=64)
-def _beside(device: int, caller: int) -> torch.cuda.Stream:
-    """The stream beside the one with the handle `caller`: one for each, since another thread may be recording a graph."""
-    return torch.cuda.Stream(device)
+def _beside(device: int, handle: int) -> _Pair:
+    """The stream `handle`, the current one, and its own companion: another thread, with another stream, may be recording a graph.
+
+    An event may be recorded again while others wait for what it stood for.
+    """
+    streams = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    return _Pair(*streams, torch.cuda.Event(), torch.cuda.Event())

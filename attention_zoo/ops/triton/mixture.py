@@ -8,21 +8,24 @@ none of it: cuDNN computes them, where it serves them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attention_zoo.ops import _cudnn
 from attention_zoo.ops._operators import operator
 from attention_zoo.ops._split import lie_in_one
 from attention_zoo.ops.triton._common import LOG2E, ceil_div, last_contiguous, per_logit, precision, read_lse, tile
+from attention_zoo.ops.triton._launch import Launch, Place, Tiled, launch_all, settled
 from attention_zoo.ops.triton._streams import two_streams
 
-__all__ = ["gate_heads_triton", "mixture_attention_triton"]
+__all__ = ["Attended", "Call", "attend", "attend_backward", "gate_heads_triton", "mixture_attention_triton"]
+
+_LEAST_BESIDE = 2**35  # of `_cudnn.dense_work`; below, the host takes longer for two streams than the GPU gains by them
 
 
 @triton.jit
@@ -79,6 +82,7 @@ def _list_kernel(
     s = tl.program_id(0)
     b, hk = (s // HEADS).to(tl.int64), s % HEADS
     each = tl.arange(0, BS)
+    Tiles = Tiles.to(tl.pointer_type(tl.int64), bitcast=True)
     counts = tl.load(Counts + each, mask=each < SEQUENCES, other=0)
     begin = tl.minimum(tl.sum(tl.where(each < s, counts, 0), 0), ROWS)
     count = tl.minimum(tl.sum(tl.where(each == s, counts, 0), 0), ROWS - begin)
@@ -265,7 +269,7 @@ def _forward_kernel(
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
-    entry = tl.load(Tiles + tl.program_id(0))
+    entry = tl.load(Tiles.to(tl.pointer_type(tl.int64), bitcast=True) + tl.program_id(0))
     if entry >= 0:
         s, row0 = (entry >> 32).to(tl.int32), (entry & 0xFFFFFFFF).to(tl.int32)
         b, hk, end = s // HEADS, s % HEADS, tl.load(Starts + s + 1)
@@ -324,7 +328,7 @@ def _query_gradient_kernel(
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
-    entry = tl.load(Tiles + tl.program_id(0))
+    entry = tl.load(Tiles.to(tl.pointer_type(tl.int64), bitcast=True) + tl.program_id(0))
     if entry >= 0:
         s, row0 = (entry >> 32).to(tl.int32), (entry & 0xFFFFFFFF).to(tl.int32)
         b, hk, end = s // HEADS, s % HEADS, tl.load(Starts + s + 1)
@@ -437,13 +441,24 @@ def settings(kernel: str, dim: int, dtype: torch.dtype) -> Settings:
     return Settings(64, 64, 4, 2) if dim > 64 else Settings(128, 64, 4, 2, early=False)
 
 
-class _Plan(NamedTuple):
-    """Which row is which pair, see `_list_kernel`."""
+class _Sections(NamedTuple):
+    """Where the tables of `_list_kernel` begin in one tensor of int32, and how many numbers that has; entries of tiles have two."""
 
-    slots: Tensor
-    origins: Tensor
-    starts: Tensor
-    tiles: Tensor
+    tiles: int
+    counts: int
+    starts: int
+    slots: int
+    origins: int
+    numbers: int
+
+    @classmethod
+    def of(cls, sequences: int, pairs: int, rows: int, sizes: tuple[int, ...]) -> _Sections:
+        """`pairs`: of a token and a head, chosen or not; `sizes`: rows to a tile."""
+        begins = [0]
+        for length in (2 * sum(_most_tiles(rows, sequences, *sizes)), sequences, sequences + 1, pairs, rows):
+            begins.append(begins[-1] + ceil_div(length, 4) * 4)  # each begins at 16 bytes
+        tiles, counts, starts, slots, origins, end = begins
+        return cls(tiles, counts, starts, slots, origins, end + 1)  # also a section of nothing begins in the tensor
 
 
 def _most_tiles(rows: int, sequences: int, *sizes: int) -> tuple[int, ...]:
@@ -451,140 +466,209 @@ def _most_tiles(rows: int, sequences: int, *sizes: int) -> tuple[int, ...]:
     return tuple(rows // size + sequences for size in sizes)
 
 
-def _empty_plan(x: Tensor, kv_heads: int, group: int, rows: int, sizes: tuple[int, ...]) -> _Plan:
-    """Tables for queries like x (B, H, N, D); `sizes`: rows to a tile of the forward kernel and of that of queries' gradients."""
-    batch, _, tokens, _ = x.shape
-    slots = x.new_empty((batch, kv_heads, tokens, group), dtype=torch.int32)
-    origins, starts = (x.new_empty((size,), dtype=torch.int32) for size in (rows, batch * kv_heads + 1))
-    return _Plan(slots, origins, starts, x.new_empty((sum(_most_tiles(rows, batch * kv_heads, *sizes)),), dtype=torch.int64))
-
-
-def _fill_plan(plan: _Plan, counts: Tensor, chosen: Tensor, always: int, sizes: tuple[int, ...], is_causal: bool) -> None:
-    """The tables; `counts` has room for a number for each sequence."""
-    batch, kv_heads, tokens, group = plan.slots.shape
-    sequences, rows = batch * kv_heads, plan.origins.shape[0]
-    shared = (*chosen.stride(), tokens, kv_heads, group, always)
-    block = tile(tokens * group, 4096)
-    if sequences:
-        _count_kernel[(sequences,)](chosen, counts, *shared, BLOCK=block, num_warps=8)
-        _list_kernel[(sequences,)](
-            chosen, counts, plan.starts, plan.slots, plan.origins, plan.tiles, *shared, sequences, rows,
-            *_most_tiles(rows, sequences, *sizes),
-            BLOCK=block, BS=tile(sequences, 1 << 30), BM=sizes[0], BMQ=sizes[1], CAUSAL=is_causal, num_warps=8,
-        )  # fmt: skip
-
-
-def _tile_sizes(q: Tensor, v: Tensor) -> tuple[int, ...]:
+def _tile_sizes(dim: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Rows to a tile of the forward kernel and of that of queries' gradients."""
-    return tuple(settings(kernel, max(q.shape[-1], v.shape[-1]), q.dtype).bm for kernel in ("forward", "query"))
+    return tuple(settings(kernel, dim, dtype).bm for kernel in ("forward", "query"))
 
 
-def _pitch(x: Tensor) -> int:
+def _pitch(dim: int, dtype: torch.dtype) -> int:
     """Channels of a packed row in memory: the copy engine takes multiples of 16 bytes."""
-    unit = 16 // x.element_size()
-    return -(-x.shape[-1] // unit) * unit
+    unit = 16 // dtype.itemsize
+    return ceil_div(dim, unit) * unit
 
 
-def _rows_of(x: Tensor, dim: int, length: int) -> TensorDescriptor:
-    """Packed rows (rows, pitch), read as tiles of `length` rows."""
-    return TensorDescriptor(x, [x.shape[0], dim], [x.shape[1], 1], [length, tile(dim, 256)])
+class Call(NamedTuple):
+    """What the launches of a call depend on.
 
-
-def _aligned(x: Tensor) -> Tensor:
-    """x (B, H, M, D) as the copy engine can read it: rows without gaps between channels, steps of 16 bytes."""
-    one, two, three, four = x.stride()
-    unit = 16 // x.element_size()
-    if four == 1 and one and two and three and not (one % unit or two % unit or three % unit or x.data_ptr() % 16):
-        return x
-    own = x.new_empty((*x.shape[:3], _pitch(x)))[..., : x.shape[3]]
-    return own.copy_(x)
-
-
-def _keys_of(x: Tensor, length: int) -> TensorDescriptor:
-    """(B, H, M, D), aligned, read as tiles of `length` keys of one head."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, length, tile(x.shape[3], 256)])
-
-
-@operator("mixture_forward")
-def _mixture_forward(
-    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, chosen: Tensor, topk: int, apart: int, scale: float, is_causal: bool,
-    together: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Out (B, H, N, D_v); for the gradient: packed outputs and normalisers, the plan, the same of the shared heads that are apart.
-
-    apart: how many of the heads that every token uses are computed by cuDNN's dense kernel, whole groups of them.
-    together: for the gradient, see `_mixture_backward`.
+    Attributes:
+        batch, heads, kv_heads, tokens, keys, dim, dim_v: of queries, keys and values.
+        routed, topk: how many heads can be chosen, and are.
+        apart: how many of the heads that every token uses are computed by cuDNN's dense kernel, whole groups of them.
+        scale, is_causal: of attention.
+        q, k, v: where queries are, and the keys and values of all heads that are not apart; by (B, head, token).
+        gates, chosen: their strides.
+        precision: of products.
+        dtypes: of queries, gates and choice.
+        device: of all.
     """
-    q = last_contiguous(q)
-    batch, heads, tokens, _ = q.shape
-    kv_heads, keys, dim_v = v.shape[1:]
-    group, every = heads // kv_heads, heads - chosen.shape[-1]
-    own_q, own_k, own_v = q[:, apart:], _aligned(k[:, apart // group :]), _aligned(v[:, apart // group :])
-    rows, packed_heads = batch * tokens * (every - apart + topk), own_k.shape[1]
-    sizes = _tile_sizes(q, v)
-    chosen = chosen.to(torch.uint8) if chosen.dtype == torch.bool else chosen
-    plan, counts = _empty_plan(q, packed_heads, group, rows, sizes), q.new_empty((batch * packed_heads,), dtype=torch.int32)
-    packed, lse = v.new_empty((rows, _pitch(v))), q.new_empty((rows,), dtype=torch.float32)
-    out = _heads_last(q, dim_v)
-    if rows == 0 or keys == 0:
+
+    batch: int
+    heads: int
+    kv_heads: int
+    tokens: int
+    keys: int
+    dim: int
+    dim_v: int
+    routed: int
+    topk: int
+    apart: int
+    scale: float
+    is_causal: bool
+    q: Place
+    k: Place
+    v: Place
+    gates: tuple[int, ...]
+    chosen: tuple[int, ...]
+    precision: str
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    device: torch.device
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @property
+    def packed_heads(self) -> int:
+        """Key/value heads that are not apart."""
+        return self.kv_heads - self.apart // self.group
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.tokens * (self.heads - self.routed - self.apart + self.topk)
+
+    @property
+    def pitches(self) -> tuple[int, int]:
+        """Of packed queries and of packed values."""
+        return _pitch(self.dim, self.dtypes[0]), _pitch(self.dim_v, self.dtypes[0])
+
+    def tiles(self) -> tuple[int, ...]:
+        return _tile_sizes(max(self.dim, self.dim_v), self.dtypes[0])
+
+    def sections(self) -> _Sections:
+        sequences = self.batch * self.packed_heads
+        return _Sections.of(sequences, sequences * self.tokens * self.group, self.rows, self.tiles())
+
+    def parts(self) -> tuple[int, ...]:
+        """Of heads: how many are apart, and key/value heads and groups of the others."""
+        return self.apart, self.packed_heads, self.group
+
+    def tiled(self, keys: Place, dim: int, length: int) -> Tiled:
+        """Keys or values, aligned, read as tiles of `length` keys of one head."""
+        shape = self.batch, self.packed_heads, self.keys, dim
+        return Tiled(keys.tensor, keys.offset, (*keys.strides, 1), shape, (1, 1, length, tile(dim, 256)))
+
+    def constants(self) -> dict[str, Any]:
+        dims = {"BD": tile(self.dim, 256), "BDV": tile(self.dim_v, 256)}
+        return {"CAUSAL": self.is_causal, "PRECISION": self.precision, **dims}
+
+
+@dataclass(frozen=True, eq=False)
+class _Forward:
+    """Launches of q, k, v, gates, choice, tables, packed outputs and normalisers; sizes of the last three.
+
+    Attributes:
+        call: of which they are.
+        sections: of the tables.
+        rows, pitch: of the packed outputs, (rows, pitch).
+        launches: what does not wait for the shared heads.
+        computes: whether there is anything to attend to.
+        beside: whether cuDNN's kernel runs beside them.
+    """
+
+    call: Call
+    sections: _Sections
+    rows: int
+    pitch: int
+    launches: tuple[Launch, ...]
+    computes: bool
+    beside: bool
+
+
+@settled
+def _forward_launches(call: Call) -> _Forward:
+    sections, rows, (_, pitch), sizes = call.sections(), call.rows, call.pitches, call.tiles()
+    sequences, group = call.batch * call.packed_heads, call.group
+    tiles, counts, starts, slots, origins = (Place(5, offset) for offset in sections[:5])
+    always = call.heads - call.routed - call.apart
+    shared = (*call.chosen, call.tokens, call.packed_heads, group, always)
+    block = tile(call.tokens * group, 4096)
+    launches = []
+    if sequences:
+        each = {"BLOCK": block, "num_warps": 8}
+        launches.append(Launch(_count_kernel, (sequences,), (Place(4), counts), shared, each))
+        numbers = *shared, sequences, rows, *_most_tiles(rows, sequences, *sizes)
+        each |= {"BS": tile(sequences, 1 << 30), "BM": sizes[0], "BMQ": sizes[1], "CAUSAL": call.is_causal}
+        places = Place(4), counts, starts, slots, origins, tiles
+        launches.append(Launch(_list_kernel, (sequences,), places, numbers, each))
+    if rows and call.keys:
+        own = settings("forward", max(call.dim, call.dim_v), call.dtypes[0])
+        first = Place(call.q.tensor, call.q.offset + call.apart * call.q.strides[1])
+        of_keys = call.tiled(call.k, call.dim, own.bn), call.tiled(call.v, call.dim_v, own.bn)
+        factors: tuple[float, ...] = (*call.q.strides, call.scale * LOG2E, call.keys - call.tokens)
+        sizes = call.tokens, call.keys, call.packed_heads, group, call.dim, call.dim_v, pitch
+        read: tuple[Place | Tiled, ...] = (first, *of_keys, Place(6), Place(7), starts, origins, tiles)
+        grid = _most_tiles(rows, sequences, own.bm)
+        launches.append(Launch(_forward_kernel, grid, read, (*factors, *sizes), call.constants() | _tiling(own)))
+    work = _cudnn.dense_work(call.batch, call.heads, call.tokens, call.keys, call.dim, call.is_causal)
+    beside = call.apart > 0 and work >= _LEAST_BESIDE
+    return _Forward(call, sections, rows, pitch, tuple(launches), bool(rows and call.keys), beside)
+
+
+@settled
+def _mix_launch(own: _Forward, shared: tuple[int, ...]) -> tuple[Launch, ...]:
+    """Of gates, tables, packed outputs, shared ones and all."""
+    call, pitch = own.call, own.pitch
+    packed, slots = Place(2, 0, (pitch,)), Place(1, own.sections.slots)
+    sizes = call.batch, call.heads, call.tokens, call.dim_v
+    return _mixing(sizes, call.parts(), Place(4), Place(3, 0, shared), packed, Place(0, 0, call.gates), slots)
+
+
+def _mixing(
+    sizes: tuple[int, ...], parts: tuple[int, ...], out: Place, shared: Place, packed: Place, gates: Place, slots: Place
+) -> tuple[Launch, ...]:
+    """No launch if there is nothing."""
+    batch, heads, tokens, dim_v = sizes
+    bt, blocks = _tokens_to_a_tile(tokens, dim_v)
+    numbers = *shared.strides, *gates.strides, tokens, heads, *parts, dim_v, *packed.strides, blocks
+    constants = {"BT": bt, "BD": tile(dim_v, 256), "num_warps": 4}
+    places = out, shared, packed, gates, slots
+    grid = (batch * blocks * heads,)
+    return (Launch(_mix_kernel, grid, places, numbers, constants),) if grid[0] and dim_v else ()
+
+
+class Attended(NamedTuple):
+    """Of a forward.
+
+    Attributes:
+        out: (B, N, H, D_v).
+        packed, lse: (rows, pitch) and (rows,), of the chosen pairs.
+        plan: which row is which pair, see `_list_kernel`; in sections.
+        shared, shared_lse: of the heads that are apart.
+    """
+
+    out: Tensor
+    packed: Tensor
+    lse: Tensor
+    plan: Tensor
+    shared: Tensor
+    shared_lse: Tensor
+
+
+def attend(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, chosen: Tensor, dense: tuple[Tensor, Tensor, Tensor]
+) -> Attended:
+    """What there is to know of a call with tensors where `call` says; `dense`: queries, keys and values of the heads apart."""
+    own = _forward_launches(call)
+    out = q.new_empty((call.batch, call.tokens, call.heads, call.dim_v))
+    packed, lse = q.new_empty((own.rows, own.pitch)), q.new_empty((own.rows,), dtype=torch.float32)
+    plan = q.new_empty((own.sections.numbers,), dtype=torch.int32)
+    if not own.computes:
         packed.zero_()
         lse.fill_(float("-inf"))
-    with two_streams(q, apart > 0) as beside:
-        shared, shared_lse = _dense_forward(q, k, v, apart, scale, is_causal)
-        with beside:
-            _fill_plan(plan, counts, chosen, every - apart, sizes, is_causal)
-            if rows and keys:
-                _flash_forward(own_q, own_k, own_v, packed, lse, plan, scale, is_causal)
-    _mix(out, shared, packed, gates, plan.slots)
-    return out, packed, lse, *plan, shared, shared_lse
+    with two_streams(q, own.beside) as beside:
+        shared, shared_lse = _dense_forward(*dense, call.dim_v, call.scale, call.is_causal)
+        launch_all(own.launches, (q, k, v, gates, chosen, plan, packed, lse), beside)
+    launch_all(_mix_launch(own, shared.stride()[:3]), (gates, plan, packed, shared, out))
+    return Attended(out, packed, lse, plan, shared, shared_lse)
 
 
-def _flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, packed: Tensor, lse: Tensor, plan: _Plan, scale: float, is_causal: bool
-) -> None:  # fmt: skip
-    """Fill packed and lse."""
-    batch, kv_heads, keys, dim = k.shape
-    heads, tokens, dim_v = q.shape[1], q.shape[2], v.shape[-1]
-    own = settings("forward", max(dim, dim_v), q.dtype)
-    _forward_kernel[_most_tiles(packed.shape[0], batch * kv_heads, own.bm)](
-        q, _keys_of(k, own.bn), _keys_of(v, own.bn), packed, lse, plan.starts, plan.origins, plan.tiles,
-        *q.stride()[:3], scale * LOG2E, keys - tokens, tokens, keys, kv_heads, heads // kv_heads, dim, dim_v, packed.shape[1],
-        CAUSAL=is_causal, PRECISION=precision(q), STAGES=own.stages, BM=own.bm, BN=own.bn, BD=tile(dim, 256), BDV=tile(dim_v, 256),
-        num_warps=own.warps, num_stages=own.stages,
-    )  # fmt: skip
-
-
-def _mix(out: Tensor, shared: Tensor, packed: Tensor, gates: Tensor, slots: Tensor) -> None:
-    """Fill out (B, H, N, D_v), heads next to channels."""
-    batch, heads, tokens, dim_v = out.shape
-    if out.numel():
-        bt, parts = _tokens_to_a_tile(tokens, dim_v)
-        _mix_kernel[(batch * parts * heads,)](
-            out, shared, packed, gates, slots, *shared.stride()[:3], *gates.stride(),
-            tokens, heads, shared.shape[1], slots.shape[1], slots.shape[3], dim_v, packed.shape[1], parts,
-            BT=bt, BD=tile(dim_v, 256), num_warps=4,
-        )  # fmt: skip
-
-
-def _dense_forward(q: Tensor, k: Tensor, v: Tensor, apart: int, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+def _dense_forward(
+    q: Tensor, k: Tensor, v: Tensor, dim_v: int, scale: float, is_causal: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs and normalisers of the heads that are apart; their strides are torch's choice, also of tensors without data."""
-    if apart == 0:
-        return v.new_empty((q.shape[0], 0, q.shape[2], v.shape[3])), q.new_empty((0,), dtype=torch.float32)
-    some = apart // (q.shape[1] // k.shape[1])
-    return _cudnn.dense_forward(q[:, :apart], k[:, :some], v[:, :some], scale=scale, is_causal=is_causal)
-
-
-def _dense_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, is_causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    apart, some = out.shape[1], out.shape[1] // (q.shape[1] // k.shape[1])
-    return _cudnn.dense_backward(grad, q[:, :apart], k[:, :some], v[:, :some], out, lse, scale=scale, is_causal=is_causal)
-
-
-def _heads_last(x: Tensor, channels: int | None = None) -> Tensor:
-    """Of the shape of x (B, H, N, D), or with so many channels, and heads next to channels in memory."""
-    batch, heads, tokens, dim = x.shape
-    return x.new_empty((batch, tokens, heads, dim if channels is None else channels)).permute(0, 2, 1, 3)
+    if q.shape[1] == 0:
+        return q.new_empty((q.shape[0], 0, q.shape[2], dim_v)), q.new_empty((0,), dtype=torch.float32)
+    return _cudnn.dense_forward(q, k, v, scale=scale, is_causal=is_causal)
 
 
 def _tokens_to_a_tile(tokens: int, dim: int) -> tuple[int, int]:
@@ -593,68 +677,286 @@ def _tokens_to_a_tile(tokens: int, dim: int) -> tuple[int, int]:
     return size, ceil_div(tokens, size)
 
 
+def _heads_last(x: Tensor, channels: int | None = None) -> Tensor:
+    """Of the shape of x (B, H, N, D), or with so many channels, and heads next to channels in memory."""
+    batch, heads, tokens, dim = x.shape
+    return x.new_empty((batch, tokens, heads, dim if channels is None else channels)).permute(0, 2, 1, 3)
+
+
+def _own_heads(x: Tensor, first: int, tensor: int) -> tuple[Tensor, Place]:
+    """Heads from `first` on of x (B, H, M, D) as the copy engine can read them: steps of 16 bytes, no gaps between channels."""
+    one, two, three, four = x.stride()
+    unit = 16 // x.element_size()
+    if four == 1 and one and two and three and not (one % unit or two % unit or three % unit or x.data_ptr() % 16):
+        return x, Place(tensor, first * two, (one, two, three))
+    batch, heads, keys, dim = x.shape
+    own = x.new_empty((batch, heads - first, keys, _pitch(dim, x.dtype)))
+    own[..., :dim].copy_(x[:, first:])
+    return own, Place(tensor, 0, own.stride()[:3])
+
+
+def _describe(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, chosen: tuple[tuple[int, ...], int, torch.dtype], topk: int, apart: int,
+    scale: float, is_causal: bool,
+) -> tuple[Call, Tensor, Tensor]:  # fmt: skip
+    """The call, and the keys and values as it has them; `chosen`: strides, heads and dtype."""
+    batch, heads, tokens, dim = q.shape
+    kv_heads, keys, dim_v = v.shape[1:]
+    some = apart // (heads // kv_heads)
+    (own_k, of_k), (own_v, of_v) = _own_heads(k, some, 1), _own_heads(v, some, 2)
+    call = Call(
+        batch, heads, kv_heads, tokens, keys, dim, dim_v, chosen[1], topk, apart, scale, is_causal,
+        Place(0, 0, q.stride()[:3]), of_k, of_v, gates.stride(), chosen[0],
+        precision(q), (q.dtype, gates.dtype, chosen[2]), q.device,
+    )  # fmt: skip
+    return call, own_k, own_v
+
+
+@operator("mixture_forward")
+def _mixture_forward(
+    q: Tensor, k: Tensor, v: Tensor, gates: Tensor, chosen: Tensor, topk: int, apart: int, scale: float, is_causal: bool,
+    together: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Out (B, H, N, D_v); for the gradient, see `Attended`.
+
+    apart: see `Call`.
+    together: for the gradient, see `_mixture_backward`.
+    """
+    q = last_contiguous(q)
+    chosen = chosen.view(torch.uint8) if chosen.dtype == torch.bool else chosen
+    call, own_k, own_v = _describe(
+        q, k, v, gates, (chosen.stride(), chosen.shape[-1], chosen.dtype), topk, apart, scale, is_causal
+    )  # fmt: skip
+    found = attend(call, q, own_k, own_v, gates, chosen, _apart(q, k, v, apart))
+    return found.out.permute(0, 2, 1, 3), *found[1:]
+
+
+def _apart(q: Tensor, k: Tensor, v: Tensor, apart: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first heads."""
+    some = apart // (q.shape[1] // k.shape[1])
+    return q[:, :apart], k[:, :some], v[:, :some]
+
+
 @_mixture_forward.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, gates: Tensor, chosen: Tensor, topk: int, apart: int, scale: float, is_causal: bool, *_: Any
 ) -> tuple[Tensor, ...]:
-    batch, heads, tokens = q.shape[:3]
-    group = heads // k.shape[1]
-    rows = batch * tokens * (heads - chosen.shape[-1] - apart + topk)
-    plan = _empty_plan(q, k.shape[1] - apart // group, group, rows, _tile_sizes(q, v))
-    packed, lse = v.new_empty((rows, _pitch(v))), q.new_empty((rows,), dtype=torch.float32)
-    return _heads_last(q, v.shape[-1]), packed, lse, *plan, *_dense_forward(q, k, v, apart, scale, is_causal)
+    batch, heads, tokens, dim = q.shape
+    dim_v, group = v.shape[-1], heads // k.shape[1]
+    rows, sequences = batch * tokens * (heads - chosen.shape[-1] - apart + topk), batch * (k.shape[1] - apart // group)
+    sections = _Sections.of(sequences, sequences * tokens * group, rows, _tile_sizes(max(dim, dim_v), q.dtype))
+    packed, lse = q.new_empty((rows, _pitch(dim_v, q.dtype))), q.new_empty((rows,), dtype=torch.float32)
+    plan = q.new_empty((sections.numbers,), dtype=torch.int32)
+    return _heads_last(q, dim_v), packed, lse, plan, *_dense_forward(*_apart(q, k, v, apart), dim_v, scale, is_causal)
+
+
+@dataclass(frozen=True, eq=False)
+class _Backward:
+    """Launches of a backward pass.
+
+    Attributes:
+        forward: the launches of its forward.
+        places: of the gradients of q, k and v, of all heads, among the tensors of the launches.
+        work: how many numbers of the queries' dtype are worked with: packed gradients of outputs, queries and their gradients.
+        unmix: before all.
+        packed: what does not wait for the shared heads.
+    """
+
+    forward: _Forward
+    places: tuple[Place, Place, Place]
+    work: int
+    packed: tuple[Launch, ...]
+
+
+_GRADIENTS = 11  # where the gradients of q, k and v stand among the tensors of a backward's launches
+
+
+def _gradient_places(call: Call, together: bool) -> tuple[Place, Place, Place]:
+    """Of q, k and v; `together`: in one tensor."""
+    heads = call.heads, call.kv_heads, call.kv_heads
+    if together:
+        whole = sum(heads) * call.dim
+        strides = call.tokens * whole, call.dim, whole
+        return tuple(Place(_GRADIENTS, sum(heads[:i]) * call.dim, strides) for i in range(3))  # type: ignore[return-value]
+    lengths, dims = (call.tokens, call.keys, call.keys), (call.dim, call.dim, call.dim_v)
+    return tuple(  # type: ignore[return-value]
+        Place(_GRADIENTS + i, 0, (length * n * dim, dim, n * dim))
+        for i, (length, n, dim) in enumerate(zip(lengths, heads, dims, strict=True))
+    )
+
+
+@settled
+def _backward_launches(call: Call, together: bool) -> _Backward:
+    """Of q, k, v, gates, tables, packed outputs, their normalisers, outputs of shared heads, gradients of outputs, work, delta, the
+    gradients of q, k and v, those of gates, of shared outputs, and, for `_spread_launch`, of shared q, k and v."""
+    own, rows = _forward_launches(call), call.rows
+    places, (pitch_q, pitch), group = _gradient_places(call, together), call.pitches, call.group
+    some, sections = call.apart // group, own.sections
+    launches = []
+    if own.computes:
+        packed_q, dpacked_q = Place(9, rows * pitch), Place(9, rows * (pitch + pitch_q))
+        tiles, _, starts, slots, origins = (Place(4, offset) for offset in sections[:5])
+        wide, dtype = max(call.dim, call.dim_v), call.dtypes[0]
+        ahead, first, other = (settings(kernel, wide, dtype) for kernel in ("forward", "query", "key"))
+
+        def read(size: Settings) -> tuple[Tiled, Tiled, Tiled, Tiled]:
+            """Packed queries, keys, values and packed gradients, in tiles."""
+            q = Tiled(9, packed_q.offset, (pitch_q, 1), (rows, call.dim), (size.bm, tile(call.dim, 256)))
+            grad = Tiled(9, 0, (pitch, 1), (rows, call.dim_v), (size.bm, tile(call.dim_v, 256)))
+            return q, call.tiled(call.k, call.dim, size.bn), call.tiled(call.v, call.dim_v, size.bn), grad
+
+        before, most = _most_tiles(rows, call.batch * call.packed_heads, ahead.bm, first.bm)
+        of_tiles, lse, delta = Place(4, tiles.offset + 2 * before), Place(6), Place(10)
+        scale, offset = call.scale * LOG2E, call.keys - call.tokens
+        sizes = call.tokens, call.keys, call.packed_heads, group, call.dim
+        launches.append(
+            Launch(
+                _query_gradient_kernel, (most,), (*read(first), lse, delta, dpacked_q, starts, origins, of_tiles),
+                (scale, offset, *sizes, pitch_q),
+                call.constants() | _tiling(first),
+            )
+        )  # fmt: skip
+        dk, dv = (Place(place.tensor, place.offset + some * place.strides[1]) for place in places[1:])
+        blocks = ceil_div(call.keys, other.bn)
+        launches.append(
+            Launch(
+                _key_gradient_kernel, (call.batch * call.packed_heads * blocks,),
+                (*read(other), lse, delta, dk, dv, starts, slots, origins),
+                (scale, offset, *places[1].strides, *places[2].strides, *sizes, call.dim_v, blocks),
+                call.constants() | _tiling(other) | {"EARLY": other.early},
+            )
+        )  # fmt: skip
+    return _Backward(own, places, rows * (2 * pitch_q + pitch), tuple(launches))
+
+
+def _tiling(size: Settings) -> dict[str, Any]:
+    return {"BM": size.bm, "BN": size.bn, "STAGES": size.stages, "num_warps": size.warps, "num_stages": size.stages}
+
+
+@settled
+def _unmix_launch(
+    own: _Backward, grad: Place, shared: tuple[int, ...], dshared: tuple[int, ...], slopes: bool
+) -> tuple[Launch, ...]:
+    """Of the tensors of `_backward_launches`."""
+    call, sections = own.forward.call, own.forward.sections
+    pitch_q, pitch = call.pitches
+    packed, dpacked, packed_q = Place(5, 0, (pitch,)), Place(9), Place(9, call.rows * pitch, (pitch_q,))
+    sizes = call.batch, call.heads, call.tokens, call.dim, call.dim_v
+    found = dpacked, packed_q, Place(14 if slopes else 10), Place(10)
+    of_shared = Place(7, 0, shared), Place(15, 0, dshared)
+    return _unmixing(
+        sizes, call.parts(), grad, call.q, *of_shared, packed, Place(3, 0, call.gates), Place(4, sections.slots), found, slopes
+    )
+
+
+def _unmixing(
+    sizes: tuple[int, ...], parts: tuple[int, ...], grad: Place, q: Place, shared: Place, dshared: Place, packed: Place,
+    gates: Place, slots: Place, found: tuple[Place, Place, Place, Place], slopes: bool,
+) -> tuple[Launch, ...]:  # fmt: skip
+    """`found`: packed gradients and queries, gradients of gates, and delta. No launch if there is nothing."""
+    batch, heads, tokens, dim, dim_v = sizes
+    bt, blocks = _tokens_to_a_tile(tokens, max(dim, dim_v))
+    numbers = (
+        *grad.strides, *q.strides, *shared.strides, *dshared.strides, *gates.strides,
+        tokens, heads, *parts, dim, dim_v, *found[1].strides, *packed.strides, blocks,
+    )  # fmt: skip
+    constants = {"SLOPES": slopes, "BT": bt, "BD": tile(dim, 256), "BDV": tile(dim_v, 256), "num_warps": 4}
+    places, grid = (grad, q, shared, packed, gates, slots, dshared, *found), (batch * blocks * heads,)
+    return (Launch(_unmix_kernel, grid, places, numbers, constants),) if grid[0] and dim_v else ()
+
+
+@settled
+def _spread_launch(own: _Backward, shared: tuple[tuple[int, ...], ...]) -> tuple[Launch, ...]:
+    """Of the tensors of `_backward_launches`; `shared`: strides of the gradients of shared q, k and v."""
+    call = own.forward.call
+    pitch_q, pitch = call.pitches
+    some = call.apart // call.group
+    wide, tall = max(call.dim, call.dim_v), max(call.tokens, call.keys if call.apart else 0)
+    bt, blocks = _tokens_to_a_tile(tall, wide)
+    dpacked_q, slots = Place(9, call.rows * (pitch + pitch_q)), Place(4, own.forward.sections.slots)
+    of_shared = tuple(Place(16 + i, 0, strides) for i, strides in enumerate(shared))
+    numbers = (
+        *(step for place in (*own.places, *of_shared) for step in place.strides),
+        call.tokens, call.keys, call.heads, some, *call.parts(), call.dim, call.dim_v, pitch_q, blocks,
+    )  # fmt: skip
+    grid, constants = (call.batch * blocks * (call.heads + 2 * some),), {"BT": bt, "BD": tile(wide, 256), "num_warps": 4}
+    places = *own.places, *of_shared, dpacked_q, slots
+    return (Launch(_spread_kernel, grid, places, numbers, constants),) if grid[0] and call.tokens and call.dim else ()
+
+
+def attend_backward(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, dense: tuple[Tensor, Tensor, Tensor], found: Attended,
+    grad: Tensor, of_grad: tuple[int, ...], together: bool, wants_gates: bool,
+) -> tuple[tuple[Tensor, ...], Tensor]:  # fmt: skip
+    """Gradients of q, k and v, each (B, N, H, D), or `together`, (B, N, H + 2 H_kv, D); and those of gates, (B, N, H), or empty.
+
+    Args:
+        call, q, k, v, gates, dense: of the forward, which `found` the rest; of its outputs `out` is not looked at.
+        grad: of the outputs; `of_grad`: its strides by (B, head, token).
+    """
+    own = _backward_launches(call, together)
+    batch, tokens, keys = call.batch, call.tokens, call.keys
+    if together:
+        whole = q.new_empty((batch, tokens, call.heads + 2 * call.kv_heads, call.dim))
+        gradients: tuple[Tensor, ...] = (whole, whole, whole)
+    else:
+        heads, dims = (call.heads, call.kv_heads, call.kv_heads), (call.dim, call.dim, call.dim_v)
+        gradients = tuple(q.new_empty((batch, n, h, d)) for n, h, d in zip((tokens, keys, keys), heads, dims, strict=True))
+    dgates = q.new_empty((batch, tokens, call.heads) if wants_gates else (0,), dtype=torch.float32)
+    dshared, delta, work = torch.empty_like(found.shared), torch.empty_like(found.lse), q.new_empty((own.work,))
+    if not own.forward.computes:
+        for t in (work, *gradients):
+            t.zero_()
+    tensors = (
+        q, k, v, gates, found.plan, found.packed, found.lse, found.shared, grad, work, delta, *gradients, dgates, dshared
+    )  # fmt: skip
+    grad_place = Place(8, 0, of_grad)
+    launch_all(_unmix_launch(own, grad_place, found.shared.stride()[:3], dshared.stride()[:3], wants_gates), tensors)
+    of_shared = dense
+    with two_streams(q, own.forward.beside) as beside:
+        if call.apart:
+            of_shared = _cudnn.dense_backward(
+                dshared, *dense, found.shared, found.shared_lse, scale=call.scale, is_causal=call.is_causal
+            )  # fmt: skip
+        launch_all(own.packed, tensors, beside)
+    strides = tuple(t.stride()[:3] for t in of_shared)
+    launch_all(_spread_launch(own, strides), (*tensors, *of_shared))
+    return gradients[:1] if together else gradients, dgates
 
 
 @operator("mixture_backward")
 def _mixture_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, packed: Tensor, lse: Tensor,
-    slots: Tensor, origins: Tensor, starts: Tensor, tiles: Tensor, shared: Tensor, shared_lse: Tensor,
-    scale: float, is_causal: bool, together: bool, wants_gates: bool,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, packed: Tensor, lse: Tensor, plan: Tensor, shared: Tensor,
+    shared_lse: Tensor, routed: int, topk: int, scale: float, is_causal: bool, together: bool, wants_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and gates; if nobody `wants_gates`, of them an empty tensor.
 
     together: q, k and v lie in one tensor, and so do their gradients, which is the first that is returned: (B, N, H + 2 H_kv, D).
     """
     grad, q = last_contiguous(grad), last_contiguous(q)
-    batch, heads, tokens, dim = q.shape
-    kv_heads, keys, dim_v = v.shape[1:]
-    rows, group, apart = packed.shape[0], heads // kv_heads, shared.shape[1]
-    some = apart // group
-    found = _empty_gradients(q, k, v, together)
-    dq, dk, dv = _cut(found[0], heads, kv_heads) if together else found
+    apart = shared.shape[1]
+    call, own_k, own_v = _describe(q, k, v, gates, ((), routed, torch.uint8), topk, apart, scale, is_causal)
+    found, dense = Attended(grad, packed, lse, plan, shared, shared_lse), _apart(q, k, v, apart)
+    gradients, dgates = attend_backward(
+        call, q, own_k, own_v, gates, dense, found, grad, grad.stride()[:3], together, wants_gates
+    )  # fmt: skip
+    if together:
+        dq, dk, dv = gradients[0], q.new_empty((0,)), q.new_empty((0,))
+    else:
+        dq, dk, dv = (t.permute(0, 2, 1, 3) for t in gradients)
+    return dq, dk, dv, dgates.permute(0, 2, 1) if wants_gates else dgates
+
+
+@_mixture_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    together, wants_gates = rest[-2:]
     dgates = _empty_slopes(gates, wants_gates)
-    dshared, dpacked, delta = torch.empty_like(shared), torch.empty_like(packed), torch.empty_like(lse)
-    packed_q, dpacked_q = (q.new_empty((rows, _pitch(q))) for _ in range(2))
-    own_k, own_v = _aligned(k[:, some:]), _aligned(v[:, some:])
-    _unmix(grad, q, shared, packed, gates, slots, dshared, dpacked, packed_q, dgates, delta)
-    dshared_q, dshared_k, dshared_v = q[:, :0], k[:, :0], v[:, :0]
-    with two_streams(q, apart > 0) as beside:
-        if apart:
-            dshared_q, dshared_k, dshared_v = _dense_backward(dshared, q, k, v, shared, shared_lse, scale, is_causal)
-        with beside:
-            if rows and keys:
-                own, plan = (packed_q, own_k, own_v, dpacked_q, dk[:, some:], dv[:, some:]), _Plan(slots, origins, starts, tiles)
-                _flash_backward(*own, dpacked, lse, delta, plan, (tokens, group), scale, is_causal)
-    if not (rows and keys):
-        for t in (dpacked_q, dk[:, some:], dv[:, some:]):
-            t.zero_()
-    if dq.numel():
-        wide, tall = max(dim, dim_v), max(tokens, keys if apart else 0)
-        bt, parts = _tokens_to_a_tile(tall, wide)
-        strides = (step for t in (dq, dk, dv, dshared_q, dshared_k, dshared_v) for step in t.stride()[:3])
-        _spread_kernel[(batch * parts * (heads + 2 * some),)](
-            dq, dk, dv, dshared_q, dshared_k, dshared_v, dpacked_q, slots, *strides,
-            tokens, keys, heads, some, apart, kv_heads - some, group, dim, dim_v, dpacked_q.shape[1], parts,
-            BT=bt, BD=tile(wide, 256), num_warps=4,
-        )  # fmt: skip
+    if together:
+        batch, heads, tokens, dim = q.shape
+        found = q.new_empty((batch, tokens, heads + 2 * k.shape[1], dim)), q.new_empty((0,)), q.new_empty((0,))
+    else:
+        found = _heads_last(q), _heads_last(k), _heads_last(v)
     return *found, dgates.permute(0, 2, 1) if wants_gates else dgates
-
-
-def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, together: bool) -> tuple[Tensor, Tensor, Tensor]:
-    if not together:
-        return _heads_last(q), _heads_last(k), _heads_last(v)
-    batch, heads, tokens, dim = q.shape
-    return q.new_empty((batch, tokens, heads + 2 * k.shape[1], dim)), q.new_empty((0,)), q.new_empty((0,))
 
 
 def _cut(whole: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
@@ -668,60 +970,9 @@ def _empty_slopes(gates: Tensor, wanted: bool) -> Tensor:
     return gates.new_empty((batch, tokens, heads) if wanted else (0,), dtype=torch.float32)
 
 
-def _unmix(
-    grad: Tensor, q: Tensor, shared: Tensor, packed: Tensor, gates: Tensor, slots: Tensor,
-    dshared: Tensor, dpacked: Tensor, packed_q: Tensor, dgates: Tensor, delta: Tensor,
-) -> None:  # fmt: skip
-    """Fill the last five; dgates is empty where nobody wants it."""
-    batch, heads, tokens, dim_v = grad.shape
-    if grad.numel():
-        dim = q.shape[3]
-        bt, parts = _tokens_to_a_tile(tokens, max(dim, dim_v))
-        strides = (step for t in (grad, q, shared, dshared) for step in t.stride()[:3])
-        _unmix_kernel[(batch * parts * heads,)](
-            grad, q, shared, packed, gates, slots, dshared, dpacked, packed_q, dgates, delta, *strides, *gates.stride(),
-            tokens, heads, shared.shape[1], slots.shape[1], slots.shape[3], dim, dim_v, packed_q.shape[1], packed.shape[1], parts,
-            SLOPES=dgates.numel() > 0, BT=bt, BD=tile(dim, 256), BDV=tile(dim_v, 256), num_warps=4,
-        )  # fmt: skip
-
-
-def _flash_backward(
-    q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, grad: Tensor, lse: Tensor, delta: Tensor,
-    plan: _Plan, sizes: tuple[int, int], scale: float, is_causal: bool,
-) -> None:  # fmt: skip
-    """Fill dq, packed as q and grad are, dk and dv; `sizes`: tokens, and query heads to a key/value head."""
-    batch, kv_heads, keys, dim = k.shape
-    (tokens, group), dim_v, rows = sizes, v.shape[-1], grad.shape[0]
-    offset = keys - tokens
-    common = {"CAUSAL": is_causal, "PRECISION": precision(q), "BD": tile(dim, 256), "BDV": tile(dim_v, 256)}
-    ahead, own, other = (settings(kernel, max(dim, dim_v), q.dtype) for kernel in ("forward", "query", "key"))
-    rows_by = {size: (_rows_of(q, dim, size), _rows_of(grad, dim_v, size)) for size in {own.bm, other.bm}}
-    keys_by = {size: (_keys_of(k, size), _keys_of(v, size)) for size in {own.bn, other.bn}}
-    first, most = _most_tiles(rows, batch * kv_heads, ahead.bm, own.bm)
-    _query_gradient_kernel[(most,)](
-        rows_by[own.bm][0], *keys_by[own.bn], rows_by[own.bm][1], lse, delta, dq, plan.starts, plan.origins, plan.tiles[first:],
-        scale * LOG2E, offset, tokens, keys, kv_heads, group, dim, dq.shape[1],
-        BM=own.bm, BN=own.bn, STAGES=own.stages, num_warps=own.warps, num_stages=own.stages, **common,
-    )  # fmt: skip
-    tiles = ceil_div(keys, other.bn)
-    _key_gradient_kernel[(batch * kv_heads * tiles,)](
-        rows_by[other.bm][0], *keys_by[other.bn], rows_by[other.bm][1],
-        lse, delta, dk, dv, plan.starts, plan.slots, plan.origins,
-        scale * LOG2E, offset, *dk.stride()[:3], *dv.stride()[:3], tokens, keys, kv_heads, group, dim, dim_v, tiles,
-        BM=other.bm, BN=other.bn, STAGES=other.stages, EARLY=other.early,
-        num_warps=other.warps, num_stages=other.stages, **common,
-    )  # fmt: skip
-
-
-@_mixture_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    wants_gates = rest[-1]
-    dgates = _empty_slopes(gates, wants_gates)
-    return *_empty_gradients(q, k, v, rest[-2]), dgates.permute(0, 2, 1) if wants_gates else dgates
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, gates, _, _, _, ctx.scale, ctx.is_causal, ctx.together = inputs
+    q, k, v, gates, chosen, ctx.topk, _, ctx.scale, ctx.is_causal, ctx.together = inputs
+    ctx.routed = chosen.shape[-1]
     ctx.save_for_backward(q, k, v, gates, *output[1:])
     ctx.set_materialize_grads(False)
 
@@ -730,7 +981,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     q, k, v, gates, *rest = ctx.saved_tensors
     wants_gates = ctx.needs_input_grad[3]
     dq, dk, dv, dgates = _mixture_backward(
-        grad, q, k, v, gates, *rest, ctx.scale, ctx.is_causal, ctx.together, wants_gates
+        grad, q, k, v, gates, *rest, ctx.routed, ctx.topk, ctx.scale, ctx.is_causal, ctx.together, wants_gates
     )  # fmt: skip
     if ctx.together:
         dq, dk, dv = _cut(dq, q.shape[1], k.shape[1])
@@ -747,18 +998,38 @@ def mixture_attention_triton(
     return _mixture_forward(q, k, v, gates, chosen, topk, apart, scale, is_causal, lie_in_one(q, k, v))[0]
 
 
+_Strides = tuple[int, ...]
+
+
+@settled
+def _gate_launch(
+    sizes: tuple[int, ...], of_x: _Strides, of_gates: _Strides, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> tuple[Launch, ...]:
+    """Of x, gates and outputs. All heads are shared: nothing is packed, and nothing is read where that would be."""
+    x, gates = Place(0, 0, of_x), Place(1, 0, of_gates)
+    return _mixing(sizes, (sizes[1], 0, 1), Place(2), x, Place(0, 0, (1,)), gates, Place(1))
+
+
+@settled
+def _gate_gradient_launch(
+    sizes: tuple[int, ...], of_grad: _Strides, of_x: _Strides, of_dx: _Strides, of_gates: _Strides, slopes: bool,
+    dtypes: tuple[torch.dtype, ...], device: torch.device,
+) -> tuple[Launch, ...]:  # fmt: skip
+    """Of gradients of outputs, x, gates and the gradients of both."""
+    batch, heads, tokens, dim = sizes
+    grad, x, gates, dx = Place(0, 0, of_grad), Place(1, 0, of_x), Place(2, 0, of_gates), Place(3, 0, of_dx)
+    nothing, dgates = Place(1, 0, (1,)), Place(4)
+    found = nothing, nothing, dgates, dgates
+    return _unmixing((batch, heads, tokens, dim, dim), (heads, 0, 1), grad, x, x, dx, nothing, gates, Place(2), found, slopes)
+
+
 @operator("gate_heads")
 def _gate_heads(x: Tensor, gates: Tensor) -> Tensor:
     """x (B, H, N, D) times gates (B, H, N), heads next to channels."""
     x, out = last_contiguous(x), _heads_last(x)
-    packed, slots = _nothing_packed(x)
-    _mix(out, x, packed, gates, slots)
+    launches = _gate_launch(tuple(x.shape), x.stride()[:3], gates.stride(), (x.dtype, gates.dtype), x.device)
+    launch_all(launches, (x, gates, out))
     return out
-
-
-def _nothing_packed(x: Tensor) -> tuple[Tensor, Tensor]:
-    """In the place of packed rows and their slots where all heads are shared."""
-    return x.new_empty((0, 1)), x.new_empty((0, 1, 0, 1), dtype=torch.int32)
 
 
 @_gate_heads.register_fake
@@ -770,8 +1041,11 @@ def _(x: Tensor, gates: Tensor) -> Tensor:
 def _gate_heads_backward(grad: Tensor, x: Tensor, gates: Tensor, wants_gates: bool) -> tuple[Tensor, Tensor]:
     grad, x = last_contiguous(grad), last_contiguous(x)
     dx, dgates = torch.empty_like(x), _empty_slopes(gates, wants_gates)
-    packed, slots = _nothing_packed(x)
-    _unmix(grad, x, x, packed, gates, slots, dx, packed, packed, dgates, packed)
+    strides = (t.stride()[:3] for t in (grad, x, dx, gates))
+    launches = _gate_gradient_launch(
+        tuple(x.shape), *strides, wants_gates, (grad.dtype, x.dtype, gates.dtype), x.device
+    )  # fmt: skip
+    launch_all(launches, (grad, x, gates, dx, dgates))
     return dx, dgates.permute(0, 2, 1) if wants_gates else dgates
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import ceil_div, tile
+from attention_zoo.ops.triton._launch import Launch, Place, launch_all, settled
 
-__all__ = ["load_balance_triton"]
+__all__ = ["load_balance", "load_balance_triton"]
 
 _PARTS = 64  # programs among which the tokens are shared out
 
@@ -86,24 +87,33 @@ def _real_of(real: Tensor | None, like: Tensor) -> tuple[Tensor, int, int]:
 
 
 @operator("load_balance")
-def _load_balance(scores: Tensor, chosen: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def load_balance(scores: Tensor, chosen: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The loss (), the load (R,) and the loss's slope by the scores of a token that counts (R,)."""
     scores, chosen = scores.contiguous(), chosen.contiguous()
-    (batch, tokens, routed), be = scores.shape, tile(scores.shape[-1], 1 << 30)
+    batch, tokens, routed = scores.shape
     loss, load, slopes = (scores.new_empty(size) for size in ((), (routed,), (routed,)))
     sums = scores.new_empty((_PARTS, 3, routed))
-    bt = max(1, 2048 // be)
-    each = ceil_div(ceil_div(batch * tokens, _PARTS), bt) * bt
     where, *steps = _real_of(real, scores)
-    _sums_kernel[(_PARTS,)](
-        scores, chosen, where, sums, *steps, tokens, batch * tokens, routed, each,
-        HAS_REAL=real is not None, BT=bt, BE=be, num_warps=4,
-    )  # fmt: skip
-    _loss_kernel[(1,)](sums, loss, load, slopes, routed, PARTS=_PARTS, BE=be, num_warps=4)
+    launches = _launches(batch, tokens, routed, (*steps, real is not None), where.dtype, scores.device)
+    launch_all(launches, (scores, chosen, where, sums, loss, load, slopes))
     return loss, load, slopes
 
 
-@_load_balance.register_fake
+@settled
+def _launches(
+    batch: int, tokens: int, routed: int, real: tuple[int, int, bool], of_real: torch.dtype, device: torch.device
+) -> tuple[Launch, Launch]:
+    """Of scores, choice, the mask with its steps, sums, loss, load and slopes."""
+    be = tile(routed, 1 << 30)
+    bt = max(1, 2048 // be)
+    each = ceil_div(ceil_div(batch * tokens, _PARTS), bt) * bt
+    numbers, flags = (*real[:2], tokens, batch * tokens, routed, each), {"HAS_REAL": real[2], "BT": bt, "BE": be, "num_warps": 4}
+    first = Launch(_sums_kernel, (_PARTS,), tuple(Place(i) for i in range(4)), numbers, flags)
+    constants = {"PARTS": _PARTS, "BE": be, "num_warps": 4}
+    return first, Launch(_loss_kernel, (1,), tuple(Place(i) for i in range(3, 7)), (routed,), constants)
+
+
+@load_balance.register_fake
 def _(scores: Tensor, chosen: Tensor, real: Any) -> tuple[Tensor, Tensor, Tensor]:
     routed = scores.shape[-1]
     return scores.new_empty(()), scores.new_empty((routed,)), scores.new_empty((routed,))
@@ -112,15 +122,23 @@ def _(scores: Tensor, chosen: Tensor, real: Any) -> tuple[Tensor, Tensor, Tensor
 @operator("load_balance_backward")
 def _load_balance_backward(grad: Tensor, slopes: Tensor, real: Tensor | None, batch: int, tokens: int) -> Tensor:
     routed = slopes.shape[0]
-    dscores, be = slopes.new_empty((batch, tokens, routed)), tile(routed, 1 << 30)
-    bt = max(1, 2048 // be)
+    dscores = slopes.new_empty((batch, tokens, routed))
     where, *steps = _real_of(real, dscores)
     if dscores.numel():
-        _slopes_kernel[(ceil_div(batch * tokens, bt),)](
-            grad, slopes, where, dscores, *steps, tokens, batch * tokens, routed,
-            HAS_REAL=real is not None, BT=bt, BE=be, num_warps=4,
-        )  # fmt: skip
+        launch = _gradient_launch(batch, tokens, routed, (*steps, real is not None), (grad.dtype, where.dtype), slopes.device)
+        launch(grad, slopes, where, dscores)
     return dscores
+
+
+@settled
+def _gradient_launch(
+    batch: int, tokens: int, routed: int, real: tuple[int, int, bool], dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> Launch:
+    """Of the loss's gradient, slopes, the mask with its steps and the scores' gradient."""
+    be = tile(routed, 1 << 30)
+    bt = max(1, 2048 // be)
+    numbers, flags = (*real[:2], tokens, batch * tokens, routed), {"HAS_REAL": real[2], "BT": bt, "BE": be, "num_warps": 4}
+    return Launch(_slopes_kernel, (ceil_div(batch * tokens, bt),), tuple(Place(i) for i in range(4)), numbers, flags)
 
 
 @_load_balance_backward.register_fake
@@ -140,10 +158,10 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return _load_balance_backward(grad, *ctx.saved_tensors, *ctx.shape), None, None
 
 
-_load_balance.register_autograd(_backward, setup_context=_setup)
+load_balance.register_autograd(_backward, setup_context=_setup)
 
 
 def load_balance_triton(scores: Tensor, chosen: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
     """The loss and the load; tensors as `ops.mixture.load_balance_loss` has them, `scores` and `chosen` in float32."""
-    loss, load, _ = _load_balance(scores, chosen, real)
+    loss, load, _ = load_balance(scores, chosen, real)
     return loss, load.detach()

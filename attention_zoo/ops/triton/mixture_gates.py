@@ -5,7 +5,7 @@ In plain PyTorch it is some twenty operations on small tensors, which cost more 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,8 +14,18 @@ from torch import Tensor
 
 from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import ceil_div, tile
+from attention_zoo.ops.triton._launch import Launch, Place, launch_all, settled
 
-__all__ = ["among_best", "mixture_gates_triton", "softmax", "softmax_gradient", "top_k_mask_triton"]
+__all__ = [
+    "GatesCall",
+    "among_best",
+    "gates_gradient_launches",
+    "gates_launches",
+    "mixture_gates_triton",
+    "softmax",
+    "softmax_gradient",
+    "top_k_mask_triton",
+]
 
 
 @triton.jit
@@ -88,10 +98,12 @@ def _gates_kernel(
 
 @triton.jit
 def _gates_gradient_kernel(
-    Shared, Balance, Scores, Chosen, DGates, DScores, DLogits, DShared, DBalance, step_s, step_b, ROWS, R, S, K, eps,
-    HAS_SHARED: tl.constexpr, HAS_BALANCE: tl.constexpr, HAS_DSCORES: tl.constexpr,
+    Shared, Balance, Scores, Chosen, DGates, DScores, DLoss, DLogits, DShared, DBalance,
+    step_s, step_b, step_d, step_ds, step_db, ROWS, R, S, K, eps,
+    HAS_SHARED: tl.constexpr, HAS_BALANCE: tl.constexpr, HAS_DSCORES: tl.constexpr, HAS_DLOSS: tl.constexpr, PAD: tl.constexpr,
     BT: tl.constexpr, BE: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
+    """DScores: (tokens, R), or with HAS_DLOSS (R,), of all tokens alike, times DLoss. PAD: columns of 0 behind DBalance."""
     n, e, f = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT), tl.arange(0, BE), tl.arange(0, BS)
     real = n < ROWS
     here, there = real[:, None] & (e < R)[None, :], real[:, None] & (f < S)[None, :]
@@ -108,8 +120,10 @@ def _gates_gradient_kernel(
     dp = chosen * (K * second / whole)[:, None] * inner
     if HAS_DSCORES:
         dp += tl.load(DScores + n[:, None] * R + e[None, :], mask=here, other=0.0)
+    if HAS_DLOSS:
+        dp += (tl.load(DScores + e, mask=e < R, other=0.0) * tl.load(DLoss).to(tl.float32))[None, :]
     dx = softmax_gradient(p, dp)
-    tl.store(DLogits + n[:, None] * R + e[None, :], dx.to(DLogits.dtype.element_ty), mask=here)
+    tl.store(DLogits + n[:, None] * step_d + e[None, :], dx.to(DLogits.dtype.element_ty), mask=here)
     slope = tl.load(DGates + n[:, None] * (S + R) + f[None, :], mask=there, other=0.0)
     by_first = tl.sum(slope, 1)
     if HAS_SHARED:
@@ -117,11 +131,13 @@ def _gates_gradient_kernel(
         q = tl.where(there, softmax(x, (f < S)[None, :]), 0.0)
         by_first = S * tl.sum(slope * q, 1)
         dx = softmax_gradient(q, S * first[:, None] * slope)
-        tl.store(DShared + n[:, None] * S + f[None, :], dx.to(DShared.dtype.element_ty), mask=there)
+        tl.store(DShared + n[:, None] * step_ds + f[None, :], dx.to(DShared.dtype.element_ty), mask=there)
     if HAS_BALANCE:
         dx = 0.5 * first * second * (by_first - K * mean)  # of the first logit, the second's is the opposite
-        tl.store(DBalance + n * 2, dx.to(DBalance.dtype.element_ty), mask=real)
-        tl.store(DBalance + n * 2 + 1, (-dx).to(DBalance.dtype.element_ty), mask=real)
+        tl.store(DBalance + n * step_db, dx.to(DBalance.dtype.element_ty), mask=real)
+        tl.store(DBalance + n * step_db + 1, (-dx).to(DBalance.dtype.element_ty), mask=real)
+        for i in tl.static_range(PAD):
+            tl.store(DBalance + n * step_db + 2 + i, tl.zeros([BT], tl.float32).to(DBalance.dtype.element_ty), mask=real)
 
 
 def _tiles(routed: int, shared: int) -> dict[str, int]:
@@ -130,10 +146,84 @@ def _tiles(routed: int, shared: int) -> dict[str, int]:
     return {"BT": max(1, min(32, 8192 // width**2)), "BE": width, "BS": tile(shared, 1 << 30)}
 
 
-def _rows(x: Tensor) -> Tensor:
+def _rows(x: Tensor, tensor: int) -> tuple[Tensor, Place]:
     """(B, N, E) as (B N, E) with neighbouring channels; without a copy where the tokens of a sample follow each other."""
-    rows = x.flatten(0, 1)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+    one, two, three = x.stride()
+    if three == 1 and one == x.shape[1] * two:
+        return x, Place(tensor, 0, (two,))
+    return x.contiguous(), Place(tensor, 0, (x.shape[2],))
+
+
+class GatesCall(NamedTuple):
+    """What the launches of a router depend on.
+
+    Attributes:
+        rows: B N tokens.
+        routed, shared_heads, topk: h_r, h_s and K.
+        logits, shared, balance: where they are in the first three tensors, by token; None: there are none.
+        dtype, device: of the logits.
+    """
+
+    rows: int
+    routed: int
+    shared_heads: int
+    topk: int
+    logits: Place
+    shared: Place | None
+    balance: Place | None
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls, logits: Tensor, shared: Tensor | None, balance: Tensor | None, topk: int, shared_heads: int
+    ) -> tuple[GatesCall, tuple[Tensor, Tensor, Tensor]]:
+        """And the three tensors."""
+        batch, tokens, routed = logits.shape
+        own, place = _rows(logits, 0)
+        (first, of_first), (second, of_second) = ((own, None) if t is None else _rows(t, i) for i, t in ((1, shared), (2, balance)))
+        sizes = batch * tokens, routed, shared_heads, topk
+        return cls(*sizes, place, of_first, of_second, logits.dtype, logits.device), (own, first, second)
+
+    def grid(self) -> tuple[int]:
+        return (ceil_div(self.rows, _tiles(self.routed, self.shared_heads)["BT"]),)
+
+    def numbers(self) -> tuple[float, ...]:
+        return self.rows, self.routed, self.shared_heads, self.topk, torch.finfo(torch.float32).eps
+
+    def flags(self) -> dict[str, Any]:
+        found = {"HAS_SHARED": self.shared is not None, "HAS_BALANCE": self.balance is not None}
+        return {**found, **_tiles(self.routed, self.shared_heads), "num_warps": 4}
+
+
+def _step(place: Place | None) -> int:
+    return 0 if place is None else place.strides[0]
+
+
+@settled
+def gates_launches(call: GatesCall) -> tuple[Launch, ...]:
+    """Of the three tensors, gates, scores and choice; none if there are no tokens."""
+    places = call.logits, call.shared or call.logits, call.balance or call.logits, Place(3), Place(4), Place(5)
+    numbers = _step(call.logits), _step(call.shared), _step(call.balance), *call.numbers()
+    return (Launch(_gates_kernel, call.grid(), places, numbers, call.flags()),) if call.rows else ()
+
+
+@settled
+def gates_gradient_launches(
+    call: GatesCall, gradients: tuple[Place, Place, Place], of_scores: bool, of_loss: bool, pad: int = 0
+) -> tuple[Launch, ...]:
+    """Of the three tensors, scores, choice, gradients of gates, slopes by scores, the loss's gradient, then `gradients`.
+
+    Args:
+        gradients: places of those of the three, by token.
+        of_scores: whether the slopes are gradients of scores, (rows, routed).
+        of_loss: whether they are those of a loss by the scores of any token, (routed,).
+        pad: how many columns behind the gradient of the balance become 0.
+    """
+    places = call.shared or Place(3), call.balance or Place(3), *(Place(i) for i in range(3, 8)), *gradients
+    numbers = _step(call.shared), _step(call.balance), *(place.strides[0] for place in gradients), *call.numbers()
+    flags = {**call.flags(), "HAS_DSCORES": of_scores, "HAS_DLOSS": of_loss, "PAD": pad}
+    return (Launch(_gates_gradient_kernel, call.grid(), places, numbers, flags),) if call.rows else ()
 
 
 @operator("top_k_mask")
@@ -161,15 +251,8 @@ def _gates_forward(
     batch, tokens, routed = logits.shape
     gates = logits.new_empty((batch, tokens, shared_heads + routed), dtype=torch.float32)
     scores, chosen = (logits.new_empty(logits.shape, dtype=torch.float32) for _ in range(2))
-    rows, first, second = (None if t is None else _rows(t) for t in (logits, shared, balance))
-    sizes = _tiles(routed, shared_heads)
-    if rows is not None and rows.numel():
-        _gates_kernel[(ceil_div(batch * tokens, sizes["BT"]),)](
-            rows, rows if first is None else first, rows if second is None else second, gates, scores, chosen,
-            rows.stride(0), 0 if first is None else first.stride(0), 0 if second is None else second.stride(0),
-            batch * tokens, routed, shared_heads, topk, torch.finfo(torch.float32).eps,
-            HAS_SHARED=first is not None, HAS_BALANCE=second is not None, **sizes, num_warps=4,
-        )  # fmt: skip
+    call, given = GatesCall.of(logits, shared, balance, topk, shared_heads)
+    launch_all(gates_launches(call), (*given, gates, scores, chosen))
     return gates, scores, chosen
 
 
@@ -185,20 +268,13 @@ def _gates_backward(
     dgates: Tensor, dscores: Tensor | None, logits: Tensor, shared: Tensor | None, balance: Tensor | None,
     scores: Tensor, chosen: Tensor, topk: int, shared_heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    batch, tokens, routed = scores.shape
-    dgates, dscores = dgates.contiguous(), None if dscores is None else dscores.contiguous()
-    first, second = (None if t is None else _rows(t) for t in (shared, balance))
-    dlogits, dshared, dbalance = (logits.new_empty((0,) if t is None else t.shape) for t in (logits, shared, balance))
-    sizes = _tiles(routed, shared_heads)
-    if scores.numel():
-        _gates_gradient_kernel[(ceil_div(batch * tokens, sizes["BT"]),)](
-            scores if first is None else first, scores if second is None else second, scores, chosen,
-            dgates, scores if dscores is None else dscores, dlogits, dshared, dbalance,
-            0 if first is None else first.stride(0), 0 if second is None else second.stride(0),
-            batch * tokens, routed, shared_heads, topk, torch.finfo(torch.float32).eps,
-            HAS_SHARED=first is not None, HAS_BALANCE=second is not None, HAS_DSCORES=dscores is not None, **sizes, num_warps=4,
-        )  # fmt: skip
-    return dlogits, dshared, dbalance
+    dgates, slopes = dgates.contiguous(), scores if dscores is None else dscores.contiguous()
+    found = tuple(logits.new_empty((0,) if t is None else t.shape) for t in (logits, shared, balance))
+    call, given = GatesCall.of(logits, shared, balance, topk, shared_heads)
+    places = Place(8, 0, (call.routed,)), Place(9, 0, (shared_heads,)), Place(10, 0, (2,))
+    launches = gates_gradient_launches(call, places, dscores is not None, False)
+    launch_all(launches, (*given, scores, chosen, dgates, slopes, scores, *found))
+    return found  # type: ignore[return-value]
 
 
 @_gates_backward.register_fake

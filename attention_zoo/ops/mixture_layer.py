@@ -1,0 +1,148 @@
+"""Mixture-of-Head attention with its projections and routers as one function, forward and backward, for eager calls.
+
+As `hilo_layer`: what would be some twenty nodes of autograd, with views of heads and a sum of gradients, is one. Compilers get the
+same from `mixture_gates`, `mixture_attention` and `load_balance_loss`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from attention_zoo.ops._kernels import Lazy, use_kernel
+from attention_zoo.ops._one_node import apply_node, as_rows, linear_gradients
+from attention_zoo.ops.dispatch import wanted_backend
+from attention_zoo.ops.mixture import MOST_COMPARED, heads_apart, pays
+
+if TYPE_CHECKING:
+    from attention_zoo.ops.triton import mixture_balance
+    from attention_zoo.ops.triton import mixture_layer as kernels
+    from attention_zoo.ops.triton.mixture_layer import Layer
+else:
+    kernels = Lazy("attention_zoo.ops.triton.mixture_layer")
+    mixture_balance = Lazy("attention_zoo.ops.triton.mixture_balance")
+
+__all__ = ["MixtureSettings", "mixture_layer", "takes_layer"]
+
+_MOST_LAYERS = 1024
+_layers: dict[tuple[Any, ...], Layer] = {}
+
+
+class MixtureSettings(NamedTuple):
+    """Of a layer: heads h and their channels d, how many can be chosen (h_r) and are (K), causality, whether the loss is wanted."""
+
+    heads: int
+    dim: int
+    routed: int
+    topk: int
+    is_causal: bool
+    balanced: bool
+
+
+def takes_layer(x: Tensor, settings: MixtureSettings, dropout_p: float) -> bool:
+    """Whether the kernels serve tokens like `x`, and skip enough.
+
+    Raises:
+        BackendError: "triton" is asked for, by `use_backend` or the environment, and cannot serve it.
+    """
+    heads, dim, routed, topk, is_causal, _ = settings
+    if not 0 < routed <= MOST_COMPARED or x.numel() == 0:
+        return False
+    if wanted_backend("auto") == "auto":
+        if not x.is_cuda:
+            return False
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        if not pays((x.shape[0], heads, x.shape[1], dim), dtype, x.shape[1], routed, topk, is_causal):
+            return False
+    return use_kernel("auto", (x,), channels=dim, dropout_p=dropout_p)
+
+
+def mixture_layer(
+    x: Tensor, settings: MixtureSettings, layers: tuple[Tensor | None, ...], routers: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """From tokens (B, N, C) to tokens (B, N, C'), by the kernels. No gradients of gradients.
+
+    Args:
+        x: tokens, at least one.
+        settings: of the layer.
+        layers: weight and bias (or None) of the projections to q, k and v, (3 h d, C), and of that of the outputs, (C', h d).
+        routers: weights (h_r, C), (h - h_r, C) and (2, C) of routed heads, shared heads and their balance; the second is None for
+            less than two shared heads, the third without any.
+
+    Returns: outputs, load-balance loss and load (h_r,), the last two None unless they are wanted.
+    """
+    return apply_node(_Layer, x, settings, (*layers, *routers))  # type: ignore[no-any-return]
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, settings: MixtureSettings, *parameters: Any) -> tuple[Any, ...]:
+        qkv_weight, qkv_bias, proj, proj_bias, *routers = parameters
+        weight = _join([t for t in routers if t is not None])
+        qkv, logits = F.linear(x, qkv_weight, qkv_bias).contiguous(), F.linear(x, weight).contiguous()
+        ctx.layer = _layer_of(qkv, logits, settings)
+        router, found = kernels.attend_layer(qkv, logits, ctx.layer)
+        loss, load, slopes = None, None, None
+        if settings.balanced:
+            loss, load, slopes = mixture_balance.load_balance.unseen()(router.scores, router.chosen, None)
+            ctx.mark_non_differentiable(load)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, qkv, logits, *router, *found, slopes, weight, qkv_weight, proj)
+        return F.linear(found.out.flatten(2), proj, proj_bias), loss, load
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, d_loss: Tensor | None, _: None) -> tuple[Any, ...]:
+        x, qkv, logits, *rest, slopes, weight, qkv_weight, proj = ctx.saved_tensors
+        routed, found = kernels.Routed(*rest[:3]), kernels.Attended(*rest[3:])
+        needs_x, _, *needs = ctx.needs_input_grad
+        grad = x.new_zeros((*x.shape[:2], proj.shape[0])) if grad is None else grad
+        out = found.out.flatten(2)
+        dout, d_proj, d_proj_bias = linear_gradients(grad, out, proj, True, *needs[2:4])
+        dqkv, dlogits = kernels.attend_layer_backward(qkv, logits, ctx.layer, routed, found, dout, slopes, d_loss)
+        rows, of_logits = dqkv.view(-1, qkv.shape[2]), as_rows(dlogits)
+        dx, d_qkv, d_qkv_bias = linear_gradients(rows, as_rows(x), qkv_weight, needs_x, *needs[:2])
+        if dx is not None:
+            dx = dx.addmm_(of_logits, weight).view_as(x)
+        joined = torch.mm(of_logits.t(), as_rows(x)) if any(needs[4:]) else None
+        d_routers = (None, None, None) if joined is None else _cut(joined, ctx.layer)
+        return dx, None, d_qkv, d_qkv_bias, d_proj, d_proj_bias, *d_routers
+
+
+def _layer_of(qkv: Tensor, logits: Tensor, settings: MixtureSettings) -> Layer:
+    """What cuDNN serves is asked once for each size."""
+    exact = torch.are_deterministic_algorithms_enabled()
+    key = qkv.shape, logits.shape[2], settings, kernels.precision(qkv), qkv.dtype, qkv.device, exact
+    found = _layers.get(key)
+    if found is None:
+        heads, _, routed, topk, is_causal, _ = settings
+        apart = heads_apart(*kernels.heads_of(qkv, heads, heads), routed, is_causal)
+        found = kernels.Layer.of(qkv, logits, heads, routed, topk, apart, is_causal)
+        if len(_layers) >= _MOST_LAYERS:
+            _layers.clear()
+        _layers[key] = found
+    return found
+
+
+def _join(routers: list[Tensor]) -> Tensor:
+    """Weights of several routers as one, of a width that the libraries' products like; whatever fills it up."""
+    if len(routers) == 1:
+        return routers[0]
+    pad = -sum(t.shape[0] for t in routers) % 8
+    return torch.cat([*routers, routers[0][:1].expand(pad, -1)] if pad else routers)
+
+
+def _cut(weight: Tensor, layer: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of the routers' weights in that of the joined one."""
+    shared = layer.heads - layer.routed
+    if shared == 0:
+        return weight, None, None
+    if shared == 1:
+        first, balance, _ = weight.split_with_sizes([layer.routed, 2, layer.width - layer.routed - 2])
+        return first, None, balance
+    first, second, balance, _ = weight.split_with_sizes([layer.routed, shared, 2, layer.width - layer.heads - 2])
+    return first, second, balance
