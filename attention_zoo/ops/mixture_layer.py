@@ -28,6 +28,7 @@ else:
 
 __all__ = ["MixtureSettings", "mixture_layer", "takes_layer"]
 
+_UNIT = 16  # bytes: heads in a projection that begin elsewhere are out of the copy engine's reach
 _MOST_LAYERS = 1024
 _layers: dict[tuple[Any, ...], Layer] = {}
 
@@ -50,14 +51,14 @@ def takes_layer(x: Tensor, settings: MixtureSettings, dropout_p: float) -> bool:
         BackendError: "triton" is asked for, by `use_backend` or the environment, and cannot serve it.
     """
     heads, dim, routed, topk, is_causal, _ = settings
-    if not 0 < routed <= MOST_COMPARED or x.numel() == 0:
+    if wanted_backend("auto") == "auto" and not x.is_cuda:
         return False
-    if wanted_backend("auto") == "auto":
-        if not x.is_cuda:
-            return False
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-        if not pays((x.shape[0], heads, x.shape[1], dim), dtype, x.shape[1], routed, topk, is_causal):
-            return False
+    (batch, tokens, _), device = x.shape, x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if not 0 < routed <= MOST_COMPARED or x.numel() == 0 or dim * dtype.itemsize % _UNIT:
+        return False
+    if wanted_backend("auto") == "auto" and not pays((batch, heads, tokens, dim), dtype, tokens, routed, topk, is_causal):
+        return False
     return use_kernel("auto", (x,), channels=dim, dropout_p=dropout_p)
 
 

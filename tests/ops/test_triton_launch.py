@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from attention_zoo.ops.triton import _launch
-from attention_zoo.ops.triton._launch import Launch, Place
+from attention_zoo.ops.triton._launch import Launch, Place, Tiled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -90,3 +90,43 @@ def test_compiled_kernels_get_addresses(monkeypatch: pytest.MonkeyPatch) -> None
     assert kernel.compiled.calls == [((5, 6, 1), *starts, 0.5, 9, True, 32, 77)]
     launch(x, y[1:])
     assert (len(kernel.calls), len(kernel.compiled.calls)) == (3, 1)
+
+
+@triton.jit
+def _flip_kernel(X, Y, Z, ROWS, BN: tl.constexpr):
+    """Z = Y - X of a tile."""
+    row = tl.program_id(0) * BN
+    n, d = row + tl.arange(0, BN), tl.arange(0, 16)
+    y = tl.load(Y + n[:, None] * 16 + d[None, :], mask=(n < ROWS)[:, None], other=0.0)
+    tl.store(Z + n[:, None] * 16 + d[None, :], y - X.load([row, 0]), mask=(n < ROWS)[:, None])
+
+
+def test_tiles_of_tensors_without_views() -> None:
+    """What is outside of the described tensor is 0."""
+    tiled = Tiled(0, 32, (32, 1), (20, 12), (16, 16))
+    launch = Launch(_flip_kernel, (2,), (tiled, Place(1), Place(2)), (20,), {"BN": 16, "num_warps": 4})
+    for _ in range(2):
+        x, y = torch.randn(22, 32, device=DEVICE), torch.randn(20, 16, device=DEVICE)
+        want, got = y.clone(), torch.empty_like(y)
+        want[:, :12] -= x[1:21, :12]
+        launch(x, y, got)
+        torch.testing.assert_close(got, want)
+    assert (launch._run is not None) == (DEVICE == "cuda")
+
+
+def test_compiled_kernels_get_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a settled launch they have what Triton's launcher makes the map for the copy engine of."""
+    monkeypatch.setattr(_launch, "CompiledKernel", _Compiled)
+    monkeypatch.setattr(_launch, "_current_stream", lambda: 77)
+    kernel, constants = _Kernel(), {"num_warps": 4, "BN": 32, "ADD": True}
+    places = Place(1), Tiled(0, 8, (16, 1), (3, 12), (16, 16)), Place(0)
+    launch = Launch(kernel, (5,), places, (0.5, 9), constants)
+    x, y = torch.zeros(64), torch.zeros(32)
+    launch(x, y)
+    first = kernel.calls[0][2]
+    assert (first.base.data_ptr(), first.shape, first.strides, first.block_shape) == (x.data_ptr() + 32, [3, 12], [16, 1], [16, 16])
+    launch(x, y)
+    ((_, begin, second, end, *_),) = kernel.compiled.calls
+    assert (begin, end) == (y.data_ptr(), x.data_ptr())
+    assert (second.base.data_ptr(), list(second.shape), list(second.strides)) == (x.data_ptr() + 32, [3, 12], [16, 1])
+    assert (second.padding, second.round_f32_to_tf32) == (first.padding, False)

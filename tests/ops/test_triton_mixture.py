@@ -431,6 +431,90 @@ def test_registration_of_one_projection(wants_gates: bool) -> None:
     torch.library.opcheck(_mixture_backward.registered, call, test_utils=("test_schema", "test_faketensor"))
 
 
+LAYERS: dict[str, dict[str, Any]] = {
+    "all routed": {"shared_heads": 0, "routed_topk": 2},
+    "one shared": {"shared_heads": 1, "routed_topk": 1, "qkv_bias": True},
+    "some shared": {"shared_heads": 2, "routed_topk": 1, "head_dim": 24, "is_causal": True, "proj_bias": False},
+}
+
+
+def _run_layer(
+    module: nn.Module, x: Tensor, backend: str, dtype: torch.dtype = torch.float32, weights: tuple[float, float] = (1.0, 1.0)
+) -> dict[str, Tensor]:  # fmt: skip
+    """Outputs and loss of a layer like `module` in a dtype, and the gradients of both, so weighted."""
+    layer: Any = deepcopy(module).to(DEVICE, dtype)
+    given = x.to(DEVICE, dtype, copy=True).requires_grad_()
+    with ops.use_backend(backend):
+        out = layer(given)
+    aims = [weight * t for weight, t in zip(weights, (out.float().square().sum(), layer.aux_loss), strict=True) if weight]
+    leaves = {"x": given, **dict(layer.named_parameters())}
+    gradients = torch.autograd.grad(sum(aims), list(leaves.values()), materialize_grads=True, allow_unused=True)
+    found = {"out": out.detach(), "loss": layer.aux_loss.detach(), **dict(zip(leaves, gradients, strict=True))}
+    return {name: t.float() for name, t in found.items()}
+
+
+@pytest.fixture
+def nodes_seen(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Any]:
+    """What layers that are one node have settled; a backend of the test is not remembered."""
+    from attention_zoo.ops import mixture_layer
+
+    settled: dict[Any, Any] = {}
+    monkeypatch.setattr(mixture_layer, "_layers", settled)
+    return settled
+
+
+@pytest.mark.usefixtures("_library_everywhere")
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)], ids=["both", "output", "loss"])
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+def test_layer_as_one_node(options: dict[str, Any], weights: tuple[float, float], nodes_seen: dict[Any, Any]) -> None:
+    """Projections, routers, loss and all gradients, with shared heads apart or without."""
+    torch.manual_seed(0)
+    module, x = az.create_attention("moh", dim=32, num_heads=4, **options), torch.randn(2, 19, 32)
+    want = _run_layer(module, x, "reference", torch.float64, weights)
+    assert not nodes_seen
+    got = _run_layer(module, x, "triton", weights=weights)
+    assert len(nodes_seen) == 1
+    for name, right in want.items():
+        torch.testing.assert_close(got[name], right, atol=5e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_layer_as_one_node_in_half_precision(nodes_seen: dict[Any, Any]) -> None:
+    """As such and under autocast, which leaves gradients of parameters in single precision."""
+    torch.manual_seed(0)
+    module, x = az.create_attention("moh", dim=32, num_heads=4, **LAYERS["some shared"]), torch.randn(2, 19, 32)
+    want, half = _run_layer(module, x, "reference", torch.float64), torch.float16
+    with torch.autocast(DEVICE, half):
+        mixed = _run_layer(module, x, "triton")
+    for got in (mixed, _run_layer(module, x, "triton", half)):
+        for name, right in want.items():
+            assert (got[name] - right).norm() < 2e-2 * right.norm(), name
+    assert len(nodes_seen) == 1
+    narrow = az.create_attention("moh", dim=32, num_heads=4, head_dim=12)
+    want, got = _run_layer(narrow, x, "reference", torch.float64), _run_layer(narrow, x, "triton", half)
+    assert len(nodes_seen) == 1  # heads that do not begin at 16 bytes are copied
+    assert (got["out"] - want["out"]).norm() < 2e-2 * want["out"].norm()
+
+
+def test_hooks_see_the_layers_of_a_mixture(nodes_seen: dict[Any, Any]) -> None:
+    """Projections that somebody waits for are called; a layer without gradients, in evaluation, has no loss."""
+    torch.manual_seed(0)
+    module: Any = az.create_attention("moh", dim=32, num_heads=4, device=DEVICE).eval()
+    x, seen = torch.randn(1, 9, 32, device=DEVICE), []
+    with ops.use_backend("triton"), torch.no_grad():
+        want = module(x)
+        assert module.aux_loss is None
+        module.debug = True
+        module(x)
+        assert module.last_head_load.shape == (module.routed_heads,)
+        assert len(nodes_seen) == 2
+        handle = module.balance.register_forward_hook(lambda *_: seen.append(1))
+        got = module(x)
+        handle.remove()
+    assert seen == [1]
+    assert len(nodes_seen) == 2
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
 def test_choice() -> None:
     """Of equal scores the first are chosen."""
     from attention_zoo.ops.mixture import top_k_mask
