@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from attention_zoo.ops._kernels import Lazy, use_kernel
-from attention_zoo.ops._one_node import apply_node, linear_gradients
+from attention_zoo.ops._one_node import apply_node, bias_gradients, linear_gradients
 
 if TYPE_CHECKING:
     from attention_zoo.ops.triton import halo_layer as kernels
@@ -97,13 +97,14 @@ class _Layer(torch.autograd.Function):
         of_weight, of_bias, of_tables = needs[0] or needs[2], needs[1] or needs[3], needs[4] or needs[5]
         further = needs_x or of_weight or of_bias or of_tables
         if proj is None:
-            dout, d_proj, d_proj_bias = grad.contiguous(), None, None
+            dout, d_proj = grad.contiguous(), None
         else:
-            dout, d_proj, d_proj_bias = linear_gradients(grad, out, proj, further, needs[6], needs[7])
+            dout, d_proj, _ = linear_gradients(grad, out, proj, further, needs[6], False)
         if not further:
-            return (*(None,) * 8, d_proj, d_proj_bias)
+            return (*(None,) * 8, d_proj, *bias_gradients(grad if needs[7] else None))
         dqkv, d_rows, d_columns = kernels.attend_backward(qkv, rows, columns, out, lse, dout, ctx.call, of_tables)
-        dx, dw, db = linear_gradients(dqkv, x, weight, needs_x, of_weight, of_bias)
+        dx, dw, _ = linear_gradients(dqkv, x, weight, needs_x, of_weight, False)
+        d_proj_bias, db = bias_gradients(grad if needs[7] else None, dqkv if of_bias else None)
         inner = ctx.call.halo.heads * rows.shape[1]
         sizes = inner, weight.shape[0] - inner
         d_query, d_pair = (None, None) if dw is None else dw.view(*dw.shape, 1, 1).split_with_sizes(sizes)
