@@ -14,6 +14,7 @@ from torch import Tensor
 
 from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import ceil_div, last_contiguous, tile
+from attention_zoo.ops.triton._launch import Launch, Place, settled
 from attention_zoo.ops.triton.mixture_gates import among_best, softmax, softmax_gradient
 
 __all__ = ["query_norm_gates_triton"]
@@ -116,14 +117,25 @@ def _norm_gates(q: Tensor, topk: int, shared_heads: int, scored: bool) -> tuple[
     """Gates (B, N, H), scores, choice and norms (B, N, H_r); scores and norms are empty unless `scored`."""
     q = last_contiguous(q)
     batch, heads, tokens, dim = q.shape
-    found, routed = _empty_outputs(q, shared_heads, scored), heads - shared_heads
-    bt, be, bd = _tiles(routed, dim)
+    found = _empty_outputs(q, shared_heads, scored)
     if batch * tokens:
-        _norm_gates_kernel[(ceil_div(batch * tokens, bt),)](
-            q, *found, *q.stride()[:3], tokens, batch * tokens, dim, routed, shared_heads, topk, max(1, routed - 1), _EPS,
-            SCORED=scored, BT=bt, BE=be, BS=tile(shared_heads, 1 << 30), BD=bd, num_warps=4,
-        )  # fmt: skip
+        launch = _launch((batch, heads, tokens, dim), q.stride()[:3], (topk, shared_heads, scored), q.dtype, q.device)
+        launch(q, *found)
     return found
+
+
+@settled
+def _launch(
+    shape: tuple[int, ...], of_q: tuple[int, ...], options: tuple[int, int, bool], dtype: torch.dtype, device: torch.device
+) -> Launch:
+    """Of queries, gates, scores, choice and norms."""
+    (batch, heads, tokens, dim), (topk, shared_heads, scored) = shape, options
+    routed = heads - shared_heads
+    bt, be, bd = _tiles(routed, dim)
+    numbers = *of_q, tokens, batch * tokens, dim, routed, shared_heads, topk, max(1, routed - 1), _EPS
+    constants = {"SCORED": scored, "BT": bt, "BE": be, "BS": tile(shared_heads, 1 << 30), "BD": bd, "num_warps": 4}
+    places = tuple(Place(i) for i in (0, 1, 2 if scored else 1, 3, 4 if scored else 1))
+    return Launch(_norm_gates_kernel, (ceil_div(batch * tokens, bt),), places, numbers, constants)
 
 
 @_norm_gates.register_fake
@@ -137,17 +149,26 @@ def _norm_gates_backward(
 ) -> Tensor:
     q = last_contiguous(q)
     batch, heads, tokens, dim = q.shape
-    routed = chosen.shape[-1]
-    dgates, dscores = (None if t is None else t.contiguous() for t in (dgates, dscores))
+    of_gates, of_scores = (scores if t is None else t.contiguous() for t in (dgates, dscores))
     dq = q.new_empty((batch, tokens, heads, dim))
-    bt, bh, bd = _tiles(heads, dim)
     if dq.numel():
-        _norm_gradient_kernel[(ceil_div(batch * tokens, bt),)](
-            q, scores, chosen, norms, scores if dgates is None else dgates, scores if dscores is None else dscores, dq,
-            *q.stride()[:3], tokens, batch * tokens, dim, routed, heads - routed, max(1, routed - 1), _EPS,
-            HAS_DGATES=dgates is not None, HAS_DSCORES=dscores is not None, BT=bt, BH=bh, BD=bd, num_warps=4,
-        )  # fmt: skip
+        has = dgates is not None, dscores is not None
+        launch = _gradient_launch((batch, heads, tokens, dim), q.stride()[:3], chosen.shape[-1], has, q.dtype, q.device)
+        launch(q, scores, chosen, norms, of_gates, of_scores, dq)
     return dq.transpose(1, 2)
+
+
+@settled
+def _gradient_launch(
+    shape: tuple[int, ...], of_q: tuple[int, ...], routed: int, has: tuple[bool, bool], dtype: torch.dtype, device: torch.device
+) -> Launch:
+    """Of queries, scores, choice, norms, gradients of gates and of scores, and those of the queries."""
+    batch, heads, tokens, dim = shape
+    bt, bh, bd = _tiles(heads, dim)
+    numbers = *of_q, tokens, batch * tokens, dim, routed, heads - routed, max(1, routed - 1), _EPS
+    constants = {"HAS_DGATES": has[0], "HAS_DSCORES": has[1], "BT": bt, "BH": bh, "BD": bd, "num_warps": 4}
+    places = tuple(Place(i) for i in range(7))
+    return Launch(_norm_gradient_kernel, (ceil_div(batch * tokens, bt),), places, numbers, constants)
 
 
 @_norm_gates_backward.register_fake
