@@ -50,12 +50,13 @@ from attention_zoo.attention.conversion import (
 from attention_zoo.ops._one_node import weight_and_bias
 from attention_zoo.ops._operators import stands_alone
 from attention_zoo.ops.mixture import load_balance_loss, top_k_mask, work_softmax
-from attention_zoo.ops.mixture_layer import MixtureSettings, mixture_layer, takes_layer
+from attention_zoo.ops.mixture_layer import MixtureSettings, mixture_layer, query_norm_layer, takes_layer
 from attention_zoo.registry import PATTERNS, register_attention
 
 __all__ = ["MixtureOfHeads", "MoHAttention", "load_balance_loss", "set_routed_topk", "top_k_mask", "work_dtype"]
 
 _ROUTERS = "router", "shared_router", "balance"
+_SPLIT = "q_proj", "k_proj", "v_proj", "o_proj"
 _GATES = {"linear": "soft", "query_norm": "hard"}  # the kind of gate that each router makes
 
 
@@ -371,26 +372,30 @@ class MoHAttention(MixtureOfHeads):
         )
 
     def _settings(self) -> MixtureSettings:
-        sizes = self.num_heads, self.head_dim, self.routed_heads, self.routed_topk
-        return MixtureSettings(*sizes, self.is_causal, self._wants_statistics)
+        sizes = self.num_heads, self.num_kv_heads, self.head_dim, self.routed_heads, self.routed_topk
+        return MixtureSettings(*sizes, self.is_causal, self._wants_statistics, self.router_grad == "ste")
 
     def _is_one_node(self, x: Tensor) -> bool:
         """Whether our kernels serve the whole layer in self-attention: its layers are their weights, and nobody looks on."""
         layers: dict[str, Any] = self._modules
-        if not (self.fused and self.router_kind == "linear" and stands_alone(x)) or ops.is_observed():
+        if self.fused != (self.router_kind == "linear") or not stands_alone(x) or ops.is_observed():
             return False
         if not type(layers["q_norm"]) is type(layers["k_norm"]) is nn.Identity or not is_idle(layers["proj_drop"]):
             return False
-        if not all(is_bare(layers[name]) for name in ("qkv", "proj", *_ROUTERS) if layers.get(name) is not None):
+        names = ("qkv", "proj", *_ROUTERS) if self.fused else _SPLIT
+        if self.context_dim != self.dim or not all(is_bare(layers[name]) for name in names if layers.get(name) is not None):
             return False
         return takes_layer(x, self._settings(), self.attn_drop if self.training else 0.0)
 
     def _in_one_node(self, x: Tensor) -> Tensor:
         """The same with one node of autograd, whose books take longer than a GPU takes for a few thousand tokens."""
         layers: dict[str, Any] = self._modules
-        given = *weight_and_bias(layers["qkv"]), *weight_and_bias(layers["proj"])
-        routers = tuple(None if layers.get(name) is None else layers[name].weight for name in _ROUTERS)
-        out, loss, load = mixture_layer(x, self._settings(), given, routers)
+        given = tuple(t for name in (("qkv", "proj") if self.fused else _SPLIT) for t in weight_and_bias(layers[name]))
+        if self.fused:
+            routers = tuple(None if layers.get(name) is None else layers[name].weight for name in _ROUTERS)
+            out, loss, load = mixture_layer(x, self._settings(), given, routers)
+        else:
+            out, loss, load = query_norm_layer(x, self._settings(), given)
         self.last_head_load = load if self.debug else None
         return self._keep_auxiliary_loss(loss, out)
 

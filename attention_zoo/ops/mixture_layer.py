@@ -6,6 +6,7 @@ same from `mixture_gates`, `mixture_attention` and `load_balance_loss`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,27 +22,40 @@ from attention_zoo.ops.mixture import MOST_COMPARED, heads_apart, pays
 if TYPE_CHECKING:
     from attention_zoo.ops.triton import mixture_balance
     from attention_zoo.ops.triton import mixture_layer as kernels
+    from attention_zoo.ops.triton import mixture_norms as norms
+    from attention_zoo.ops.triton.mixture import Call
     from attention_zoo.ops.triton.mixture_layer import Layer
 else:
     kernels = Lazy("attention_zoo.ops.triton.mixture_layer")
     mixture_balance = Lazy("attention_zoo.ops.triton.mixture_balance")
+    norms = Lazy("attention_zoo.ops.triton.mixture_norms")
 
-__all__ = ["MixtureSettings", "mixture_layer", "takes_layer"]
+__all__ = ["MixtureSettings", "mixture_layer", "query_norm_layer", "takes_layer"]
 
 _UNIT = 16  # bytes: heads in a projection that begin elsewhere are out of the copy engine's reach
 _MOST_LAYERS = 1024
-_layers: dict[tuple[Any, ...], Layer] = {}
+_layers: dict[tuple[Any, ...], Any] = {}  # what was found for layers of some sizes
 
 
 class MixtureSettings(NamedTuple):
-    """Of a layer: heads h and their channels d, how many can be chosen (h_r) and are (K), causality, whether the loss is wanted."""
+    """Of a layer.
+
+    Attributes:
+        heads, kv_heads, dim: heads h, key/value heads and channels d of a head.
+        routed, topk: how many heads can be chosen (h_r) and are (K).
+        is_causal: whether a token sees those before it only.
+        balanced: whether the load-balance loss is wanted.
+        through: with the query-norm router, whether gates have gradients, see `query_norm_gates`.
+    """
 
     heads: int
+    kv_heads: int
     dim: int
     routed: int
     topk: int
     is_causal: bool
     balanced: bool
+    through: bool = False
 
 
 def takes_layer(x: Tensor, settings: MixtureSettings, dropout_p: float) -> bool:
@@ -50,7 +64,7 @@ def takes_layer(x: Tensor, settings: MixtureSettings, dropout_p: float) -> bool:
     Raises:
         BackendError: "triton" is asked for, by `use_backend` or the environment, and cannot serve it.
     """
-    heads, dim, routed, topk, is_causal, _ = settings
+    heads, _, dim, routed, topk, is_causal, *_ = settings
     if wanted_backend("auto") == "auto" and not x.is_cuda:
         return False
     (batch, tokens, _), device = x.shape, x.device.type
@@ -114,15 +128,97 @@ class _Layer(torch.autograd.Function):
         return dx, None, d_qkv, d_qkv_bias, d_proj, d_proj_bias, *d_routers
 
 
+def query_norm_layer(
+    x: Tensor, settings: MixtureSettings, layers: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `mixture_layer`, with the query-norm router; `layers`: weights and biases of the projections to q, k, v and outputs."""
+    return apply_node(_NormLayer, x, settings, layers)  # type: ignore[no-any-return]
+
+
+class _NormLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, settings: MixtureSettings, *parameters: Any) -> tuple[Any, ...]:
+        *projections, proj, proj_bias = parameters
+        weights = projections[::2]
+        q, k, v = (F.linear(x, *projections[i : i + 2]).contiguous() for i in (0, 2, 4))
+        heads, routed = (settings.heads, settings.kv_heads), settings.routed
+        ctx.settings, ctx.layer, ctx.out = settings, *_call_of(q, k, v, settings)
+        scored = settings.balanced or settings.through
+        router = norms.norm_gates.unseen()(kernels.heads_of_split(q, heads[0], heads[0]), settings.topk, heads[0] - routed, scored)
+        gates, scores, chosen, _ = router
+        found = kernels.attend(ctx.layer, q, k, v, gates, chosen, _apart(q, k, v, ctx.layer))
+        loss, load, slopes = None, None, None
+        if settings.balanced:
+            loss, load, slopes = mixture_balance.load_balance.unseen()(scores, chosen, None)
+            ctx.mark_non_differentiable(load)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, q, k, v, *router, *found, slopes, *weights, proj)
+        return F.linear(found.out.flatten(2), proj, proj_bias), loss, load
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, d_loss: Tensor | None, _: None) -> tuple[Any, ...]:
+        x, q, k, v, gates, scores, chosen, of_norms, *rest, slopes, wq, wk, wv, proj = ctx.saved_tensors
+        found, settings, (batch, tokens) = kernels.Attended(*rest), ctx.settings, x.shape[:2]
+        needs_x, _, *needs = ctx.needs_input_grad
+        grad = x.new_zeros((batch, tokens, proj.shape[0])) if grad is None else grad
+        dout, d_proj, d_proj_bias = linear_gradients(grad, found.out.flatten(2), proj, True, *needs[6:8])
+        (dq, dk, dv), dgates = kernels.attend_backward(
+            ctx.layer, q, k, v, gates, _apart(q, k, v, ctx.layer), found, dout, ctx.out, False, settings.through
+        )
+        if settings.through or d_loss is not None:
+            d_scores = None
+            if d_loss is not None:
+                d_scores = mixture_balance.load_balance_backward.unseen()(d_loss, slopes, None, batch, tokens)
+            given = dgates if settings.through else None, d_scores, kernels.heads_of_split(q, settings.heads, settings.heads)
+            dq += norms.norm_gates_backward.unseen()(*given, scores, chosen, of_norms).transpose(1, 2)
+        dx, of_parts = None, []
+        for i, (d_part, weight) in enumerate(zip((dq, dk, dv), (wq, wk, wv), strict=True)):
+            rows = d_part.view(-1, weight.shape[0])
+            d_part_x, *of_part = linear_gradients(rows, as_rows(x), weight, needs_x and i == 0, *needs[2 * i : 2 * i + 2])
+            if needs_x:
+                dx = d_part_x if dx is None else dx.addmm_(rows, weight)
+            of_parts += of_part
+        return None if dx is None else dx.view_as(x), None, *of_parts, d_proj, d_proj_bias
+
+
+def _apart(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The heads apart of projections."""
+    some = call.apart // (call.heads // call.kv_heads)
+    one, two = (kernels.heads_of_split(t, call.kv_heads, some) for t in (k, v))
+    return kernels.heads_of_split(q, call.heads, call.apart), one, two
+
+
 def _layer_of(qkv: Tensor, logits: Tensor, settings: MixtureSettings) -> Layer:
+    """Of a fused projection and the routers' logits."""
+    heads, _, _, routed, topk, is_causal, *_ = settings
+
+    def find() -> Layer:
+        apart = heads_apart(*kernels.heads_of(qkv, heads, heads), routed, is_causal)
+        return kernels.Layer.of(qkv, logits, heads, routed, topk, apart, is_causal)
+
+    return _remember(qkv, settings, (logits.shape[2],), find)  # type: ignore[no-any-return]
+
+
+def _call_of(q: Tensor, k: Tensor, v: Tensor, settings: MixtureSettings) -> tuple[Call, tuple[int, int, int]]:
+    """Of projections apart, and the strides of outputs."""
+    heads, kv_heads, _, routed, topk, is_causal, *_ = settings
+
+    def find() -> Any:
+        own_k, own_v = (kernels.heads_of_split(t, kv_heads, kv_heads) for t in (k, v))
+        apart = heads_apart(kernels.heads_of_split(q, heads, heads), own_k, own_v, routed, is_causal)
+        return kernels.call_of_split(q, k, (heads, kv_heads), routed, topk, apart, is_causal)
+
+    return _remember(q, settings, (), find)  # type: ignore[no-any-return]
+
+
+def _remember(x: Tensor, settings: MixtureSettings, more: tuple[int, ...], find: Callable[[], Any]) -> Any:
     """What cuDNN serves is asked once for each size."""
     exact = torch.are_deterministic_algorithms_enabled()
-    key = qkv.shape, logits.shape[2], settings, kernels.precision(qkv), qkv.dtype, qkv.device, exact
+    key = x.shape, more, settings, kernels.precision(x), x.dtype, x.device, exact
     found = _layers.get(key)
     if found is None:
-        heads, _, routed, topk, is_causal, _ = settings
-        apart = heads_apart(*kernels.heads_of(qkv, heads, heads), routed, is_causal)
-        found = kernels.Layer.of(qkv, logits, heads, routed, topk, apart, is_causal)
+        found = find()
         if len(_layers) >= _MOST_LAYERS:
             _layers.clear()
         _layers[key] = found
@@ -134,7 +230,10 @@ def _join(routers: list[Tensor]) -> Tensor:
     if len(routers) == 1:
         return routers[0]
     pad = -sum(t.shape[0] for t in routers) % 8
-    return torch.cat([*routers, routers[0][:1].expand(pad, -1)] if pad else routers)
+    while pad > 0:
+        filling = routers[0][:pad]
+        routers, pad = [*routers, filling], pad - filling.shape[0]
+    return torch.cat(routers)
 
 
 def _cut(weight: Tensor, layer: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

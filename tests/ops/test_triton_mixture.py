@@ -6,7 +6,7 @@ Without a GPU they run under TRITON_INTERPRET=1, which conftest.py sets.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
@@ -225,7 +225,22 @@ def test_layer(options: dict[str, Any]) -> None:
         torch.testing.assert_close(found[1][name], right, atol=2e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.fixture
+def _always_beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two streams also for small calls; what was settled for calls before, or is here, is forgotten."""
+    from attention_zoo.ops.triton import mixture as kernels
+
+    found = kernels._forward_launches, kernels._backward_launches
+    for function in found:
+        function.cache_clear()
+    monkeypatch.setattr(kernels, "_LEAST_BESIDE", 0)
+    yield
+    for function in found:
+        function.cache_clear()
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_always_beside")
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
     "options",
@@ -260,6 +275,7 @@ def test_by_default_on_a_gpu(options: dict[str, int], is_causal: bool, monkeypat
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_always_beside")
 def test_two_streams_do_not_race(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside cuDNN our kernels compute the bits that they compute after it, whatever memory is handed out in between."""
     torch.manual_seed(0)
@@ -435,6 +451,8 @@ LAYERS: dict[str, dict[str, Any]] = {
     "all routed": {"shared_heads": 0, "routed_topk": 2},
     "one shared": {"shared_heads": 1, "routed_topk": 1, "qkv_bias": True},
     "some shared": {"shared_heads": 2, "routed_topk": 1, "head_dim": 24, "is_causal": True, "proj_bias": False},
+    "norms": {"shared_heads": 1, "routed_topk": 1, "router": "query_norm", "num_kv_heads": 2, "qkv_bias": True, "is_causal": True},
+    "norms through": {"shared_heads": 1, "routed_topk": 1, "router": "query_norm", "router_grad": "ste"},
 }
 
 
@@ -513,6 +531,51 @@ def test_hooks_see_the_layers_of_a_mixture(nodes_seen: dict[Any, Any]) -> None:
     assert seen == [1]
     assert len(nodes_seen) == 2
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("active", "tokens", "is_causal", "packed"),
+    [
+        (8, 4096, False, True), (8, 4096, True, True), (8, 2048, False, False), (11, 4096, False, True), (12, 4096, False, False),
+        (12, 16384, False, True), (12, 8192, True, True), (12, 4096, True, False), (13, 16384, False, False),
+    ],
+)  # fmt: skip
+def test_what_is_packed(active: int, tokens: int, is_causal: bool, packed: bool) -> None:
+    """As measured, with 4 samples and 16 heads of 64: the more heads are active, the longer sequences must be."""
+    from attention_zoo.ops.mixture import pays
+
+    assert pays((4, 16, tokens, 64), torch.bfloat16, tokens, 8, active - 8, is_causal) == packed
+    assert not pays((4, 16, tokens, 64), torch.float32, tokens, 8, active - 8, is_causal)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_always_beside")
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+def test_layer_in_a_graph(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of a layer as one node, recorded after an eager call and in front of one, replayed with other tokens."""
+    monkeypatch.setattr("attention_zoo.ops.mixture._LEAST_WORK", (0, 0))
+    torch.manual_seed(0)
+    module: Any = az.create_attention("moh", dim=256, num_heads=4, **{**options, "head_dim": 64}).to(DEVICE, torch.bfloat16)
+    module.set_topk(1)
+    x, other = (torch.randn(2, 256, 256, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    x.requires_grad_()
+
+    def run() -> tuple[Tensor, ...]:
+        out = module(x)
+        aim = out.float().square().mean() + module.aux_loss
+        return out.detach(), *torch.autograd.grad(aim, (x, *module.parameters()))
+
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=side):
+        recorded = run()
+    with torch.no_grad():
+        x.copy_(other)
+    graph.replay()
+    for got, want in zip(recorded, run(), strict=True):  # cuDNN adds up gradients in any order
+        assert (got - want).float().norm() <= 1e-2 * want.float().norm()
 
 
 def test_choice() -> None:

@@ -16,7 +16,7 @@ from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import ceil_div, tile
 from attention_zoo.ops.triton._launch import Launch, Place, launch_all, settled
 
-__all__ = ["load_balance", "load_balance_triton"]
+__all__ = ["load_balance", "load_balance_backward", "load_balance_triton"]
 
 _PARTS = 64  # programs among which the tokens are shared out
 
@@ -120,7 +120,7 @@ def _(scores: Tensor, chosen: Tensor, real: Any) -> tuple[Tensor, Tensor, Tensor
 
 
 @operator("load_balance_backward")
-def _load_balance_backward(grad: Tensor, slopes: Tensor, real: Tensor | None, batch: int, tokens: int) -> Tensor:
+def load_balance_backward(grad: Tensor, slopes: Tensor, real: Tensor | None, batch: int, tokens: int) -> Tensor:
     routed = slopes.shape[0]
     dscores = slopes.new_empty((batch, tokens, routed))
     where, *steps = _real_of(real, dscores)
@@ -141,7 +141,7 @@ def _gradient_launch(
     return Launch(_slopes_kernel, (ceil_div(batch * tokens, bt),), tuple(Place(i) for i in range(4)), numbers, flags)
 
 
-@_load_balance_backward.register_fake
+@load_balance_backward.register_fake
 def _(grad: Tensor, slopes: Tensor, real: Any, batch: int, tokens: int) -> Tensor:
     return slopes.new_empty((batch, tokens, slopes.shape[0]))
 
@@ -155,7 +155,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return None, None, None
-    return _load_balance_backward(grad, *ctx.saved_tensors, *ctx.shape), None, None
+    return load_balance_backward(grad, *ctx.saved_tensors, *ctx.shape), None, None
 
 
 load_balance.register_autograd(_backward, setup_context=_setup)

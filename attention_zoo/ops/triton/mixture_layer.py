@@ -16,7 +16,19 @@ from attention_zoo.ops.triton._launch import Place, launch_all, settled
 from attention_zoo.ops.triton.mixture import Attended, Call, attend, attend_backward
 from attention_zoo.ops.triton.mixture_gates import GatesCall, gates_gradient_launches, gates_launches
 
-__all__ = ["Attended", "Layer", "Routed", "attend_layer", "attend_layer_backward", "heads_of", "precision"]
+__all__ = [
+    "Attended",
+    "Layer",
+    "Routed",
+    "attend",
+    "attend_backward",
+    "attend_layer",
+    "attend_layer_backward",
+    "call_of_split",
+    "heads_of",
+    "heads_of_split",
+    "precision",
+]
 
 
 class Layer(NamedTuple):
@@ -137,3 +149,26 @@ def attend_layer_backward(
     of_loss: tuple[Any, Any] = (slopes, d_loss) if wanted else (scores, scores)
     launch_all(launches, (logits, logits, logits, scores, chosen, dgates, *of_loss, dlogits))
     return of_parts[0], dlogits
+
+
+def heads_of_split(x: Tensor, heads: int, first: int) -> Tensor:
+    """The `first` heads (B, first, N, d) of a projection (B, N, h d) of its own."""
+    batch, tokens, channels = x.shape
+    dim = channels // heads
+    return x.as_strided((batch, first, tokens, dim), (tokens * channels, dim, channels, 1))
+
+
+def call_of_split(
+    q: Tensor, k: Tensor, heads: tuple[int, int], routed: int, topk: int, apart: int, is_causal: bool
+) -> tuple[Call, tuple[int, int, int]]:
+    """The call of projections (B, N, h d), (B, N, h_kv d) and one like that, `heads` h and h_kv, with gates (B, N, h) and choices
+    (B, N, h_r) in float32; and the strides of its outputs (B, N, h d) by (B, head, token)."""
+    batch, tokens, channels = q.shape
+    dim, narrow = channels // heads[0], k.shape[2]
+    strides, of_keys = (tokens * channels, dim, channels), (tokens * narrow, dim, narrow)
+    at = apart // (heads[0] // heads[1]) * dim
+    sizes = batch, *heads, tokens, tokens, dim, dim, routed, topk, apart
+    places = Place(0, 0, strides), Place(1, at, of_keys), Place(2, at, of_keys)
+    gates, chosen = (tokens * heads[0], 1, heads[0]), (tokens * routed, routed, 1)
+    kinds = q.dtype, torch.float32, torch.float32
+    return Call(*sizes, dim**-0.5, is_causal, *places, gates, chosen, precision(q), kinds, q.device), strides

@@ -17,7 +17,7 @@ from attention_zoo.ops.triton._common import ceil_div, last_contiguous, tile
 from attention_zoo.ops.triton._launch import Launch, Place, settled
 from attention_zoo.ops.triton.mixture_gates import among_best, softmax, softmax_gradient
 
-__all__ = ["query_norm_gates_triton"]
+__all__ = ["norm_gates", "norm_gates_backward", "query_norm_gates_triton"]
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def _empty_outputs(q: Tensor, shared_heads: int, scored: bool) -> tuple[Tensor, 
 
 
 @operator("query_norm_gates")
-def _norm_gates(q: Tensor, topk: int, shared_heads: int, scored: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def norm_gates(q: Tensor, topk: int, shared_heads: int, scored: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gates (B, N, H), scores, choice and norms (B, N, H_r); scores and norms are empty unless `scored`."""
     q = last_contiguous(q)
     batch, heads, tokens, dim = q.shape
@@ -138,13 +138,13 @@ def _launch(
     return Launch(_norm_gates_kernel, (ceil_div(batch * tokens, bt),), places, numbers, constants)
 
 
-@_norm_gates.register_fake
+@norm_gates.register_fake
 def _(q: Tensor, topk: int, shared_heads: int, scored: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_outputs(q, shared_heads, scored)
 
 
-@operator("query_norm_gates_backward")
-def _norm_gates_backward(
+@operator("querynorm_gates_backward")
+def norm_gates_backward(
     dgates: Tensor | None, dscores: Tensor | None, q: Tensor, scores: Tensor, chosen: Tensor, norms: Tensor
 ) -> Tensor:
     q = last_contiguous(q)
@@ -171,7 +171,7 @@ def _gradient_launch(
     return Launch(_norm_gradient_kernel, (ceil_div(batch * tokens, bt),), places, numbers, constants)
 
 
-@_norm_gates_backward.register_fake
+@norm_gates_backward.register_fake
 def _(dgates: Any, dscores: Any, q: Tensor, scores: Tensor, chosen: Tensor, norms: Tensor) -> Tensor:
     batch, heads, tokens, dim = q.shape
     return q.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
@@ -186,15 +186,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, dgates: Tensor | None, dscores: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if not ctx.scored or (dgates is None and dscores is None):
         return (None,) * 4
-    return _norm_gates_backward(dgates, dscores, *ctx.saved_tensors), None, None, None
+    return norm_gates_backward(dgates, dscores, *ctx.saved_tensors), None, None, None
 
 
-_norm_gates.register_autograd(_backward, setup_context=_setup)
+norm_gates.register_autograd(_backward, setup_context=_setup)
 
 
 def query_norm_gates_triton(
     q: Tensor, *, topk: int, shared_heads: int, scored: bool, through: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """As `ops.query_norm_gates`, which has checked the tensors."""
-    gates, scores, chosen, _ = _norm_gates(q if scored else q.detach(), topk, shared_heads, scored)
+    gates, scores, chosen, _ = norm_gates(q if scored else q.detach(), topk, shared_heads, scored)
     return gates if through else gates.detach(), scores if scored else None, chosen.detach()
