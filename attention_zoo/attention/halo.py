@@ -39,6 +39,8 @@ from attention_zoo.registry import register_attention
 
 __all__ = ["HaloAttention", "halo"]
 
+_PLAIN = {Tensor, nn.Parameter}  # types of what is data and nothing else
+
 
 class RelativePositions(nn.Module):
     """Two tables of relative positions, rows (2 win - 1) by channels of a head."""
@@ -249,8 +251,7 @@ class HaloAttention(AttentionModule):
             return None
         of_proj = (None, None) if without else weight_and_bias(proj)
         parts = HaloParts(*weight_and_bias(q), *weight_and_bias(kv), positions.height_rel, positions.width_rel, *of_proj)
-        alike = (parts.query_bias is None) == (parts.pair_bias is None)
-        if not (alike and stands_alone(parts.rows) and stands_alone(parts.columns)):
+        if (parts.query_bias is None) != (parts.pair_bias is None) or not {type(parts.rows), type(parts.columns)} <= _PLAIN:
             return None
         settings = HaloSettings(grid_size, self.num_heads, self.block_size, self.halo_size, self.scale_pos_embed, self.mask_padding)
         return (settings, parts) if takes_layer(x, settings, (self.head_dim, self.value_dim), self._dropout) else None
@@ -333,11 +334,9 @@ def project_map(layer: nn.Module, image: Tensor) -> Tensor:
     return result
 
 
-def _is_pointwise(layer: nn.Module | None) -> bool:
+def _is_pointwise(layer: Any) -> bool:
     """Whether a layer is a matrix of weights and a bias for each cell, or for each of some cells."""
-    if not isinstance(layer, nn.Conv2d) or not is_bare(layer, nn.Conv2d):
-        return False
-    return layer.kernel_size == (1, 1) and layer.groups == 1 and layer.padding == (0, 0)
+    return is_bare(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1 and layer.padding == (0, 0)
 
 
 def project_cells(layer: nn.Conv2d, image: Tensor) -> Tensor:
