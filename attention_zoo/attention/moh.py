@@ -278,8 +278,10 @@ class MoHAttention(MixtureOfHeads):
     ) -> Tensor:
         self._forget_auxiliary_loss()
         check_tokens(x, self.dim)
-        if context is attention_mask is position_embeddings is past_key_values is None and self._is_one_node(x):
-            return self._in_one_node(x)
+        if context is attention_mask is position_embeddings is past_key_values is None and self._is_bare(x):
+            settings = self._settings()
+            if takes_layer(x, settings, self.attn_drop if self.training else 0.0):
+                return self._in_one_node(x, settings)
         q, k, v = self._project(x, context)
         gates, scores, chosen = self._route(x, q)
         heads = attend(
@@ -375,28 +377,28 @@ class MoHAttention(MixtureOfHeads):
         sizes = self.num_heads, self.num_kv_heads, self.head_dim, self.routed_heads, self.routed_topk
         return MixtureSettings(*sizes, self.is_causal, self._wants_statistics, self.router_grad == "ste")
 
-    def _is_one_node(self, x: Tensor) -> bool:
-        """Whether our kernels serve the whole layer in self-attention: its layers are their weights, and nobody looks on."""
+    def _is_bare(self, x: Tensor) -> bool:
+        """Whether self-attention of x may be one node: the layers are their weights, and nobody looks on."""
         layers: dict[str, Any] = self._modules
         if self.fused != (self.router_kind == "linear") or not stands_alone(x) or ops.is_observed():
             return False
         if not type(layers["q_norm"]) is type(layers["k_norm"]) is nn.Identity or not is_idle(layers["proj_drop"]):
             return False
         names = ("qkv", "proj", *_ROUTERS) if self.fused else _SPLIT
-        if self.context_dim != self.dim or not all(is_bare(layers[name]) for name in names if layers.get(name) is not None):
-            return False
-        return takes_layer(x, self._settings(), self.attn_drop if self.training else 0.0)
+        found = [layers[name] for name in names if name in layers]
+        return self.context_dim == self.dim and all(map(is_bare, found))
 
-    def _in_one_node(self, x: Tensor) -> Tensor:
+    def _in_one_node(self, x: Tensor, settings: MixtureSettings) -> Tensor:
         """The same with one node of autograd, whose books take longer than a GPU takes for a few thousand tokens."""
         layers: dict[str, Any] = self._modules
         given = tuple(t for name in (("qkv", "proj") if self.fused else _SPLIT) for t in weight_and_bias(layers[name]))
         if self.fused:
-            routers = tuple(None if layers.get(name) is None else layers[name].weight for name in _ROUTERS)
-            out, loss, load = mixture_layer(x, self._settings(), given, routers)
+            routers = tuple(weight_and_bias(layers[name])[0] if name in layers else None for name in _ROUTERS)
+            out, loss, load = mixture_layer(x, settings, given, routers)
         else:
-            out, loss, load = query_norm_layer(x, self._settings(), given)
-        self.last_head_load = load if self.debug else None
+            out, loss, load = query_norm_layer(x, settings, given)
+        if self.debug or self.last_head_load is not None:
+            self.last_head_load = load if self.debug else None
         return self._keep_auxiliary_loss(loss, out)
 
     def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

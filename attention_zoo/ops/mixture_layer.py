@@ -101,11 +101,7 @@ class _Layer(torch.autograd.Function):
         qkv, logits = F.linear(x, qkv_weight, qkv_bias).contiguous(), F.linear(x, weight).contiguous()
         ctx.layer = _layer_of(qkv, logits, settings)
         router, found = kernels.attend_layer(qkv, logits, ctx.layer)
-        loss, load, slopes = None, None, None
-        if settings.balanced:
-            loss, load, slopes = mixture_balance.load_balance.unseen()(router.scores, router.chosen, None)
-            ctx.mark_non_differentiable(load)
-        ctx.set_materialize_grads(False)
+        loss, load, slopes = _balance(ctx, settings, router.scores, router.chosen)
         ctx.save_for_backward(x, qkv, logits, *router, *found, slopes, weight, qkv_weight, proj)
         return F.linear(found.out.flatten(2), proj, proj_bias), loss, load
 
@@ -147,11 +143,7 @@ class _NormLayer(torch.autograd.Function):
         router = norms.norm_gates.unseen()(kernels.heads_of_split(q, heads[0], heads[0]), settings.topk, heads[0] - routed, scored)
         gates, scores, chosen, _ = router
         found = kernels.attend(ctx.layer, q, k, v, gates, chosen, _apart(q, k, v, ctx.layer))
-        loss, load, slopes = None, None, None
-        if settings.balanced:
-            loss, load, slopes = mixture_balance.load_balance.unseen()(scores, chosen, None)
-            ctx.mark_non_differentiable(load)
-        ctx.set_materialize_grads(False)
+        loss, load, slopes = _balance(ctx, settings, scores, chosen)
         ctx.save_for_backward(x, q, k, v, *router, *found, slopes, *weights, proj)
         return F.linear(found.out.flatten(2), proj, proj_bias), loss, load
 
@@ -180,6 +172,16 @@ class _NormLayer(torch.autograd.Function):
                 dx = d_part_x if dx is None else dx.addmm_(rows, weight)
             of_parts += of_part
         return None if dx is None else dx.view_as(x), None, *of_parts, d_proj, d_proj_bias
+
+
+def _balance(ctx: Any, settings: MixtureSettings, scores: Tensor, chosen: Tensor) -> tuple[Tensor | None, ...]:
+    """The loss, the load and the loss's slope by the scores of any token, None unless they are wanted."""
+    ctx.set_materialize_grads(False)
+    if not settings.balanced:
+        return None, None, None
+    found = mixture_balance.load_balance.unseen()(scores, chosen, None)
+    ctx.mark_non_differentiable(found[1])
+    return found
 
 
 def _apart(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Tensor]:
