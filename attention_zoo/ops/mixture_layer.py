@@ -69,7 +69,7 @@ def takes_layer(x: Tensor, settings: MixtureSettings, dropout_p: float) -> bool:
         return False
     (batch, tokens, _), device = x.shape, x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if not 0 < routed <= MOST_COMPARED or x.numel() == 0 or dim * dtype.itemsize % _UNIT:
+    if not 0 < routed <= MOST_COMPARED or dim * dtype.itemsize % _UNIT:
         return False
     if wanted_backend("auto") == "auto" and not pays((batch, heads, tokens, dim), dtype, tokens, routed, topk, is_causal):
         return False
@@ -82,7 +82,7 @@ def mixture_layer(
     """From tokens (B, N, C) to tokens (B, N, C'), by the kernels. No gradients of gradients.
 
     Args:
-        x: tokens, at least one.
+        x: tokens.
         settings: of the layer.
         layers: weight and bias (or None) of the projections to q, k and v, (3 h d, C), and of that of the outputs, (C', h d).
         routers: weights (h_r, C), (h - h_r, C) and (2, C) of routed heads, shared heads and their balance; the second is None for

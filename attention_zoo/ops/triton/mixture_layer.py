@@ -124,7 +124,7 @@ class Routed(NamedTuple):
 
 
 def attend_layer(qkv: Tensor, logits: Tensor, layer: Layer) -> tuple[Routed, Attended]:
-    """Of a projection (B, N, 3 h d) and the routers' logits, both contiguous, of at least one token."""
+    """Of a projection (B, N, 3 h d) and the routers' logits, both contiguous."""
     own, shape = _settle(layer), (layer.batch, layer.tokens, layer.routed)
     gates = qkv.new_empty((layer.batch, layer.tokens, layer.heads), dtype=torch.float32)
     scores, chosen = gates.new_empty(shape), gates.new_empty(shape)
