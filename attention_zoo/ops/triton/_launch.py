@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -19,6 +20,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = ["Launch", "Place", "Tiled", "launch_all", "settled"]
 
+# Versions of Triton whose launcher takes addresses and what stands for descriptors, which its documentation does not promise.
+_VERSIONS = ("3.6", "3.7", "3.8")
 _ALIGNED = 15  # bits of an address that Triton's kernels are compiled for: those of which all are 0, and others
 
 # Decorator of a function that makes launches from sizes, strides, dtype, device and settings: those are made once.
@@ -49,7 +52,8 @@ class Tiled(NamedTuple):
 class Launch:
     """A kernel with its grid, numbers and constants, to be called with tensors that always have the same dtypes and device.
 
-    The first call goes by way of Triton, which compiles; so does every one with tensors that do not begin at 16 bytes.
+    The first call goes by way of Triton, which compiles; so does every one with tensors that do not begin at 16 bytes, and with
+    other versions of Triton than those that were tried.
 
     Args:
         kernel: whose arguments are pointers and descriptors, then numbers, then constants.
@@ -84,7 +88,8 @@ class Launch:
         for number, tiled in self._tiled:
             found[number] = TensorDescriptor(found[number], list(tiled.shape), list(tiled.strides), list(tiled.block))
         compiled = self._kernel[self._grid](*found, *self._numbers, **self._constants)
-        if aligned and isinstance(compiled, CompiledKernel) and compiled.metadata.target.backend == "cuda":
+        known = triton.__version__.startswith(_VERSIONS) and isinstance(compiled, CompiledKernel)
+        if aligned and known and compiled.metadata.target.backend == "cuda":
             self._starts = tuple((number, offset * tensors[number].element_size()) for number, offset in self._places)
             names = self._kernel.arg_names[len(self._places) + len(self._numbers) :]
             self._values = *self._numbers, *(self._constants[name] for name in names)
