@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from marks import slow_but
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 
 from attention_zoo import ops
 from attention_zoo.ops._problem import make_problem
 from attention_zoo.ops.engines import ENGINES
-from attention_zoo.ops.engines.sdpa import cudnn_first
+from attention_zoo.ops.engines.sdpa import cudnn_first, cudnn_late
 from tests.ops.problems import Call, calls
 
 
@@ -121,13 +123,35 @@ def test_compiled_in_one_graph_equals_eager(dynamic: bool | None, lengths: tuple
         torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-4)
 
 
-def test_cudnn_comes_first_only_within() -> None:
+def test_order_of_kernels_only_within() -> None:
     before = torch._C._get_sdp_priority_order()
-    with cudnn_first():
-        within = torch._C._get_sdp_priority_order()
-    assert within[0] == torch.nn.attention.SDPBackend.CUDNN_ATTENTION.value
-    assert sorted(within) == sorted(before)
-    assert torch._C._get_sdp_priority_order() == before
+    for order, first in ((cudnn_first, SDPBackend.CUDNN_ATTENTION), (cudnn_late, SDPBackend.FLASH_ATTENTION)):
+        with order():
+            within = torch._C._get_sdp_priority_order()
+        assert within[0] == first.value
+        assert sorted(within) == sorted(before)
+        assert torch._C._get_sdp_priority_order() == before
+
+
+@pytest.mark.parametrize("queries", [1, 2])
+def test_one_query_makes_no_plan(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By tensors without data that say that they are on a Hopper GPU: cuDNN comes first but for one query, whose keys grow."""
+    orders = []
+
+    def record(q: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        orders.append(torch._C._get_sdp_priority_order())
+        return q
+
+    monkeypatch.setattr("attention_zoo.ops.engines.sdpa.compute_capability", lambda _: 90)
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", record)
+    with FakeTensorMode():
+        q = torch.empty(1, 4, queries, 16, device="cuda", dtype=torch.bfloat16)
+        k = torch.empty(1, 2, 7, 16, device="cuda", dtype=torch.bfloat16)
+        ENGINES["torch"].run(q, k, k, make_problem(q, k, k))
+    places = [
+        orders[0].index(getattr(torch.nn.attention.SDPBackend, name).value) for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION")
+    ]
+    assert (places[0] < places[1]) == (queries > 1)
 
 
 def test_more_samples_than_a_grid_holds_are_served_in_groups() -> None:

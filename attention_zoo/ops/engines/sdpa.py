@@ -19,7 +19,8 @@ from attention_zoo.ops.engines.base import HALF, Engine, Signature, compute_capa
 
 __all__ = ["TorchEngine"]
 
-_CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_CUDNN_FIRST = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+_CUDNN_LATE = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
 
 
 class TorchEngine(Engine):
@@ -46,9 +47,12 @@ class TorchEngine(Engine):
 
 
 def _unmasked(q: Tensor, k: Tensor, v: Tensor, problem: Problem, is_causal: bool) -> Tensor:
-    # cuDNN makes a plan for every new number of keys, 50 to 65 ms each: not for one token, whose keys grow at every step.
-    prefer_cudnn = q.shape[2] > 1 and q.is_cuda and q.dtype in HALF and compute_capability(q.device) >= 90
-    with cudnn_first() if prefer_cudnn else nullcontext():
+    order: AbstractContextManager[None] = nullcontext()
+    if q.is_cuda and q.dtype in HALF and compute_capability(q.device) >= 90:
+        # cuDNN makes a plan for every new number of keys, 40 to 65 ms each: not for one token, whose keys grow at every step.
+        # torch from 2.11 on has it first by itself.
+        order = cudnn_first() if q.shape[2] > 1 else cudnn_late()
+    with order:
         return F.scaled_dot_product_attention(
             q, k, v, dropout_p=problem.dropout_p, is_causal=is_causal, scale=problem.scale, enable_gqa=is_grouped(q, k)
         )
@@ -56,18 +60,29 @@ def _unmasked(q: Tensor, k: Tensor, v: Tensor, problem: Problem, is_causal: bool
 
 def cudnn_first() -> AbstractContextManager[None]:
     """SDPA tries its cuDNN kernel before the others; each of them still decides for itself whether it serves the call."""
+    return _in_order(_CUDNN_FIRST)
+
+
+def cudnn_late() -> AbstractContextManager[None]:
+    """SDPA tries its cuDNN kernel where no other fused one serves the call."""
+    return _in_order(_CUDNN_LATE)
+
+
+def _in_order(kernels: tuple[SDPBackend, ...]) -> AbstractContextManager[None]:
     if torch.compiler.is_compiling() or not hasattr(torch._C, "_set_sdp_priority_order"):
-        return sdpa_kernel(_CUDNN_FIRST, set_priority=True)
-    return _CudnnFirst()
+        return sdpa_kernel(list(kernels), set_priority=True)
+    return _Order(kernels)
 
 
-class _CudnnFirst(AbstractContextManager[None]):
-    """The same as torch's public context manager, which takes some 40 microseconds, in less than one."""
+class _Order(AbstractContextManager[None]):
+    """The same as torch's public context manager, which takes some 40 microseconds, in less than one. Nothing is ruled out."""
+
+    def __init__(self, kernels: tuple[SDPBackend, ...]) -> None:
+        self.wanted = [kernel.value for kernel in kernels]
 
     def __enter__(self) -> None:
         self.order = torch._C._get_sdp_priority_order()
-        cudnn = SDPBackend.CUDNN_ATTENTION.value
-        torch._C._set_sdp_priority_order([cudnn, *(backend for backend in self.order if backend != cudnn)])
+        torch._C._set_sdp_priority_order([*self.wanted, *(kernel for kernel in self.order if kernel not in self.wanted)])
 
     def __exit__(self, *_: object) -> None:
         torch._C._set_sdp_priority_order(self.order)
