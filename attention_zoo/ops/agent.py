@@ -1,7 +1,7 @@
 """Agent attention as functions of tensors: its two thin softmaxes, the biases made from tables, and the pooling of agents.
 
 The plain code, two calls of `attention` and PyTorch's own resampling and pooling, is the specification of the kernels of
-`triton/agent.py`.
+`triton/agent.py`, `grid_bias.py` and `token_pool.py`.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def grid_bias(
     Returns: (h, n', P + H * W).
     """
     if use_kernel(backend, (square,), missing=too_large_tables(size, (square.shape[2], square.shape[3]))):
-        from attention_zoo.ops.triton.agent import grid_bias_triton
+        from attention_zoo.ops.triton.grid_bias import grid_bias_triton
 
         with no_autocast(square):
             over = (_over_agents(t, agent_grids) for t in (square, _over_line(rows, size[0]), _over_line(columns, size[1])))
@@ -239,7 +239,7 @@ def pool_tokens(x: Tensor, grid_size: Grid | None, bins: Grid, *, backend: str =
     Returns: (B, a * a', C).
     """
     if use_kernel(backend, (x,), channels=1):  # of any number of channels
-        from attention_zoo.ops.triton.agent import pool_tokens_triton
+        from attention_zoo.ops.triton.token_pool import pool_tokens_triton
 
         if grid_size is None:
             return pool_tokens_triton(x, (1, x.shape[1]), (1, math.prod(bins)))

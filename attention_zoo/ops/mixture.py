@@ -1,7 +1,7 @@
 """Attention whose heads are gated for each token as a function of tensors: heads that a token has not chosen are not computed.
 
 In plain PyTorch all heads are computed and multiplied by their gates, 0 for those not chosen. It is the specification of the
-kernels of `triton/mixture.py`, which compute the chosen (token, head) pairs only.
+kernels of `triton/mixture.py` and its neighbours, which compute the chosen (token, head) pairs only.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def gate_heads(x: Tensor, gates: Tensor, *, backend: str = "auto") -> Tensor:
             it on CUDA for tensors of some size; any other for plain PyTorch.
     """
     if (wanted_backend(backend) != "auto" or x.numel() >= _LEAST_GATED) and use_kernel(backend, (x,)):
-        from attention_zoo.ops.triton.mixture import gate_heads_triton
+        from attention_zoo.ops.triton.mixture_rows import gate_heads_triton
 
         return gate_heads_triton(x, gates)
     return x * gates.unsqueeze(-1).to(x.dtype)

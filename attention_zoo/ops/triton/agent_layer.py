@@ -13,24 +13,15 @@ from torch import Tensor
 
 from attention_zoo.ops.triton._common import precision
 from attention_zoo.ops.triton._launch import Launch, Place, launch_all, settled
-from attention_zoo.ops.triton.agent import (
-    Call,
-    Gradients,
-    add_samples_launch,
-    agents_read_launches,
-    grid_bias_gradient_launch,
-    grid_bias_launch,
-    pool_gradient_launch,
-    pool_launch,
-    tokens_read_launch,
-)
+from attention_zoo.ops.triton.agent import Call, Gradients, add_samples_launch, agents_read_launches, tokens_read_launch
+from attention_zoo.ops.triton.grid_bias import grid_bias_gradient_launch, grid_bias_launch
+from attention_zoo.ops.triton.token_pool import pool_gradient_launch, pool_launch
 
 __all__ = ["Attended", "LayerCall", "attend", "attend_backward"]
 
 Grid = tuple[int, int]
-Tables = tuple[
-    Tensor, ...
-]  # of keys: (h, n, b, b'), (1, h, n, H, 1) and (1, h, n, 1, W); then of queries, columns and rows before n
+# Of keys: (h, n, b, b'), (1, h, n, H, 1) and (1, h, n, 1, W); then of queries, columns and rows before n.
+Tables = tuple[Tensor, ...]
 
 
 class LayerCall(NamedTuple):

@@ -22,200 +22,20 @@ from attention_zoo.ops._split import lie_in_one
 from attention_zoo.ops.triton._common import LOG2E, ceil_div, last_contiguous, per_logit, precision, read_lse, tile
 from attention_zoo.ops.triton._launch import Launch, Place, Tiled, launch_all, settled
 from attention_zoo.ops.triton._streams import two_streams
+from attention_zoo.ops.triton.mixture_rows import (
+    count_kernel,
+    empty_slopes,
+    heads_last,
+    list_kernel,
+    mixing,
+    spread_kernel,
+    tokens_to_a_tile,
+    unmixing,
+)
 
-__all__ = ["Attended", "Call", "attend", "attend_backward", "gate_heads_triton", "mixture_attention_triton"]
+__all__ = ["Attended", "Call", "attend", "attend_backward", "mixture_attention_triton"]
 
 _LEAST_BESIDE = 2**35  # of `_cudnn.dense_work`; below, the host takes longer for two streams than the GPU gains by them
-
-
-@triton.jit
-def _load_choice(Chosen, at, b, hk, scb, scn, sch, N, GROUP, ALWAYS):
-    """Of the pairs `at` = n GROUP + query head of a sequence: n, the head, 1 if the token has chosen it, else 0."""
-    n, h = at // GROUP, hk * GROUP + at % GROUP
-    inside = at < N * GROUP
-    chosen = tl.load(Chosen + b * scb + n.to(tl.int64) * scn + (h - ALWAYS) * sch, mask=inside & (h >= ALWAYS), other=1) != 0
-    return n, h, (chosen & inside).to(tl.int32)
-
-
-@triton.jit
-def _count_kernel(Chosen, Counts, scb, scn, sch, N, HEADS, GROUP, ALWAYS, BLOCK: tl.constexpr):
-    """How many rows each sequence has: (b, key/value head) -> Counts."""
-    s = tl.program_id(0)
-    b, hk = (s // HEADS).to(tl.int64), s % HEADS
-    total = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, N * GROUP, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        _, _, chosen = _load_choice(Chosen, at, b, hk, scb, scn, sch, N, GROUP, ALWAYS)
-        total += chosen
-    tl.store(Counts + s, tl.sum(total, 0))
-
-
-@triton.jit
-def _list_tiles(Tiles, counts, each, s, begin, count, last, MOST, BM: tl.constexpr, REVERSED: tl.constexpr):
-    """Tiles of BM rows, sequence after sequence: number of the sequence * 2 ** 32 + first row; -1 for those that are not needed."""
-    before = tl.sum(tl.where(each < s, (counts + BM - 1) // BM, 0), 0)
-    tiles = (count + BM - 1) // BM
-    for start in range(0, tiles, 64):
-        i = start + tl.arange(0, 64)
-        place = i
-        if REVERSED:
-            place = tiles - 1 - i  # the longest first
-        entry = (s.to(tl.int64) << 32) + (begin + place * BM)
-        tl.store(Tiles + before + i, entry, mask=(i < tiles) & (before + i < MOST))
-    if last:
-        for start in range(before + tiles, MOST, 64):
-            i = start + tl.arange(0, 64)
-            tl.store(Tiles + i, tl.full([64], -1, tl.int64), mask=i < MOST)
-
-
-@triton.jit
-def _list_kernel(
-    Chosen, Counts, Starts, Slots, Origins, Tiles,
-    scb, scn, sch, N, HEADS, GROUP, ALWAYS, SEQUENCES, ROWS, MOST, MOST_Q,
-    BLOCK: tl.constexpr, BS: tl.constexpr, BM: tl.constexpr, BMQ: tl.constexpr, CAUSAL: tl.constexpr,
-):  # fmt: skip
-    """Where the rows of a sequence come from and go to.
-
-    Starts: its first row. Origins: of a row, (b N + n) h + head. Slots, of each (b, key/value head, n, query head): its row, or,
-    for pairs that are not chosen, -1 - the next row of the sequence. Tiles: see `_list_tiles`, of two sizes, one after the other.
-    """
-    s = tl.program_id(0)
-    b, hk = (s // HEADS).to(tl.int64), s % HEADS
-    each = tl.arange(0, BS)
-    Tiles = Tiles.to(tl.pointer_type(tl.int64), bitcast=True)
-    counts = tl.load(Counts + each, mask=each < SEQUENCES, other=0)
-    begin = tl.minimum(tl.sum(tl.where(each < s, counts, 0), 0), ROWS)
-    count = tl.minimum(tl.sum(tl.where(each == s, counts, 0), 0), ROWS - begin)
-    tl.store(Starts + s, begin)
-    last = s == SEQUENCES - 1
-    _list_tiles(Tiles, counts, each, s, begin, count, last, MOST, BM, CAUSAL)
-    _list_tiles(Tiles + MOST, counts, each, s, begin, count, last, MOST_Q, BMQ, CAUSAL)
-    before = begin
-    for start in range(0, N * GROUP, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        n, h, chosen = _load_choice(Chosen, at, b, hk, scb, scn, sch, N, GROUP, ALWAYS)
-        row = before + tl.cumsum(chosen, 0) - chosen
-        is_row = (chosen != 0) & (row < ROWS)  # more than K to a token: the caller's fault, but nobody else's memory
-        tl.store(Slots + s.to(tl.int64) * N * GROUP + at, tl.where(is_row, row, -1 - tl.minimum(row, ROWS)), mask=at < N * GROUP)
-        tl.store(Origins + row, (b * N + n) * (HEADS * GROUP) + h, mask=is_row)
-        before += tl.sum(chosen, 0)
-    if last:
-        end = begin + count
-        tl.store(Starts + SEQUENCES, end)
-        for start in range(end, ROWS, BLOCK):  # fewer than K to a token: rows that are not there read something of ours
-            row = start + tl.arange(0, BLOCK)
-            tl.store(Origins + row, tl.zeros([BLOCK], tl.int32), mask=row < ROWS)
-
-
-@triton.jit
-def _slots(Slots, b, h, n, real, N, APART, HEADS, GROUP):
-    """Rows of the tokens n in head h, and whether they were chosen."""
-    r = tl.maximum(h - APART, 0)
-    at = ((b * HEADS + r // GROUP) * N + n) * GROUP + r % GROUP
-    slot = tl.load(Slots + at, mask=real & (h >= APART), other=-1)
-    return tl.maximum(slot, 0).to(tl.int64), slot >= 0
-
-
-@triton.jit
-def _gather(Shared, Packed, Slots, b, h, n, d, wanted, ssb, ssh, ssn, N, APART, HEADS, GROUP, D, PITCH):
-    """What was computed for the tokens n that are wanted in head h, shared or packed; 0 where it was not chosen."""
-    row, chosen = _slots(Slots, b, h, n, wanted, N, APART, HEADS, GROUP)
-    inside = (d < D)[None, :]
-    x = tl.load(Packed + row[:, None] * PITCH + d[None, :], mask=chosen[:, None] & inside, other=0.0)
-    if h < APART:
-        at = Shared + b * ssb + h * ssh + n.to(tl.int64)[:, None] * ssn + d[None, :]
-        x = tl.load(at, mask=wanted[:, None] & inside, other=0.0)
-    return x
-
-
-@triton.jit
-def _mix_kernel(
-    Out, Shared, Packed, Gates, Slots,
-    ssb, ssh, ssn, sgb, sgh, sgn, N, H, APART, HEADS, GROUP, DV, PITCH, TILES, BT: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Out (B, N, H, D_v): gate times what was computed for a pair, 0 for the others. Where the gate is 0 nothing is read."""
-    pid = tl.program_id(0)
-    h, t = pid % H, pid // H  # heads of a token are neighbours in memory
-    b, n, d = (t // TILES).to(tl.int64), t % TILES * BT + tl.arange(0, BT), tl.arange(0, BD)
-    real = n < N
-    gate = tl.load(Gates + b * sgb + h * sgh + n * sgn, mask=real, other=0.0).to(tl.float32)
-    x = _gather(Shared, Packed, Slots, b, h, n, d, real & (gate != 0.0), ssb, ssh, ssn, N, APART, HEADS, GROUP, DV, PITCH)
-    at = Out + ((b * N + n) * H + h)[:, None] * DV + d[None, :]
-    tl.store(at, (x.to(tl.float32) * gate[:, None]).to(Out.dtype.element_ty), mask=real[:, None] & (d < DV)[None, :])
-
-
-@triton.jit
-def _unmix_kernel(
-    Grad, Q, Shared, Packed, Gates, Slots, DShared, DPacked, PackedQ, DGates, Delta,
-    srb, srh, srn, sqb, sqh, sqn, ssb, ssh, ssn, sdb, sdh, sdn, sgb, sgh, sgn,
-    N, H, APART, HEADS, GROUP, D, DV, PITCH_Q, PITCH, TILES,
-    SLOPES: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-):  # fmt: skip
-    """Gradients of what `_mix_kernel` was given: DShared, DPacked and, with SLOPES, DGates (B, N, H).
-
-    For the flash kernels: Delta, DPacked . Packed, and the packed rows of the queries.
-    """
-    pid = tl.program_id(0)
-    h, t = pid % H, pid // H
-    b, n, dv = (t // TILES).to(tl.int64), t % TILES * BT + tl.arange(0, BT), tl.arange(0, BDV)
-    real, token = n < N, n.to(tl.int64)[:, None]
-    inside = (dv < DV)[None, :]
-    row, chosen = _slots(Slots, b, h, n, real, N, APART, HEADS, GROUP)
-    gate = tl.load(Gates + b * sgb + h * sgh + n * sgn, mask=real, other=0.0).to(tl.float32)
-    active = real & (chosen | (h < APART))
-    wanted = active
-    if not SLOPES:
-        wanted = active & (gate != 0.0)  # nothing else becomes of the others
-    grad = tl.load(Grad + b * srb + h * srh + token * srn + dv[None, :], mask=wanted[:, None] & inside, other=0.0).to(tl.float32)
-    to = DGates + (b * N + n) * H + h
-    if h < APART:
-        if SLOPES:
-            x = tl.load(Shared + b * ssb + h * ssh + token * ssn + dv[None, :], mask=active[:, None] & inside, other=0.0)
-            tl.store(to, tl.sum(grad * x.to(tl.float32), 1), mask=real)
-        at = DShared + b * sdb + h * sdh + token * sdn + dv[None, :]
-        tl.store(at, (grad * gate[:, None]).to(DShared.dtype.element_ty), mask=active[:, None] & inside)
-    else:
-        d = tl.arange(0, BD)
-        here = active[:, None] & (d < D)[None, :]
-        q = tl.load(Q + b * sqb + h * sqh + token * sqn + d[None, :], mask=here, other=0.0)
-        tl.store(PackedQ + row[:, None] * PITCH_Q + d[None, :], q, mask=here)
-        here = active[:, None] & inside
-        x = tl.load(Packed + row[:, None] * PITCH + dv[None, :], mask=here, other=0.0)
-        slope = tl.sum(grad * x.to(tl.float32), 1)
-        if SLOPES:
-            tl.store(to, slope, mask=real)
-        tl.store(DPacked + row[:, None] * PITCH + dv[None, :], (grad * gate[:, None]).to(DPacked.dtype.element_ty), mask=here)
-        tl.store(Delta + row, slope * gate, mask=active)
-
-
-@triton.jit
-def _copy(From, To, at, to, d, D, mask):
-    mask = mask & (d < D)[None, :]
-    tl.store(To + to + d[None, :], tl.load(From + at + d[None, :], mask=mask), mask=mask)
-
-
-@triton.jit
-def _spread_kernel(
-    DQ, DK, DV_, SharedQ, SharedK, SharedV, Packed, Slots,
-    sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, fqb, fqh, fqn, fkb, fkh, fkn, fvb, fvh, fvn,
-    N, M, H, SOME, APART, HEADS, GROUP, D, DV, PITCH, TILES, BT: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """DQ: what was computed for a pair, shared or packed, 0 for the others. DK, DV_: the first SOME heads, from the shared ones."""
-    pid = tl.program_id(0)
-    columns = H + 2 * SOME
-    h, t = pid % columns, pid // columns
-    b, n, d = (t // TILES).to(tl.int64), t % TILES * BT + tl.arange(0, BT), tl.arange(0, BD)
-    token = n.to(tl.int64)[:, None]
-    if h < H:
-        x = _gather(SharedQ, Packed, Slots, b, h, n, d, n < N, fqb, fqh, fqn, N, APART, HEADS, GROUP, D, PITCH)
-        tl.store(DQ + b * sqb + h * sqh + token * sqn + d[None, :], x, mask=(n < N)[:, None] & (d < D)[None, :])
-    else:
-        mask = (n < M)[:, None]
-        if h < H + SOME:
-            _copy(SharedK + b * fkb + (h - H) * fkh, DK + b * skb + (h - H) * skh, token * fkn, token * skn, d, D, mask)
-        else:
-            head = h - H - SOME
-            _copy(SharedV + b * fvb + head * fvh, DV_ + b * svb + head * svh, token * fvn, token * svn, d, DV, mask)
 
 
 @triton.jit
@@ -442,7 +262,7 @@ def settings(kernel: str, dim: int, dtype: torch.dtype) -> Settings:
 
 
 class _Sections(NamedTuple):
-    """Where the tables of `_list_kernel` begin in one tensor of int32, and how many numbers that has; entries of tiles have two."""
+    """Where the tables of `list_kernel` begin in one tensor of int32, and how many numbers that has; entries of tiles have two."""
 
     tiles: int
     counts: int
@@ -585,11 +405,11 @@ def _forward_launches(call: Call) -> _Forward:
     launches = []
     if sequences:
         each = {"BLOCK": block, "num_warps": 8}
-        launches.append(Launch(_count_kernel, (sequences,), (Place(4), counts), shared, each))
+        launches.append(Launch(count_kernel, (sequences,), (Place(4), counts), shared, each))
         numbers = *shared, sequences, rows, *_most_tiles(rows, sequences, *sizes)
         each |= {"BS": tile(sequences, 1 << 30), "BM": sizes[0], "BMQ": sizes[1], "CAUSAL": call.is_causal}
         places = Place(4), counts, starts, slots, origins, tiles
-        launches.append(Launch(_list_kernel, (sequences,), places, numbers, each))
+        launches.append(Launch(list_kernel, (sequences,), places, numbers, each))
     if rows and call.keys:
         own = settings("forward", max(call.dim, call.dim_v), call.dtypes[0])
         first = Place(call.q.tensor, call.q.offset + call.apart * call.q.strides[1])
@@ -610,20 +430,7 @@ def _mix_launch(own: _Forward, shared: tuple[int, ...]) -> tuple[Launch, ...]:
     call, pitch = own.call, own.pitch
     packed, slots = Place(2, 0, (pitch,)), Place(1, own.sections.slots)
     sizes = call.batch, call.heads, call.tokens, call.dim_v
-    return _mixing(sizes, call.parts(), Place(4), Place(3, 0, shared), packed, Place(0, 0, call.gates), slots)
-
-
-def _mixing(
-    sizes: tuple[int, ...], parts: tuple[int, ...], out: Place, shared: Place, packed: Place, gates: Place, slots: Place
-) -> tuple[Launch, ...]:
-    """No launch if there is nothing."""
-    batch, heads, tokens, dim_v = sizes
-    bt, blocks = _tokens_to_a_tile(tokens, dim_v)
-    numbers = *shared.strides, *gates.strides, tokens, heads, *parts, dim_v, *packed.strides, blocks
-    constants = {"BT": bt, "BD": tile(dim_v, 256), "num_warps": 4}
-    places = out, shared, packed, gates, slots
-    grid = (batch * blocks * heads,)
-    return (Launch(_mix_kernel, grid, places, numbers, constants),) if grid[0] and dim_v else ()
+    return mixing(sizes, call.parts(), Place(4), Place(3, 0, shared), packed, Place(0, 0, call.gates), slots)
 
 
 class Attended(NamedTuple):
@@ -632,7 +439,7 @@ class Attended(NamedTuple):
     Attributes:
         out: (B, N, H, D_v).
         packed, lse: (rows, pitch) and (rows,), of the chosen pairs.
-        plan: which row is which pair, see `_list_kernel`; in sections.
+        plan: which row is which pair, see `list_kernel`; in sections.
         shared, shared_lse: of the heads that are apart.
     """
 
@@ -669,18 +476,6 @@ def _dense_forward(
     if q.shape[1] == 0:
         return q.new_empty((q.shape[0], 0, q.shape[2], dim_v)), q.new_empty((0,), dtype=torch.float32)
     return _cudnn.dense_forward(q, k, v, scale=scale, is_causal=is_causal)
-
-
-def _tokens_to_a_tile(tokens: int, dim: int) -> tuple[int, int]:
-    """For what only moves rows: how many tokens a program has, and how many programs a head."""
-    size = 2048 // tile(dim, 256)
-    return size, ceil_div(tokens, size)
-
-
-def _heads_last(x: Tensor, channels: int | None = None) -> Tensor:
-    """Of the shape of x (B, H, N, D), or with so many channels, and heads next to channels in memory."""
-    batch, heads, tokens, dim = x.shape
-    return x.new_empty((batch, tokens, heads, dim if channels is None else channels)).permute(0, 2, 1, 3)
 
 
 def _own_heads(x: Tensor, first: int, tensor: int) -> tuple[Tensor, Place]:
@@ -747,7 +542,7 @@ def _(
     sections = _Sections.of(sequences, sequences * tokens * group, rows, _tile_sizes(max(dim, dim_v), q.dtype))
     packed, lse = q.new_empty((rows, _pitch(dim_v, q.dtype))), q.new_empty((rows,), dtype=torch.float32)
     plan = q.new_empty((sections.numbers,), dtype=torch.int32)
-    return _heads_last(q, dim_v), packed, lse, plan, *_dense_forward(*_apart(q, k, v, apart), dim_v, scale, is_causal)
+    return heads_last(q, dim_v), packed, lse, plan, *_dense_forward(*_apart(q, k, v, apart), dim_v, scale, is_causal)
 
 
 @dataclass(frozen=True, eq=False)
@@ -844,25 +639,9 @@ def _unmix_launch(
     sizes = call.batch, call.heads, call.tokens, call.dim, call.dim_v
     found = dpacked, packed_q, Place(14 if slopes else 10), Place(10)
     of_shared = Place(7, 0, shared), Place(15, 0, dshared)
-    return _unmixing(
+    return unmixing(
         sizes, call.parts(), grad, call.q, *of_shared, packed, Place(3, 0, call.gates), Place(4, sections.slots), found, slopes
     )
-
-
-def _unmixing(
-    sizes: tuple[int, ...], parts: tuple[int, ...], grad: Place, q: Place, shared: Place, dshared: Place, packed: Place,
-    gates: Place, slots: Place, found: tuple[Place, Place, Place, Place], slopes: bool,
-) -> tuple[Launch, ...]:  # fmt: skip
-    """`found`: packed gradients and queries, gradients of gates, and delta. No launch if there is nothing."""
-    batch, heads, tokens, dim, dim_v = sizes
-    bt, blocks = _tokens_to_a_tile(tokens, max(dim, dim_v))
-    numbers = (
-        *grad.strides, *q.strides, *shared.strides, *dshared.strides, *gates.strides,
-        tokens, heads, *parts, dim, dim_v, *found[1].strides, *packed.strides, blocks,
-    )  # fmt: skip
-    constants = {"SLOPES": slopes, "BT": bt, "BD": tile(dim, 256), "BDV": tile(dim_v, 256), "num_warps": 4}
-    places, grid = (grad, q, shared, packed, gates, slots, dshared, *found), (batch * blocks * heads,)
-    return (Launch(_unmix_kernel, grid, places, numbers, constants),) if grid[0] and dim_v else ()
 
 
 @settled
@@ -872,7 +651,7 @@ def _spread_launch(own: _Backward, shared: tuple[tuple[int, ...], ...]) -> tuple
     pitch_q, pitch = call.pitches
     some = call.apart // call.group
     wide, tall = max(call.dim, call.dim_v), max(call.tokens, call.keys if call.apart else 0)
-    bt, blocks = _tokens_to_a_tile(tall, wide)
+    bt, blocks = tokens_to_a_tile(tall, wide)
     dpacked_q, slots = Place(9, call.rows * (pitch + pitch_q)), Place(4, own.forward.sections.slots)
     of_shared = tuple(Place(16 + i, 0, strides) for i, strides in enumerate(shared))
     numbers = (
@@ -881,7 +660,7 @@ def _spread_launch(own: _Backward, shared: tuple[tuple[int, ...], ...]) -> tuple
     )  # fmt: skip
     grid, constants = (call.batch * blocks * (call.heads + 2 * some),), {"BT": bt, "BD": tile(wide, 256), "num_warps": 4}
     places = *own.places, *of_shared, dpacked_q, slots
-    return (Launch(_spread_kernel, grid, places, numbers, constants),) if grid[0] and call.tokens and call.dim else ()
+    return (Launch(spread_kernel, grid, places, numbers, constants),) if grid[0] and call.tokens and call.dim else ()
 
 
 def attend_backward(
@@ -950,24 +729,18 @@ def _mixture_backward(
 @_mixture_backward.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     together, wants_gates = rest[-2:]
-    dgates = _empty_slopes(gates, wants_gates)
+    dgates = empty_slopes(gates, wants_gates)
     if together:
         batch, heads, tokens, dim = q.shape
         found = q.new_empty((batch, tokens, heads + 2 * k.shape[1], dim)), q.new_empty((0,)), q.new_empty((0,))
     else:
-        found = _heads_last(q), _heads_last(k), _heads_last(v)
+        found = heads_last(q), heads_last(k), heads_last(v)
     return *found, dgates.permute(0, 2, 1) if wants_gates else dgates
 
 
 def _cut(whole: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
     """The gradients of q, k and v in one tensor."""
     return tuple(t.transpose(1, 2) for t in whole.split([heads, kv_heads, kv_heads], 2))
-
-
-def _empty_slopes(gates: Tensor, wanted: bool) -> Tensor:
-    """For the gradient of gates (B, H, N): (B, N, H)."""
-    batch, heads, tokens = gates.shape
-    return gates.new_empty((batch, tokens, heads) if wanted else (0,), dtype=torch.float32)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -996,81 +769,3 @@ def mixture_attention_triton(
 ) -> Tensor:
     """(B, H, N, D_v), see `_mixture_forward`; tensors as `ops.mixture_attention` has checked them."""
     return _mixture_forward(q, k, v, gates, chosen, topk, apart, scale, is_causal, lie_in_one(q, k, v))[0]
-
-
-_Strides = tuple[int, ...]
-
-
-@settled
-def _gate_launch(
-    sizes: tuple[int, ...], of_x: _Strides, of_gates: _Strides, dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> tuple[Launch, ...]:
-    """Of x, gates and outputs. All heads are shared: nothing is packed, and nothing is read where that would be."""
-    x, gates = Place(0, 0, of_x), Place(1, 0, of_gates)
-    return _mixing(sizes, (sizes[1], 0, 1), Place(2), x, Place(0, 0, (1,)), gates, Place(1))
-
-
-@settled
-def _gate_gradient_launch(
-    sizes: tuple[int, ...], of_grad: _Strides, of_x: _Strides, of_dx: _Strides, of_gates: _Strides, slopes: bool,
-    dtypes: tuple[torch.dtype, ...], device: torch.device,
-) -> tuple[Launch, ...]:  # fmt: skip
-    """Of gradients of outputs, x, gates and the gradients of both."""
-    batch, heads, tokens, dim = sizes
-    grad, x, gates, dx = Place(0, 0, of_grad), Place(1, 0, of_x), Place(2, 0, of_gates), Place(3, 0, of_dx)
-    nothing, dgates = Place(1, 0, (1,)), Place(4)
-    found = nothing, nothing, dgates, dgates
-    return _unmixing((batch, heads, tokens, dim, dim), (heads, 0, 1), grad, x, x, dx, nothing, gates, Place(2), found, slopes)
-
-
-@operator("gate_heads")
-def _gate_heads(x: Tensor, gates: Tensor) -> Tensor:
-    """x (B, H, N, D) times gates (B, H, N), heads next to channels."""
-    x, out = last_contiguous(x), _heads_last(x)
-    launches = _gate_launch(tuple(x.shape), x.stride()[:3], gates.stride(), (x.dtype, gates.dtype), x.device)
-    launch_all(launches, (x, gates, out))
-    return out
-
-
-@_gate_heads.register_fake
-def _(x: Tensor, gates: Tensor) -> Tensor:
-    return _heads_last(x)
-
-
-@operator("gate_heads_backward")
-def _gate_heads_backward(grad: Tensor, x: Tensor, gates: Tensor, wants_gates: bool) -> tuple[Tensor, Tensor]:
-    grad, x = last_contiguous(grad), last_contiguous(x)
-    dx, dgates = torch.empty_like(x), _empty_slopes(gates, wants_gates)
-    strides = (t.stride()[:3] for t in (grad, x, dx, gates))
-    launches = _gate_gradient_launch(
-        tuple(x.shape), *strides, wants_gates, (grad.dtype, x.dtype, gates.dtype), x.device
-    )  # fmt: skip
-    launch_all(launches, (grad, x, gates, dx, dgates))
-    return dx, dgates.permute(0, 2, 1) if wants_gates else dgates
-
-
-@_gate_heads_backward.register_fake
-def _(grad: Tensor, x: Tensor, gates: Tensor, wants_gates: bool) -> tuple[Tensor, Tensor]:
-    dgates = _empty_slopes(gates, wants_gates)
-    return torch.empty_like(last_contiguous(x)), dgates.permute(0, 2, 1) if wants_gates else dgates
-
-
-def _setup_gates(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-    ctx.set_materialize_grads(False)
-
-
-def _backward_gates(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    if grad is None:
-        return None, None
-    x, gates = ctx.saved_tensors
-    dx, dgates = _gate_heads_backward(grad, x, gates, ctx.needs_input_grad[1])
-    return dx, dgates.to(gates.dtype) if ctx.needs_input_grad[1] else None
-
-
-_gate_heads.register_autograd(_backward_gates, setup_context=_setup_gates)
-
-
-def gate_heads_triton(x: Tensor, gates: Tensor) -> Tensor:
-    """(B, H, N, D) in the dtype of x, heads next to channels; tensors as `ops.gate_heads` has checked them."""
-    return _gate_heads(x, gates)
