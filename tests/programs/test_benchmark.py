@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from attention_zoo.benchmarks import report
@@ -67,7 +68,8 @@ def test_hilo_is_measured_on_the_cpu(program: Any, tmp_path: Path) -> None:
     invoke(program, "papers", "--scale", "quick", "--only", "HiLo, CPU*", "--out", str(out))
     results = report.read(out)
     assert results["rows"] == []
-    assert results["hilo_on_cpu"]["layers"]["hilo"]["ms"] > 0
+    assert [found["threads"] for found in results["hilo_on_cpu"]] == sorted({1, torch.get_num_threads()})
+    assert all(found["layers"]["hilo"]["ms"] > 0 for found in results["hilo_on_cpu"])
     assert "spatial reduction" in report.render(results)
 
 
