@@ -21,6 +21,7 @@ from attention_zoo.ops.dispatch import follow_autocast, wanted_backend
 __all__ = ["PAIRINGS", "differential_attention", "split_maps", "subtract_noise"]
 
 PAIRINGS = ("interleaved", "halves")
+_FEW_KEYS = 256  # up to which a CPU forms the map sooner than it walks along the keys twice
 
 
 def differential_attention(
@@ -115,15 +116,19 @@ def split_maps(x: Tensor, groups: int, pairing: str = "interleaved") -> tuple[Te
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, *, whole: bool, dropout_p: float, backend: str, **call: Any) -> Tensor:
-    """One map. With gradients values of more than 128 channels go in halves: no library's backward is good at them whole.
+    """One map. Values of twice the width go in halves where no library is good at them whole: with gradients on CUDA beyond 128
+    channels, and on a CPU, where torch forms the map for them.
 
     whole: where `differential_attention_cudnn` would serve the call: it has halves that lie in memory in another way, and gradients
         that lie as those of a projection, which torch's plans for cuDNN do not tell apart, see `_cudnn.dense_backward`.
     """
     channels = v.shape[-1]
     training = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    halves = not whole and q.is_cuda and q.element_size() == 2 and training
-    halves = halves and channels > _cudnn.WIDEST and channels == 2 * q.shape[-1]
+    if q.device.type == "cpu":
+        halves = v.shape[2] > _FEW_KEYS and wanted_backend(backend) in ("auto", "torch")
+    else:
+        halves = not whole and q.is_cuda and q.element_size() == 2 and training and channels > _cudnn.WIDEST
+    halves = halves and channels == 2 * q.shape[-1]
     # the halves would drop different weights, and who looks on would see two maps
     parts = v.chunk(2, -1) if halves and dropout_p == 0.0 and not is_observed() else (v,)
     outputs = []

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from attention_zoo import ops
 from attention_zoo.attention import DiffAttention, GroupedQueryAttention, MultiHeadAttention
+from attention_zoo.ops import differential as operation
 
 F64 = torch.float64
 
@@ -313,3 +314,26 @@ def test_refusals() -> None:
         DiffAttention.from_softmax_attention(llama().state_dict())
     with pytest.raises(ValueError, match="is num_heads=5"):
         DiffAttention.from_softmax_attention(llama().state_dict(), num_heads=5)
+
+
+@pytest.mark.parametrize(("keys", "calls"), [(256, 2), (257, 4)])
+def test_a_cpu_takes_wide_values_in_halves(keys: int, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each map, where torch would form it for values wider than keys; outputs and gradients are the reference's."""
+    attention, seen = operation.attention, []
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        seen.append(args[2].shape[-1])
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(operation, "attention", count)
+    q, k, noise_q, noise_k = (torch.randn(1, 2, keys, 4, dtype=torch.float64, requires_grad=True) for _ in range(4))
+    v = torch.randn(1, 2, keys, 8, dtype=torch.float64, requires_grad=True)
+    results = []
+    for backend in ("auto", "reference"):
+        out = operation.differential_attention(
+            q, k, v, torch.tensor(0.3), noise_q=noise_q, noise_k=noise_k, is_causal=True, backend=backend
+        )
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v, noise_q, noise_k))))
+    assert len(seen) == calls + 2
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
