@@ -6,7 +6,8 @@ which conftest.py sets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from attention_zoo.ops._tap import Call, add_tap, remove_tap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Each example takes seconds: in the interpreter, or for the compiler.
@@ -176,6 +179,22 @@ def check_empty_batch(case: Case) -> None:
     for name, found in empty.run("triton").items():
         assert found.shape == want[name].shape
         assert not found.any()
+
+
+@contextmanager
+def looking_on(note: Callable[[Call], Any] = lambda call: call) -> Iterator[list[Any]]:
+    """Somebody looks on: what `note` makes of each tapped call, in their order."""
+    seen: list[Any] = []
+
+    def look(call: Call) -> Any:
+        seen.append(note(call))
+        return call.proceed()
+
+    add_tap(look)
+    try:
+        yield seen
+    finally:
+        remove_tap(look)
 
 
 CHECKS: dict[str, Callable[[Case], None]] = {

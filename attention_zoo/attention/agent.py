@@ -28,8 +28,8 @@ from attention_zoo.attention.base import (
     check_grid,
     check_head_split,
     check_tokens,
+    drop,
     is_bare,
-    is_idle,
     merge_heads,
     project_qkv,
     resolve_head_dim,
@@ -403,8 +403,7 @@ class AgentAttention(AgentTables):
         check_context(context, self.dim, self.dim)
         grid = self._resolve_grid(x, grid_size)
         if grid is not None and context is None and attention_mask is None and self._is_one_node(x, grid):
-            out = agent_layer(x, self._layer(grid))
-            return out if is_idle(self.proj_drop) else self.proj_drop(out)
+            return drop(self.proj_drop, agent_layer(x, self._layer(grid)))
         mask = padding_mask(attention_mask, x if context is None else context)
         q, k, v, key_grid, key_mask = self._project(x, context, grid, mask)
         agents = self._make_agents(q, grid, mask if context is None else None)

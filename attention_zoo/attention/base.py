@@ -28,6 +28,7 @@ __all__ = [
     "check_grid",
     "check_head_split",
     "check_tokens",
+    "drop",
     "extend_cache",
     "has_hooks",
     "is_bare",
@@ -195,8 +196,13 @@ def is_bare(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
 
 
 def is_idle(dropout: nn.Module) -> bool:
-    """Whether a dropout layer hands on what it gets, unnoticed: modules take time to call, too."""
+    """Whether a dropout layer hands on what it gets, unnoticed."""
     return type(dropout) is nn.Dropout and not (dropout.training and dropout.p) and not has_hooks(dropout)
+
+
+def drop(dropout: nn.Module, x: Tensor) -> Tensor:
+    """`dropout(x)`; a layer that hands x on, unnoticed, is not called: that takes time, too."""
+    return x if is_idle(dropout) else dropout(x)  # type: ignore[no-any-return]
 
 
 def reset_children(module: nn.Module) -> None:

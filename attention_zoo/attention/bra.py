@@ -24,8 +24,8 @@ from attention_zoo.attention.base import (
     check_choice,
     check_grid,
     check_tokens,
+    drop,
     is_bare,
-    is_idle,
     merge_heads,
     resolve_head_dim,
     split_heads,
@@ -374,7 +374,7 @@ class BiLevelRoutingAttention(_BiLevelRouting, AttentionModule):
         regions = self.cut_grid(grid_size)
         if self._attends_on_map(x, grid_size, regions):
             out, routes, best = (self._in_one_node if self._is_one_node(x) else self._on_map)(x, grid_size, regions)
-            out = out if is_idle(self.proj_drop) else self.proj_drop(out)
+            out = drop(self.proj_drop, out)
             return (out, routes, best.softmax(-1)) if return_routing else out
         q, k, v = self._project(x[:, :before], image.unflatten(1, grid_size), regions)
         out, routing = self._attend_to_routed(q, k, v, grid_size, regions)

@@ -23,9 +23,9 @@ from attention_zoo.attention.base import (
     AttentionModule,
     check_grid,
     check_tokens,
+    drop,
     has_hooks,
     is_bare,
-    is_idle,
     merge_heads,
     resolve_head_dim,
     split_heads,
@@ -258,8 +258,7 @@ class HaloAttention(AttentionModule):
 
     def _in_one_node(self, x: Tensor, layer: tuple[HaloSettings, HaloParts]) -> Tensor:
         """`forward` of tokens with one node of autograd, whose books take longer than a GPU takes for a small map."""
-        out, drop = halo_layer(x, *layer), self.proj_drop
-        return out if is_idle(drop) else drop(out)
+        return drop(self.proj_drop, halo_layer(x, *layer))
 
     def _attend(self, image: Tensor, prefix: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(B, C, H, W) and (B, P, C) -> (B, dim_out, H / stride, W / stride) and (B, P, dim_out), before the output projection."""

@@ -24,8 +24,8 @@ from attention_zoo.attention.base import (
     check_choice,
     check_grid,
     check_tokens,
+    drop,
     is_bare,
-    is_idle,
     merge_heads,
     resolve_head_dim,
     split_heads,
@@ -238,8 +238,7 @@ class HiLoAttention(AttentionModule):
         check_tokens(x, self.dim)
         height, width = check_grid(x, grid_size)
         if self._is_fused(x):
-            out = self._attend_fused(x, (height, width))
-            return out if is_idle(self.proj_drop) else self.proj_drop(out)
+            return drop(self.proj_drop, self._attend_fused(x, (height, width)))
         if self.output_proj == "full":
             return self.proj_drop(self.proj(torch.cat(self._attend_branches(x, height, width), dim=-1)))
         layers = [*([self.h_proj] if self.h_heads else []), *([self.l_proj] if self.l_heads else [])]

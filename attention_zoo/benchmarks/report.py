@@ -185,7 +185,7 @@ def _papers(rows: Sequence[Row], results: Mapping[str, Any]) -> list[str]:
 
         parts += [
             "**HiLo, CPU.** The same paper on an i9-10900X: 1.4 times spatial reduction, 1.6 times local windows.",
-            *(render_hilo_on_cpu(one) for one in (on_cpu if isinstance(on_cpu, list) else [on_cpu])),
+            *map(render_hilo_on_cpu, on_cpu),
         ]
     return parts
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 import attention_zoo as az
 from attention_zoo import ops
-from attention_zoo.ops._tap import Call, add_tap, remove_tap
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -168,19 +167,9 @@ def test_what_does_not_fit_together(changes: dict[str, Tensor], match: str) -> N
 
 def test_who_looks_on_sees_two_calls_of_attention() -> None:
     case, seen = agent(bias=1, masked=True), {}
-
-    def look(call: Call) -> Any:
-        calls.append((call.name, call.weights(None), call.queries.shape[-2]))
-        return call.proceed()
-
     for backend in ("reference", "triton"):
-        calls: list[tuple[str, Any, int]] = []
-        add_tap(look)
-        try:
+        with kernels.looking_on(lambda call: (call.name, call.weights(None), call.queries.shape[-2])) as seen[backend]:
             case.run(backend)
-        finally:
-            remove_tap(look)
-        seen[backend] = calls
     assert [(name, queries) for name, _, queries in seen["triton"]] == [("attention", 5), ("attention", 20)]
     for (_, want, _), (_, got, _) in zip(seen["reference"], seen["triton"], strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -263,17 +252,8 @@ def test_what_is_not_one_node() -> None:
     grid = (5, 4)  # the tables are resampled
     assert node() != "_LayerBackward"
     grid = (4, 5)
-    calls: list[Call] = []
-
-    def look(call: Call) -> Any:
-        calls.append(call)
-        return call.proceed()
-
-    add_tap(look)
-    try:
+    with kernels.looking_on() as calls:
         assert node() != "_LayerBackward"
-    finally:
-        remove_tap(look)
     assert len(calls) == 2
     handle = layer.proj.register_forward_hook(lambda *_: None)
     assert node() != "_LayerBackward"

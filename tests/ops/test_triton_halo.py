@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_case import DEVICE
+from kernel_case import DEVICE, looking_on
 from marks import slow_but
 from torch import Tensor, nn
 
 import attention_zoo as az
 from attention_zoo import ops
-from attention_zoo.ops._tap import Call, add_tap, remove_tap
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -112,17 +111,8 @@ def test_what_is_not_one_node() -> None:
         handle = part.register_forward_hook(lambda *_: None)
         assert node(owner) != "_LayerBackward"
         handle.remove()
-    calls: list[Call] = []
-
-    def look(call: Call) -> Any:
-        calls.append(call)
-        return call.proceed()
-
-    add_tap(look)
-    try:
+    with looking_on() as calls:
         assert node(layer) != "_LayerBackward"
-    finally:
-        remove_tap(look)
     assert len(calls) == 1
     with ops.use_backend("triton"), pytest.raises(ValueError, match="do not divide"):
         build(mask_padding=False)(x[:, :15], grid_size=(3, 5))

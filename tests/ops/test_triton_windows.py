@@ -17,7 +17,6 @@ from torch import Tensor
 import attention_zoo as az
 from attention_zoo import ops
 from attention_zoo.attention.window import WindowAttention, from_windows, shift_mask, to_windows
-from attention_zoo.ops._tap import Call, add_tap, remove_tap
 from attention_zoo.ops.hilo import hilo_attention, with_window_means
 from attention_zoo.ops.windows import takes_windows
 
@@ -205,17 +204,9 @@ def test_dropout_thins_the_weights() -> None:
 
 
 def test_who_looks_on_sees_the_probabilities() -> None:
-    case, seen = windows(bias=2), []
-
-    def look(call: Call) -> Any:
-        seen.append((call.name, call.weights(None)))
-        return call.proceed()
-
-    add_tap(look)
-    try:
+    case = windows(bias=2)
+    with kernels.looking_on(lambda call: (call.name, call.weights(None))) as seen:
         out = ops.window_attention(**case.tensors, **case.settings)
-    finally:
-        remove_tap(look)
     ((name, weights),) = seen
     assert name == "window_attention"
     assert weights.shape == (2, 2, 6, 4, 4)
