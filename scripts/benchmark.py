@@ -34,13 +34,13 @@ from attention_zoo.benchmarks.timing import Clock
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(width=200)
 
-# Suite -> its cases, by scale and device; and what else its results hold.
-SUITES: dict[str, Callable[[str, str], list[Case]]] = {
+# Suite -> its cases, by scale, device and dtype; and what else its results hold.
+SUITES: dict[str, Callable[[str, str, torch.dtype], list[Case]]] = {
     "engines": engines.cases,
-    "mechanisms": lambda scale, device: mechanisms.cases(scale),
-    "models": lambda scale, device: models.cases(scale, az.create_model),
-    "papers": lambda scale, device: papers.cases(scale),
-    "decode": lambda scale, device: decode.cases(scale),
+    "mechanisms": lambda scale, device, dtype: mechanisms.cases(scale),
+    "models": lambda scale, device, dtype: models.cases(scale, az.create_model),
+    "papers": lambda scale, device, dtype: papers.cases(scale),
+    "decode": lambda scale, device, dtype: decode.cases(scale),
 }
 ABOUT = {
     "engines": "Every engine on plain attention, and the automatic choice against the best of them.",
@@ -50,6 +50,8 @@ ABOUT = {
     "decode": "One token against a long context: steps of operations and modules, and the bytes of their caches.",
 }
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 Out = Annotated[Path | None, typer.Option(help="Write the results to this JSON file, row by row.")]
 Scale = Annotated[str, typer.Option(help="Sizes: full, small, quick (to try the program); auto: full on a GPU, else small.")]
 Only = Annotated[str, typer.Option(help="Settings whose names (group: setting) match this wildcard.")]
@@ -58,6 +60,8 @@ Budget = Annotated[
     float, typer.Option(help="Seconds after which what is optional (torch.compile above all) is left out; 0: always.")
 ]
 Workers = Annotated[int, typer.Option(help="Processes that compile all kernels first, at the same time.")]
+Compile = Annotated[float, typer.Option("--compile-seconds", help="Seconds that these processes have; then they are ended.")]
+Dtype = Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto: bfloat16 on a GPU, else float32.")]
 Share = Annotated[str, typer.Option(hidden=True, help="i/n: only compile what each n-th case from the i-th on needs.")]
 Dry = Annotated[bool, typer.Option("--dry-run", help="Say what would run, with FLOPs, bytes and the roofline's bound.")]
 
@@ -70,6 +74,8 @@ def _command(suite: str) -> Callable[..., None]:
         seconds: Seconds = 0.05,
         budget: Budget = 100.0,
         workers: Workers = 0,
+        compile_seconds: Compile = 60.0,
+        dtype: Dtype = "auto",
         share: Share = "",
         dry_run: Dry = False,
     ) -> None:
@@ -78,17 +84,21 @@ def _command(suite: str) -> Callable[..., None]:
             scale = "full" if device == "cuda" or dry_run else "small"
         if scale not in ("full", "small", "quick"):
             raise typer.BadParameter(f"scale is auto, full, small or quick; got {scale!r}")
-        chosen = [case for case in SUITES[suite](scale, device) if fnmatch.fnmatchcase(case.name, only)]
+        if dtype not in ("auto", *DTYPES):
+            raise typer.BadParameter(f"dtype is auto, {', '.join(DTYPES)}; got {dtype!r}")
+        numbers = DTYPES[dtype] if dtype != "auto" else torch.bfloat16 if device == "cuda" else torch.float32
+        chosen = [case for case in SUITES[suite](scale, device, numbers) if fnmatch.fnmatchcase(case.name, only)]
         if dry_run:
             show_plan(suite, chosen, device)
         elif share:
             index, number = (int(part) for part in share.split("/"))
-            warm_up(chosen[index::number], device=device, dtype=_dtype(device), optional=budget > 0)
+            warm_up(chosen[index::number], device=device, dtype=numbers, optional=budget > 0)
         else:
-            compile_first(suite, workers, ("--scale", scale, "--only", only, "--budget", str(budget)))
+            same = ("--scale", scale, "--only", only, "--budget", str(budget), "--dtype", dtype)
+            compile_first(suite, workers, same, compile_seconds)
             clock = Clock(seconds, most=5 if scale == "quick" else 50)
-            extras = measure_extras(suite, scale, device, only)
-            run(suite, chosen, device, scale=scale, clock=clock, budget=budget, out=out, extras=extras)
+            extras = measure_extras(suite, scale, device, numbers, only)
+            run(suite, chosen, device, numbers, scale=scale, clock=clock, budget=budget, out=out, extras=extras)
 
     command.__doc__ = ABOUT[suite]
     return command
@@ -98,7 +108,7 @@ for _suite in SUITES:
     app.command(_suite)(_command(_suite))
 
 
-def compile_first(suite: str, workers: int, options: tuple[str, ...], seconds: float = 60.0) -> None:
+def compile_first(suite: str, workers: int, options: tuple[str, ...], seconds: float) -> None:
     """Fill the compilers' caches on disk: processes that each run a share of the cases once. Those not done by then are ended."""
     if workers < 1:
         return
@@ -116,15 +126,11 @@ def compile_first(suite: str, workers: int, options: tuple[str, ...], seconds: f
     console.print(f"compiled in {time.perf_counter() - start:.0f} s")
 
 
-def _dtype(device: str) -> torch.dtype:
-    return torch.bfloat16 if device == "cuda" else torch.float32
-
-
-def measure_extras(suite: str, scale: str, device: str, only: str) -> dict[str, Any]:
+def measure_extras(suite: str, scale: str, device: str, dtype: torch.dtype, only: str) -> dict[str, Any]:
     """What the results of a suite hold besides rows."""
     if suite == "engines":
-        times = engines.host_times(device, _dtype(device), 2000 if scale == "full" else 100)
-        return {"explain": engines.explanations(scale, device), "host": times}
+        times = engines.host_times(device, dtype, 2000 if scale == "full" else 100)
+        return {"explain": engines.explanations(scale, device, dtype), "host": times}
     if suite != "papers":
         return {}
     extras: dict[str, Any] = {"claims": papers.CLAIMS, "growth": papers.GROWTH if scale == "full" else {}}
@@ -134,10 +140,18 @@ def measure_extras(suite: str, scale: str, device: str, only: str) -> dict[str, 
 
 
 def run(
-    suite: str, cases: list[Case], device: str, *, scale: str, clock: Clock, budget: float, out: Path | None, extras: dict[str, Any]
+    suite: str,
+    cases: list[Case],
+    device: str,
+    dtype: torch.dtype,
+    *,
+    scale: str,
+    clock: Clock,
+    budget: float,
+    out: Path | None,
+    extras: dict[str, Any],
 ) -> None:
     """Measure these cases, print their tables and write them."""
-    dtype = _dtype(device)
     peaks = device_peaks(device, dtype, quick=scale == "quick")
     results: dict[str, Any] = {"suite": suite, "where": report.where(), "scale": scale, "dtype": str(dtype).removeprefix("torch.")}
     results |= {"peaks": peaks.as_dict(), **extras, "rows": []}

@@ -70,12 +70,16 @@ class Workload:
 
 
 WORKLOADS = (
+    Workload("self, D 64", batch=16, head_dim=64, heads=32, kv_heads=32, num_queries=1024, num_keys=1024),
     Workload("self, D 64", head_dim=64, heads=32, kv_heads=32),
     Workload("self, D 128", batch=16, num_queries=1024, num_keys=1024),
+    Workload("self, D 128", batch=8, num_queries=2048, num_keys=2048),
     Workload("self, D 128"),
     Workload("self, D 128", batch=1, num_queries=16_384, num_keys=16_384),
+    Workload("causal, D 64", batch=16, head_dim=64, heads=32, kv_heads=32, num_queries=1024, num_keys=1024, is_causal=True),
     Workload("causal, D 64", head_dim=64, heads=32, kv_heads=32, is_causal=True),
     Workload("causal, D 128", batch=16, num_queries=1024, num_keys=1024, is_causal=True),
+    Workload("causal, D 128", batch=8, num_queries=2048, num_keys=2048, is_causal=True),
     Workload("causal, D 128", is_causal=True),
     Workload("causal, D 128", batch=1, num_queries=16_384, num_keys=16_384, is_causal=True),
     Workload("window 512 causal, D 128", is_causal=True, window_size=512),
@@ -100,13 +104,13 @@ QUICK = (
 SCALES = {"full": WORKLOADS, "small": SMALL, "quick": QUICK}
 
 
-def cases(scale: str, device: str) -> list[Case]:
+def cases(scale: str, device: str, dtype: torch.dtype) -> list[Case]:
     """Of each workload the automatic choice, each engine of this machine that serves it, and the chosen library itself."""
-    return [_case(workload, device) for workload in SCALES[scale]]
+    return [_case(workload, device, dtype) for workload in SCALES[scale]]
 
 
-def _case(workload: Workload, device: str) -> Case:
-    explanation = _explain(workload, device)
+def _case(workload: Workload, device: str, dtype: torch.dtype) -> Case:
+    explanation = _explain(workload, device, dtype)
     size = max(workload.num_queries, workload.num_keys)
     contenders = {"ours": Contender(_attention(workload, "auto"))}
     for report in explanation:
@@ -122,7 +126,7 @@ def _case(workload: Workload, device: str) -> Case:
         contenders["library"] = Contender(_task(workload, raw))
     numbers = {"batch": workload.batch, "heads": workload.heads, "num_queries": workload.num_queries, "head_dim": workload.head_dim}
     kept = 2 * workload.batch * workload.kv_heads * workload.num_keys * workload.head_dim
-    work = attention_work(**numbers, pairs=workload.pairs(), kept=kept, element_size=2 if device == "cuda" else 4)
+    work = attention_work(**numbers, pairs=workload.pairs(), kept=kept, element_size=dtype.itemsize)
     return Case(
         workload.name,
         f"{workload.num_queries} queries, {workload.num_keys} keys, batch {workload.batch}, {workload.heads} heads",
@@ -136,17 +140,16 @@ def _case(workload: Workload, device: str) -> Case:
     )
 
 
-def _explain(workload: Workload, device: str) -> Any:
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+def _explain(workload: Workload, device: str, dtype: torch.dtype) -> Any:
     shapes = [(workload.heads, workload.num_queries), *[(workload.kv_heads, workload.num_keys)] * 2]
     q, k, v = (torch.empty(1, device=device, dtype=dtype).expand(workload.batch, h, n, workload.head_dim) for h, n in shapes)
     leaves = (t.detach().requires_grad_(workload.backward) for t in (q, k, v))
     return ops.explain(*leaves, **workload.settings(device))
 
 
-def explanations(scale: str, device: str) -> dict[str, str]:
+def explanations(scale: str, device: str, dtype: torch.dtype) -> dict[str, str]:
     """What each engine says to each workload."""
-    return {w.name: str(_explain(w, device)) for w in SCALES[scale]}
+    return {w.name: str(_explain(w, device, dtype)) for w in SCALES[scale]}
 
 
 def _attention(workload: Workload, backend: str) -> Build:

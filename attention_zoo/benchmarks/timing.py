@@ -34,7 +34,7 @@ __all__ = [
 _FLUSHED_BYTES = 256 * 2**20  # several times the second-level cache of any GPU of today
 _IN_A_ROW = 10  # calls between two events when Python's share is wanted
 
-_LONG = 20.0  # milliseconds
+_LONG = 200.0  # milliseconds; a training step of a whole model can wait for Python for half of that
 
 Call = Callable[[], Any]
 
@@ -56,7 +56,7 @@ def time_call(run: Call, clock: Clock, *, capturable: bool = True) -> dict[str, 
     """Milliseconds of a call: "eager", called from Python back to back, and on CUDA "graph", replayed, without Python's time.
 
     A call that cannot be captured, because it waits for the device, has no "graph" but "not_captured", the reason. In calls of
-    more than 20 milliseconds neither Python nor the cache has a share: one time is taken for both.
+    more than 200 milliseconds neither Python nor the cache has a share: one time is taken for both.
     """
     if not torch.cuda.is_available():
         return {"eager": round(median_ms(run, clock), 5)}
@@ -77,13 +77,16 @@ def median_ms(run: Call, clock: Clock) -> float:
     return statistics.median(_times(run, clock.repeats(estimate_ms(run))))
 
 
-def interleaved_ms(runs: Mapping[str, Call], clock: Clock, rounds: int = 5) -> dict[str, float]:
-    """Medians of calls that are compared closely: measured in turns, so that a drift of the clock meets all alike."""
-    repeats = {name: max(1, clock.repeats(estimate_ms(run)) // rounds + 1) for name, run in runs.items()}
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            taken[name] += _times(run, repeats[name])
+def interleaved_ms(runs: Mapping[str, Call], clock: Clock) -> dict[str, float]:
+    """Medians of calls that are compared closely: one call of each in turn, each turn begun by another of them.
+
+    Blocks of calls do not compare as closely: the first block of hot matrix products runs at a higher clock than those after it.
+    """
+    names, taken = list(runs), {name: [] for name in runs}  # type: tuple[list[str], dict[str, list[float]]]
+    for turn in range(clock.repeats(max((estimate_ms(run) for run in runs.values()), default=1.0))):
+        first = turn % max(1, len(names))
+        for name in names[first:] + names[:first]:
+            taken[name] += _times(runs[name], 1)
     return {name: statistics.median(times) for name, times in taken.items()}
 
 

@@ -37,7 +37,7 @@ def no_create(*args: Any, **kwargs: Any) -> Any:
 
 
 SUITES: dict[str, Callable[[str], list[Case]]] = {
-    "engines": lambda scale: engines.cases(scale, "cpu"),
+    "engines": lambda scale: engines.cases(scale, "cpu", torch.float32),
     "mechanisms": mechanisms.cases,
     "models": lambda scale: models.cases(scale, no_create),
     "papers": papers.cases,

@@ -13,8 +13,9 @@ import torch
 
 import attention_zoo as az
 from attention_zoo import ops
+from attention_zoo.ops._problem import make_problem
 from attention_zoo.ops.dispatch import _decisions, _preference
-from attention_zoo.ops.engines import ENGINES, Signature
+from attention_zoo.ops.engines import ENGINES, Signature, describe
 from attention_zoo.ops.engines import base as engine_base
 
 Q = torch.randn(1, 2, 5, 8)
@@ -143,6 +144,16 @@ def test_a_class_of_calls_is_decided_once() -> None:
     assert len(_decisions) == 1
     ops.attention(Q, Q, Q)
     assert len(_decisions) == 2
+
+
+@pytest.mark.parametrize(
+    ("length", "grad", "few"), [(256, True, True), (257, True, False), (1024, False, True), (1025, False, False)]
+)
+def test_more_keys_are_few_where_nothing_learns(length: int, grad: bool, few: bool) -> None:
+    x = torch.empty(1, 1, length, 8, requires_grad=grad)
+    assert describe(x, x, x, make_problem(x, x, x)).few_keys is few
+    with torch.no_grad():
+        assert describe(x, x, x, make_problem(x, x, x)).few_keys is (length <= 1024)
 
 
 @pytest.mark.parametrize(

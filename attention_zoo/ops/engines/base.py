@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import os
 from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple
 
@@ -26,11 +27,12 @@ __all__ = [
     "flash_limits",
     "is_grouped",
     "join_masks",
+    "unusable",
 ]
 
 HALF = (torch.float16, torch.bfloat16)
 GRID_LIMIT = 65_535  # of a CUDA grid's second and third dimension, over which the libraries' kernels spread samples and heads
-_FEW_KEYS = 256
+_FEW_KEYS, _FEW_KEYS_FORWARD = 256, 1024  # with gradients and without: up to there torch's kernels are faster than flash-attn 4
 _LARGE_MAP = 2**24  # entries of the (B, H, N_q, N_k) map from which compiling a kernel is cheaper than forming it
 
 
@@ -44,7 +46,7 @@ class Signature(NamedTuple):
         mask: "" none, "bool" or "float".
         packed: "" no, "self" (queries and keys share their offsets), "cross".
         grad: q, k or v needs a gradient; map_grad: the bias or a float mask does.
-        empty: a size is 0; few_keys: at most `_FEW_KEYS`, where the flash libraries lose to torch.
+        empty: a size is 0; few_keys: so few that the flash libraries lose to torch.
         large: the (B, H, N_q, N_k) map is too large to form lightly.
     """
 
@@ -100,6 +102,7 @@ def describe(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Signature:
         lengths = "equal" if packed == "self" else "fewer"
     training = torch.is_grad_enabled()
     map_grad = training and ((bias is not None and bias.requires_grad) or (mask is not None and mask.requires_grad))
+    grad = training and (q.requires_grad or k.requires_grad or v.requires_grad)
     size = q_shape[0] * q_shape[1] * num_queries * num_keys
     return Signature(
         q.device,
@@ -117,10 +120,10 @@ def describe(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Signature:
         problem.softcap is not None,
         problem.dropout_p > 0.0,
         problem.return_lse,
-        training and (q.requires_grad or k.requires_grad or v.requires_grad),
+        grad,
         map_grad,
         True if size == 0 or q_shape[3] == 0 or v.shape[3] == 0 else False,  # noqa: SIM210
-        True if num_keys <= _FEW_KEYS else False,  # noqa: SIM210
+        True if num_keys <= (_FEW_KEYS if grad else _FEW_KEYS_FORWARD) else False,  # noqa: SIM210
         True if size >= _LARGE_MAP else False,  # noqa: SIM210
     )
 
@@ -203,6 +206,24 @@ def compute_capability(device: torch.device) -> int:
 def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@torch.compiler.assume_constant_result
+def unusable(device: torch.device) -> str | None:
+    """Why our kernels do not run there; None if they do."""
+    if not _has_triton():
+        return "Triton is not installed"
+    if device.type == "cpu":
+        return None if os.environ.get("TRITON_INTERPRET") == "1" else "on a CPU the kernels run under TRITON_INTERPRET=1 only"
+    if device.type != "cuda":
+        return f"the kernels run on CUDA devices, not on {device.type}"
+    return None if compute_capability(device) >= 80 else "the kernels need compute capability 8.0 or higher"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    """To look it up takes longer than some kernels."""
+    return importlib.util.find_spec("triton") is not None
 
 
 class JoinedMask(NamedTuple):
