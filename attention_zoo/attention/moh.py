@@ -30,6 +30,7 @@ from attention_zoo.attention.base import (
     check_context,
     check_head_split,
     check_tokens,
+    has_hooks,
     is_bare,
     is_idle,
     merge_heads,
@@ -50,7 +51,14 @@ from attention_zoo.attention.conversion import (
 from attention_zoo.ops._one_node import weight_and_bias
 from attention_zoo.ops._operators import stands_alone
 from attention_zoo.ops.mixture import load_balance_loss, top_k_mask, work_softmax
-from attention_zoo.ops.mixture_layer import MixtureSettings, mixture_layer, query_norm_layer, takes_layer
+from attention_zoo.ops.mixture_layer import (
+    MixtureSettings,
+    linear_gates,
+    mixture_layer,
+    query_norm_layer,
+    settings_of_layer,
+    takes_gates,
+)
 from attention_zoo.registry import PATTERNS, register_attention
 
 __all__ = ["MixtureOfHeads", "MoHAttention", "load_balance_loss", "set_routed_topk", "top_k_mask", "work_dtype"]
@@ -98,12 +106,24 @@ class MixtureOfHeads(AuxiliaryLossModule):
 
         All in float32 at least: gates that are rounded to half precision choose other heads.
         """
+        if stands_alone(x) and takes_gates(x, self.routed_heads) and self._has_bare_routers():
+            return linear_gates(x, (self.num_heads, self.routed_heads, self.routed_topk), self._router_weights())
         logits, shared, balance = self._router_logits(x)
         if logits is not None:
             return ops.mixture_gates(logits, shared, balance, topk=self.routed_topk, shared_heads=self.shared_heads)
         if shared is None:  # a softmax over one head
             return torch.ones_like(x[..., :1], dtype=work_dtype(x)), None, None
         return self.shared_heads * work_softmax(shared), None, None
+
+    def _has_bare_routers(self) -> bool:
+        """Whether the linear routers are their weights."""
+        layers: dict[str, Any] = self._modules
+        return all(is_bare(layers[name]) for name in _ROUTERS if name in layers)
+
+    def _router_weights(self) -> tuple[Tensor | None, ...]:
+        """Of the linear routers, each None where the layer has none."""
+        layers: dict[str, Any] = self._modules
+        return tuple(weight_and_bias(layers[name])[0] if name in layers else None for name in _ROUTERS)
 
     def _router_logits(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of routed heads, shared heads and the balance of the two, each None where the layer has no such router."""
@@ -278,11 +298,17 @@ class MoHAttention(MixtureOfHeads):
     ) -> Tensor:
         self._forget_auxiliary_loss()
         check_tokens(x, self.dim)
-        if context is attention_mask is position_embeddings is past_key_values is None and self._is_bare(x):
-            settings = self._settings()
-            if takes_layer(x, settings, self.attn_drop if self.training else 0.0):
-                return self._in_one_node(x, settings)
-        q, k, v = self._project(x, context)
+        given = None
+        if context is attention_mask is position_embeddings is past_key_values is None and self._is_one_node(x):
+            settings = settings_of_layer(x, self._settings(), self.attn_drop if self.training else 0.0)
+            if settings is not None:
+                if self._has_bare_projections():
+                    return self._in_one_node(x, settings, None)
+                given = tuple(layer(x) for layer in self._projections())
+                if all(_is_like(t, x) for t in given):
+                    output = self.proj if self.fused else self.o_proj
+                    return self.proj_drop(output(self._in_one_node(x, settings, given)))
+        q, k, v = self._project(x, context, given)
         gates, scores, chosen = self._route(x, q)
         heads = attend(
             self,
@@ -377,37 +403,57 @@ class MoHAttention(MixtureOfHeads):
         sizes = self.num_heads, self.num_kv_heads, self.head_dim, self.routed_heads, self.routed_topk
         return MixtureSettings(*sizes, self.is_causal, self._wants_statistics, self.router_grad == "ste")
 
-    def _is_bare(self, x: Tensor) -> bool:
-        """Whether self-attention of x may be one node: the layers are their weights, and nobody looks on."""
+    def _is_one_node(self, x: Tensor) -> bool:
+        """Whether what stands between the projections of self-attention of x may be one node: nothing else, and nobody looks on."""
         layers: dict[str, Any] = self._modules
-        if self.fused != (self.router_kind == "linear") or not stands_alone(x) or ops.is_observed():
+        if self.fused != (self.router_kind == "linear") or self.context_dim != self.dim:
             return False
-        if not type(layers["q_norm"]) is type(layers["k_norm"]) is nn.Identity or not is_idle(layers["proj_drop"]):
+        if not stands_alone(x) or ops.is_observed() or not self._has_bare_routers():
             return False
-        names = ("qkv", "proj", *_ROUTERS) if self.fused else _SPLIT
-        found = [layers[name] for name in names if name in layers]
-        return self.context_dim == self.dim and all(map(is_bare, found))
+        return all(type(layers[name]) is nn.Identity and not has_hooks(layers[name]) for name in ("q_norm", "k_norm"))
 
-    def _in_one_node(self, x: Tensor, settings: MixtureSettings) -> Tensor:
-        """The same with one node of autograd, whose books take longer than a GPU takes for a few thousand tokens."""
+    def _projections(self) -> list[Any]:
+        """To queries, keys and values."""
         layers: dict[str, Any] = self._modules
-        given = tuple(t for name in (("qkv", "proj") if self.fused else _SPLIT) for t in weight_and_bias(layers[name]))
+        return [layers[name] for name in (("qkv",) if self.fused else _SPLIT[:3])]
+
+    def _has_bare_projections(self) -> bool:
+        """Whether the layers on both sides of that are their weights."""
+        layers: dict[str, Any] = self._modules
+        found = [*self._projections(), layers["proj" if self.fused else "o_proj"]]
+        return is_idle(layers["proj_drop"]) and all(map(is_bare, found))
+
+    def _in_one_node(self, x: Tensor, settings: MixtureSettings, given: tuple[Tensor, ...] | None) -> Tensor:
+        """The same with one node of autograd, whose books take longer than a GPU takes for a few thousand tokens.
+
+        given: what the projections to queries, keys and values say; the output is not projected then. None: all are in the node.
+        """
+        layers: dict[str, Any] = self._modules
+        weights: tuple[Tensor | None, ...] = ()
+        if given is None:
+            weights = tuple(t for name in (("qkv", "proj") if self.fused else _SPLIT) for t in weight_and_bias(layers[name]))
         if self.fused:
-            routers = tuple(weight_and_bias(layers[name])[0] if name in layers else None for name in _ROUTERS)
-            out, loss, load = mixture_layer(x, settings, given, routers)
+            projected = None if given is None else given[0]
+            out, loss, load = mixture_layer(x, settings, projected, weights, self._router_weights())
         else:
-            out, loss, load = query_norm_layer(x, settings, given)
+            out, loss, load = query_norm_layer(x, settings, given, weights)
         if self.debug or self.last_head_load is not None:
             self.last_head_load = load if self.debug else None
         return self._keep_auxiliary_loss(loss, out)
 
-    def _project(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, h, N, d) of x, k and v (B, h_kv, M, d) of context (of x when it is None)."""
+    def _project(
+        self, x: Tensor, context: Tensor | None, given: tuple[Tensor, ...] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """q (B, h, N, d) of x, k and v (B, h_kv, M, d) of context (of x when it is None); `given`: what the projections say."""
         check_context(context, self.dim, self.context_dim)
         if self.fused:
             sizes = (self.num_heads * self.head_dim,) * 3
-            # in self-attention the gradients of q, k and v may lie in one tensor already
-            q, k, v = ops.split_channels(self.qkv(x), sizes) if context is None else project_qkv(self.qkv, x, context, sizes)
+            if context is None:  # the gradients of q, k and v may lie in one tensor already
+                q, k, v = ops.split_channels(self.qkv(x) if given is None else given[0], sizes)
+            else:
+                q, k, v = project_qkv(self.qkv, x, context, sizes)
+        elif given is not None:
+            q, k, v = given
         else:
             source = x if context is None else context
             q, k, v = self.q_proj(x), self.k_proj(source), self.v_proj(source)
@@ -524,6 +570,12 @@ def _check_router(router: str, gate: str | None, router_grad: str, routed_heads:
 def work_dtype(x: Tensor) -> torch.dtype:
     """float32, or float64 where the tensor has it."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _is_like(projected: Tensor, x: Tensor) -> bool:
+    """Whether what a projection says of tokens x is a plain tensor of what x is, or will be under autocast."""
+    fits = stands_alone(projected) and projected.ndim == 3 and projected.device == x.device
+    return fits and (projected.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
 
 
 def _real_tokens(attention_mask: Tensor, num_tokens: int, start: int | Tensor) -> Tensor:

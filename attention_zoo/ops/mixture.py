@@ -23,9 +23,11 @@ __all__ = [
     "MOST_COMPARED",
     "gate_heads",
     "heads_apart",
+    "is_short",
     "load_balance_loss",
     "mixture_attention",
     "mixture_gates",
+    "packs",
     "pays",
     "query_norm_gates",
     "top_k_mask",
@@ -91,8 +93,9 @@ def mixture_attention(
     missing = None if attn_mask is None else "the kernels take no mask"
     if factor <= 0:
         missing = "the kernels need a positive scale"
-    if _skips_enough(q, k, chosen, topk, is_causal, backend) and use_kernel(
-        backend, (q, k, v), dropout_p=dropout_p, missing=missing
+    routed = 0 if chosen is None else chosen.shape[-1]
+    if use_kernel(backend, (q, k, v), dropout_p=dropout_p, missing=missing) and packs(
+        q.shape, q.dtype, k.shape[2], routed, topk, is_causal, backend=backend
     ):
         return _run_kernel(q, k, v, gates, chosen, topk, is_causal, factor)
     out = attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale, dropout_p=dropout_p, backend=backend)
@@ -236,20 +239,30 @@ def top_k_mask(scores: Tensor, k: int, *, backend: str = "auto") -> Tensor:
     return torch.zeros_like(scores).scatter(-1, order[..., :k], 1.0)
 
 
-def _skips_enough(q: Tensor, k: Tensor, chosen: Tensor | None, topk: int, is_causal: bool, backend: str) -> bool:
-    """Whether the kernels are faster than the dense engines, as measured on an H200; yes if they are asked for."""
-    if wanted_backend(backend) != "auto":
-        return True
-    return chosen is not None and q.is_cuda and pays(q.shape, q.dtype, k.shape[2], chosen.shape[-1], topk, is_causal)
+def packs(
+    shape: tuple[int, ...], dtype: torch.dtype, keys: int, routed: int, topk: int, is_causal: bool, *, backend: str = "auto"
+) -> bool:
+    """Whether the kernels are to compute the chosen pairs only, packed, and no library all heads of a call: if they are asked for,
+    and where they are faster. See `pays`."""
+    return wanted_backend(backend) != "auto" or pays(shape, dtype, keys, routed, topk, is_causal)
 
 
 def pays(shape: tuple[int, ...], dtype: torch.dtype, keys: int, routed: int, topk: int, is_causal: bool) -> bool:
-    """Whether enough is skipped of a call with queries (B, H, N, D), of whose last `routed` heads a token chooses `topk`."""
+    """Whether enough is skipped of a call with queries (B, H, N, D), of whose last `routed` heads a token chooses `topk`.
+
+    As measured on an H200.
+    """
     batch, heads, tokens, dim = shape
     if dtype not in HALF or dim > _MOST_MEASURED:
         return False
-    work, active = _cudnn.dense_work(batch, heads, tokens, keys, dim, is_causal), (heads - routed + topk) / heads
+    work, active = _cudnn.dense_work(batch, heads, tokens, keys, dim, is_causal), (heads - routed + topk) / max(1, heads)
     return any(active <= most and work >= least for most, least in zip(_MOST_ACTIVE, _LEAST_WORK, strict=True))
+
+
+def is_short(shape: tuple[int, ...], keys: int, is_causal: bool) -> bool:
+    """Whether the host's part counts for more than which library attends."""
+    batch, heads, tokens, dim = shape
+    return _cudnn.dense_work(batch, heads, tokens, keys, dim, is_causal) < min(_LEAST_WORK)
 
 
 def _run_kernel(

@@ -513,6 +513,145 @@ def test_layer_as_one_node_in_half_precision(nodes_seen: dict[Any, Any]) -> None
     assert (got["out"] - want["out"]).norm() < 2e-2 * want["out"].norm()
 
 
+@pytest.fixture
+def _all_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library computes all heads, as on a GPU for few tokens: torch's kernel for a CPU, or of a GPU the one that it takes."""
+    monkeypatch.setattr("attention_zoo.ops.mixture_layer.packs", lambda *_, **__: False)
+    monkeypatch.setattr("attention_zoo.ops.mixture_layer._kernels", {})
+
+
+def _check_all_heads(module: nn.Module, x: Tensor, seen: dict[Any, Any], weights: tuple[float, float] = (1.0, 1.0)) -> None:
+    """Against the plain code in double precision; `seen` tells that it was the node."""
+    from attention_zoo.ops import mixture_layer
+
+    want = _run_layer(module, x, "reference", torch.float64, weights)
+    assert not mixture_layer._kernels
+    got = _run_layer(module, x, "triton", weights=weights)
+    assert list(mixture_layer._kernels.values()) != [None]
+    assert len(seen) == (module.router_kind == "linear")
+    for name, right in want.items():
+        torch.testing.assert_close(got[name], right, atol=5e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.usefixtures("_all_heads")
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)], ids=["both", "output", "loss"])
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "norms"])
+def test_layer_of_all_heads(name: str, weights: tuple[float, float], nodes_seen: dict[Any, Any]) -> None:
+    """As one node, gates multiply what torch's kernel computes: outputs, loss and all gradients, the routers' among them."""
+    torch.manual_seed(0)
+    module = az.create_attention("moh", dim=32, num_heads=4, **LAYERS[name])
+    _check_all_heads(module, torch.randn(2, 19, 32), nodes_seen, weights)
+
+
+@pytest.mark.usefixtures("_library_everywhere", "_all_heads")
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+def test_layer_of_all_heads_in_a_library(
+    options: dict[str, Any], nodes_seen: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """With plain PyTorch in cuDNN's place, which has grouped heads, too."""
+    monkeypatch.setattr("attention_zoo.ops._fused.fused_kernel", lambda *_: "cudnn")
+    torch.manual_seed(0)
+    module = az.create_attention("moh", dim=32, num_heads=4, **options)
+    _check_all_heads(module, torch.randn(2, 19, 32), nodes_seen)
+
+
+class _Adapted(nn.Module):
+    """In the place of a projection, more than its weights."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.calls = layer, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layer(x) * 1.5
+
+
+@pytest.mark.usefixtures("_library_everywhere")
+@pytest.mark.parametrize("all_heads", [False, True], ids=["packed", "all heads"])
+@pytest.mark.parametrize("name", ["one shared", "norms through"])
+def test_node_between_projections(
+    name: str, all_heads: bool, nodes_seen: dict[Any, Any], request: pytest.FixtureRequest
+) -> None:  # fmt: skip
+    """Projections that are adapted stay outside, and so does a dropout behind them; each is called once."""
+    if all_heads:
+        request.getfixturevalue("_all_heads")
+    torch.manual_seed(0)
+    module: Any = az.create_attention("moh", dim=32, num_heads=4, **LAYERS[name])
+    for part in ("qkv", "proj", "q_proj", "v_proj", "o_proj"):
+        if hasattr(module, part):
+            setattr(module, part, _Adapted(getattr(module, part)))
+    x = torch.randn(2, 19, 32)
+    want, got = _run_layer(module, x, "reference", torch.float64), _run_layer(module, x, "triton")
+    assert len(nodes_seen) == (module.router_kind == "linear" or not all_heads)
+    for key, right in want.items():
+        torch.testing.assert_close(got[key], right, atol=5e-5, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.usefixtures("_all_heads")
+@pytest.mark.parametrize("options", [LAYERS["some shared"], LAYERS["norms through"]], ids=["linear", "norms"])
+def test_layer_of_all_heads_in_half_precision(options: dict[str, Any], nodes_seen: dict[Any, Any]) -> None:
+    """As such and under autocast, and no further from the truth than the plain code is."""
+    torch.manual_seed(0)
+    module, x = az.create_attention("moh", dim=32, num_heads=4, **options), torch.randn(2, 19, 32)
+    want = _run_layer(module, x, "reference", torch.float64)
+    for half in (torch.float16, torch.bfloat16):
+        plain = _run_layer(module, x, "reference", half)
+        with torch.autocast(DEVICE, half):
+            mixed = _run_layer(module, x, "triton")
+        for got in (mixed, _run_layer(module, x, "triton", half)):
+            for name, right in want.items():
+                error, usual = ((t[name] - right).norm() for t in (got, plain))
+                assert error < 1.5 * usual + 4e-3 * right.norm(), f"{name} {half}: {error}, {usual}"
+
+
+@pytest.mark.usefixtures("_all_heads")
+def test_what_is_no_node(nodes_seen: dict[Any, Any]) -> None:
+    """Masks, rotations, normalised queries, somebody who looks on, adapted routers: the operations one by one, the same numbers."""
+    torch.manual_seed(0)
+    module: Any = az.create_attention("moh", dim=32, num_heads=4, device=DEVICE)
+    x = torch.randn(2, 9, 32, device=DEVICE)
+    mask = torch.ones(2, 9, dtype=torch.bool, device=DEVICE)
+    tables = torch.ones(1, 9, 8, device=DEVICE), torch.zeros(1, 9, 8, device=DEVICE)
+    with ops.use_backend("triton"):
+        want = module(x)
+        assert len(nodes_seen) == 1
+        nodes_seen.clear()
+        got = [module(x, position_embeddings=tables)]
+        handle = module.router.register_forward_hook(lambda *_: None)
+        got.append(module(x))
+        handle.remove()
+        handle = module.q_norm.register_forward_hook(lambda *_: None)
+        got.append(module(x))
+        handle.remove()
+        with az.record_attention(module):
+            got.append(module(x))
+    got.append(module(x, attention_mask=mask))
+    module.attn_drop = 0.5
+    module(x)
+    assert not nodes_seen
+    for other in got:
+        torch.testing.assert_close(other, want, atol=1e-5, rtol=1e-4)
+
+
+def test_gates_as_one_node() -> None:
+    """Where the whole layer is none, logits and gates of the linear routers are."""
+    torch.manual_seed(0)
+    module: Any = az.create_attention("moh", dim=36, num_heads=6, shared_heads=2, routed_topk=2, device=DEVICE)
+    x = torch.randn(2, 9, 36, device=DEVICE, requires_grad=True)
+    leaves = [x, module.router.weight, module.shared_router.weight, module.balance.weight]
+    found = []
+    for backend in ("reference", "triton"):
+        with ops.use_backend(backend):
+            gates, scores, chosen = module._route_linearly(x)
+        assert not chosen.requires_grad
+        aim = (gates * torch.arange(6, device=DEVICE).cos()).sum() + scores.square().sum()
+        found.append((gates, scores, chosen, *torch.autograd.grad(aim, leaves)))
+        assert (gates.grad_fn.name() == "_GatesBackward") == (backend == "triton")
+    for right, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-4)
+
+
 def test_hooks_see_the_layers_of_a_mixture(nodes_seen: dict[Any, Any]) -> None:
     """Projections that somebody waits for are called; a layer without gradients, in evaluation, has no loss."""
     torch.manual_seed(0)

@@ -19,7 +19,10 @@ __all__ = [
     "count_kernel",
     "empty_slopes",
     "gate_heads_triton",
+    "gate_rows",
+    "gate_rows_backward",
     "heads_last",
+    "join_heads",
     "list_kernel",
     "mixing",
     "spread_kernel",
@@ -288,6 +291,52 @@ def _gate_gradient_launch(
     nothing, dgates = Place(1, 0, (1,)), Place(4)
     found = nothing, nothing, dgates, dgates
     return unmixing((batch, heads, tokens, dim, dim), (heads, 0, 1), grad, x, x, dx, nothing, gates, Place(2), found, slopes)
+
+
+def gate_rows(x: Tensor, gates: Tensor) -> Tensor:
+    """x (B, H, N, D), channels of a head side by side, times gates (B, N, H), contiguous: (B, N, H D)."""
+    batch, heads, tokens, dim = sizes = tuple(x.shape)
+    out = x.new_empty((batch, tokens, heads * dim))
+    of_gates = tokens * heads, 1, heads
+    launch_all(_gate_launch(sizes, x.stride()[:3], of_gates, (x.dtype, gates.dtype), x.device), (x, gates, out))
+    return out
+
+
+def gate_rows_backward(grad: Tensor, x: Tensor, gates: Tensor, wants_gates: bool) -> tuple[Tensor, Tensor]:
+    """From `grad` (B, N, H D), contiguous: of x, laid out as it is, and of gates, (B, N, H), or empty."""
+    batch, heads, tokens, dim = sizes = tuple(x.shape)
+    dx, dgates = torch.empty_like(x), x.new_empty((batch, tokens, heads) if wants_gates else (0,), dtype=torch.float32)
+    strides = (tokens * heads * dim, dim, heads * dim), x.stride()[:3], dx.stride()[:3], (tokens * heads, 1, heads)
+    launches = _gate_gradient_launch(sizes, *strides, wants_gates, (grad.dtype, x.dtype, gates.dtype), x.device)
+    launch_all(launches, (grad, x, gates, dx, dgates))
+    return dx, dgates
+
+
+@settled
+def _join_launch(
+    sizes: tuple[int, ...], of_q: _Strides, of_k: _Strides, of_v: _Strides, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> tuple[Launch, ...]:
+    """Of queries, keys, values, something in float32, and all of them in one. All heads are shared, as in `_gate_launch`."""
+    batch, heads, tokens, dim = sizes
+    bt, blocks = tokens_to_a_tile(tokens, dim)
+    whole = 3 * heads * dim
+    to = (tokens * whole, dim, whole) * 3
+    numbers = *to, *of_q, *of_k, *of_v, tokens, tokens, heads, heads, heads, 0, 1, dim, dim, 1, blocks
+    grid, constants = (batch * blocks * 3 * heads,), {"BT": bt, "BD": tile(dim, 256), "num_warps": 4}
+    places = *(Place(4, i * heads * dim) for i in range(3)), *(Place(i) for i in range(3)), Place(0), Place(3)
+    return (Launch(spread_kernel, grid, places, numbers, constants),) if grid[0] and dim else ()
+
+
+def join_heads(q: Tensor, k: Tensor, v: Tensor, single: Tensor) -> Tensor:
+    """Of (B, H, N, D) each, channels of a head side by side: (B, N, 3 H D), as a fused projection has them.
+
+    single: any tensor of float32, of which nothing is read.
+    """
+    batch, heads, tokens, dim = sizes = tuple(q.shape)
+    out = q.new_empty((batch, tokens, 3 * heads * dim))
+    strides = (t.stride()[:3] for t in (q, k, v))
+    launch_all(_join_launch(sizes, *strides, (q.dtype, single.dtype), q.device), (q, k, v, single, out))
+    return out
 
 
 @operator("gate_heads")
