@@ -196,7 +196,7 @@ class _BiLevelRouting:
     patterns={"noncausal_self"},
     spatial=True,
     cost="O(S^4 C + N^2 k C / S^2 + N s^2 C)",
-    engines=("flash", "torch", "xformers", "flex"),
+    engines=("triton", "flash", "torch", "xformers", "flex"),
 )
 class BiLevelRoutingAttention(_BiLevelRouting, AttentionModule):
     """Bi-level routing attention: the tokens of a region attend to those of the k regions that suit its mean query best.

@@ -57,7 +57,7 @@ __all__ = ["CoreContextAttention", "CoreContextCacheLayer", "core_context"]
     patterns={"causal_self"},
     kv_cache=True,
     cost="O(N (w + N / p) d H)",
-    engines=("reference",),
+    engines=("triton", "reference"),
     static_cache=False,
     padding_masks_only=True,
 )

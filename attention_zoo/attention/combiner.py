@@ -75,7 +75,7 @@ class CombinerCacheLayer(StateCacheLayer):
     length_coupled=True,
     relative_rotation=False,
     cost="O(N (L + N / L) d H), logsparse O(N log(N) d H)",
-    engines=("flash", "flex", "reference", "torch"),
+    engines=("triton", "flash", "flex", "reference", "torch"),
     causal_options={"window_size": 128},  # the official language models'
 )
 class CombinerAttention(AttentionModule):

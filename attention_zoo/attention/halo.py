@@ -67,7 +67,7 @@ class RelativePositions(nn.Module):
     prefix_tokens=True,
     grid_multiple=(8, 8),
     cost="O(N (b + 2h)^2 C)",
-    engines=("reference",),
+    engines=("triton", "reference"),
 )
 class HaloAttention(AttentionModule):
     """Halo attention: the b x b queries of a block share the (b + 2h) x (b + 2h) keys in and around it.

@@ -252,7 +252,7 @@ class MoHTransNeXtGlobal(_TransNeXtHeads):
     patterns={"noncausal_self"},
     spatial=True,
     cost="O(N (w^2 + P) C)",
-    engines=("reference",),
+    engines=("triton", "reference"),
 )
 class MoHTransNeXtAggregated(_TransNeXtHeads):
     """TransNeXt's aggregated attention with MoH's gates: one softmax over a token's neighbours and a coarse view of the whole grid.
@@ -370,16 +370,22 @@ class MoHTransNeXtAggregated(_TransNeXtHeads):
         pooled_k, pooled_v = self._keys_and_values(self._pool(x, grid, pool))
         gates, scores, chosen = self._route_linearly(x)
         place = _per_geometry(_neighbourhood, _cached_neighbourhood, x, grid, self.window_size, pool[0] * pool[1])
-        queries = self._queries(q, place.scale).to(v.dtype)
-
-        local = _products(queries, k, grid, self.window_size).to(q.dtype) + self.relative_pos_bias_local.to(q.dtype).unsqueeze(1)
-        coarse = (queries @ pooled_k.transpose(-2, -1)).to(q.dtype) + self._position_bias(x, grid, pool)
-        weights = torch.softmax(torch.cat([local.masked_fill(place.outside, -torch.inf), coarse], dim=-1), dim=-1)
-        ops.observe("neighbours and pooled tokens", weights)
-        weights = F.dropout(weights, self.attn_drop, self.training).to(v.dtype)
-        local, coarse = weights.split([self.window_size**2, pool[0] * pool[1]], dim=-1)
-        local = local + (q.to(v.dtype) @ self.learnable_tokens.to(v.dtype) + self.learnable_bias.to(v.dtype))
-        heads = _weighted_sum(local, v, grid, self.window_size) + coarse @ pooled_v
+        heads = ops.foveal_attention(
+            self._queries(q, place.scale),
+            q,
+            k,
+            v,
+            pooled_k,
+            pooled_v,
+            local_bias=self.relative_pos_bias_local,
+            pooled_bias=self._position_bias(x, grid, pool),
+            tokens=self.learnable_tokens,
+            token_bias=self.learnable_bias,
+            outside=place.outside,
+            grid_size=grid,
+            window_size=self.window_size,
+            dropout_p=self.attn_drop if self.training else 0.0,
+        )
         heads = self._keep_statistics(heads, scores, chosen)
         return self._mix(heads, gates)
 
@@ -420,31 +426,6 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
         if type(layer) is nn.Linear:
             return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
         return layer(x.to(layer.weight.dtype)).to(x.dtype)  # adapted: its own forward is the only right one
-
-
-# --- neighbours -------------------------------------------------------------------------------------------------------------------
-
-
-def _neighbours(x: Tensor, grid: Grid, window_size: int) -> list[Tensor]:
-    """Views of (B, h, N, d), one for each place in the window, row-major: (B, h, H, W, d) of that neighbour, 0 outside the grid."""
-    (height, width), reach = grid, window_size // 2
-    padded = F.pad(x.unflatten(2, grid), (0, 0, reach, reach, reach, reach))
-    return [padded[:, :, i : i + height, j : j + width] for i in range(window_size) for j in range(window_size)]
-
-
-def _products(queries: Tensor, keys: Tensor, grid: Grid, window_size: int) -> Tensor:
-    """Each query with the keys around it: (B, h, N, d) twice -> (B, h, N, w * w). Nothing of size N * w * w * d is kept."""
-    image = queries.unflatten(2, grid)
-    return torch.stack([(image * near).sum(-1) for near in _neighbours(keys, grid, window_size)], dim=-1).flatten(2, 3)
-
-
-def _weighted_sum(weights: Tensor, values: Tensor, grid: Grid, window_size: int) -> Tensor:
-    """sum_j weights_j v_j over the window: (B, h, N, w * w), (B, h, N, d) -> (B, h, N, d)."""
-    each = weights.unflatten(2, grid).unsqueeze(-2).unbind(-1)  # (B, h, H, W, 1) of each place
-    total = values.new_zeros(())
-    for weight, near in zip(each, _neighbours(values, grid, window_size), strict=True):
-        total = total + weight * near
-    return total.flatten(2, 3)
 
 
 # --- what depends on the grid only ------------------------------------------------------------------------------------------------

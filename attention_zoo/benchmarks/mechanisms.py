@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 WITH_KERNELS = (  # the plain code is measured too
     *("agent", "agent_cswin", "bra", "cca", "combiner", "dgqa", "diff", "gda", "halo", "hilo", "kdgqa", "lepe_attention", "moh"),
+    "moh_transnext_aggregated",
 )
 _ON_REFERENCE = ("combiner",)  # needs log-normalisers, which torch's own attention does not return
 

@@ -8,6 +8,7 @@ from attention_zoo.ops.attention import attention, attention_weights, merge_atte
 from attention_zoo.ops.depthwise import depthwise_conv2d
 from attention_zoo.ops.differential import differential_attention, subtract_noise
 from attention_zoo.ops.dispatch import BACKENDS, BackendError, backends, explain, use_backend
+from attention_zoo.ops.foveal import foveal_attention
 from attention_zoo.ops.halo import halo_attention
 from attention_zoo.ops.head_map import attention_by_head_map
 from attention_zoo.ops.mixture import gate_heads, load_balance_loss, mixture_attention, mixture_gates, query_norm_gates
@@ -26,6 +27,7 @@ __all__ = [
     "depthwise_conv2d",
     "differential_attention",
     "explain",
+    "foveal_attention",
     "gate_heads",
     "grid_bias",
     "halo_attention",

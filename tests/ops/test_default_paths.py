@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from kernel_case import Called
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import attention_zoo as az
@@ -24,29 +24,18 @@ KERNELS: dict[str, tuple[set[str], dict[str, Any]]] = {
     "halo": ({"halo_forward"}, {"block_size": 8, "halo_size": 3}),
     "hilo": ({"hilo_forward"}, {}),
     "moh": ({"mixture_forward"}, {"shared_heads": 1, "routed_topk": 1}),
+    "moh_transnext_aggregated": ({"foveal_forward"}, {}),
 }
 SPATIAL_MODELS = {
     "agent_deit_t": "agents_read_forward",
     "biformer_tiny": "routed_map_forward",
     "halonet_paper_h0": "halo_forward",
     "litv2_s": "hilo_forward",
+    "moh_transnext_small_80": "foveal_forward",
 }
 # Maps of a converted "diff" share keys, and are one call.
 SWAPPED_IN_VIT = {name: KERNELS[name][0] for name in ("bra", "halo", "hilo", "agent")} | {"diff": {"subtract_noise_forward"}}
 SWAPPED_IN_LLAMA = {"cca": 2048, "moh": 16384}  # lengths from which the kernels pay
-
-
-class Called(TorchDispatchMode):
-    """Names of our own operators that were called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "attention_zoo":
-            self.names.add(func._schema.name.partition("::")[2])
-        return func(*args, **(kwargs or {}))
 
 
 def called(module: nn.Module, x: Tensor, **inputs: Any) -> set[str]:
@@ -103,6 +92,10 @@ def test_layers_as_graphed_callables(name: str) -> None:
     graphed = torch.cuda.make_graphed_callables(module, (other.detach().clone().requires_grad_(),), allow_unused_input=True)
     for got, expected in zip(run(graphed, x), want, strict=True):  # cuDNN adds up gradients in any order
         assert (got - expected).float().norm() <= 1e-2 * expected.float().norm()
+
+
+def test_what_has_kernels_says_so() -> None:
+    assert set(KERNELS) <= set(az.list_attentions(engine="triton"))
 
 
 @pytest.mark.parametrize("name", KERNELS)
