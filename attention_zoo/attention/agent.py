@@ -38,7 +38,7 @@ from attention_zoo.attention.base import (
 from attention_zoo.attention.conversion import projection_settings, refuse_tensors, source_heads, source_settings, split_projections
 from attention_zoo.attention.functional import pure_function
 from attention_zoo.ops import agent_attention, resize_grid
-from attention_zoo.ops._one_node import Parts
+from attention_zoo.ops._one_node import Parts, weight_and_bias
 from attention_zoo.ops._operators import stands_alone
 from attention_zoo.ops.agent_layer import AgentLayer, agent_layer, takes_layer
 from attention_zoo.registry import register_attention
@@ -47,6 +47,7 @@ __all__ = [
     "AgentAttention",
     "AgentTables",
     "DepthwiseConv2d",
+    "add_convolution",
     "agent_attention",
     "noncausal_settings",
     "padding_mask",
@@ -98,6 +99,15 @@ class DepthwiseConv2d(nn.Conv2d):
         return ops.depthwise_conv2d(x.permute(0, 2, 3, 1), self.weight, self.bias).permute(0, 3, 1, 2)
 
 
+def add_convolution(out: Tensor, v: Tensor, convolution: nn.Module) -> Tensor:
+    """`out` and the convolved values, both (B, H, W, C): in one step where nobody waits for the convolution's own forward."""
+    if is_bare(convolution, DepthwiseConv2d):
+        weight, bias = weight_and_bias(convolution)
+        return ops.depthwise_conv2d(v, weight, bias, add=out)
+    local: Tensor = convolution(v.permute(0, 3, 1, 2))
+    return out + local.permute(0, 2, 3, 1).to(out.dtype)
+
+
 class AgentTables(AttentionModule):
     """The two position biases of agent attention, each stored as a small square, a row and a column table.
 
@@ -112,6 +122,7 @@ class AgentTables(AttentionModule):
     """
 
     has_tables: bool = False
+    has_prefix_tables: bool = False
     agent_side: int
     an_bias: Tensor
     na_bias: Tensor
@@ -119,6 +130,8 @@ class AgentTables(AttentionModule):
     aw_bias: Tensor
     ha_bias: Tensor
     wa_bias: Tensor
+    ac_bias: Tensor
+    ca_bias: Tensor
 
     def create_tables(
         self,
@@ -148,7 +161,7 @@ class AgentTables(AttentionModule):
             shapes["ca_bias"] = (1, num_heads, num_prefix_tokens, agent_num)
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-        self.has_tables = True
+        self.has_tables, self.has_prefix_tables = True, num_prefix_tokens > 0
 
     def resize_tables(self, window_size: Grid, key_window: Grid | None = None) -> None:
         """Resample the row and column tables to another grid for good, as the official loader does; a forward there is the same."""
@@ -174,30 +187,45 @@ class AgentTables(AttentionModule):
         """
         if not self.has_tables:
             return None
-        prefix = getattr(self, "ac_bias", None)
-        rows, columns = self.ah_bias[0, ..., 0], self.aw_bias[0, :, :, 0]
-        return self._bias((self.an_bias, rows, columns), None if prefix is None else prefix[0], grid_size, agent_grid, dtype)
+        square, *lines = self._tables()[0]
+        lines = [table.reshape(*square.shape[:2], -1) for table in lines]
+        return self._bias(square, lines, grid_size, agent_grid, dtype)
 
     def query_bias(self, grid_size: Grid, agent_grid: Grid, dtype: torch.dtype | None = None) -> Tensor | None:
         """B_q (1, h, P + H * W, n) for queries on this grid; None without tables. `dtype` as for `key_bias`."""
         if not self.has_tables:
             return None
-        prefix = getattr(self, "ca_bias", None)
-        rows, columns = self.ha_bias[0, :, :, 0].transpose(1, 2), self.wa_bias[0, :, 0].transpose(1, 2)  # agents first
-        before = None if prefix is None else prefix[0].transpose(1, 2)
-        return self._bias((self.na_bias, rows, columns), before, grid_size, agent_grid, dtype).transpose(-2, -1)
+        square, *lines = self._tables()[1]
+        heads, number = square.shape[:2]
+        lines = [table.reshape(heads, -1, number).transpose(1, 2) for table in lines]  # agents first
+        return self._bias(square, lines, grid_size, agent_grid, dtype).transpose(-2, -1)
 
-    def _bias(
-        self,
-        tables: tuple[Tensor, Tensor, Tensor],
-        prefix: Tensor | None,
-        grid_size: Grid,
-        agent_grid: Grid,
-        dtype: torch.dtype | None,
-    ) -> Tensor:
+    def _bias(self, square: Tensor, lines: list[Tensor], grid_size: Grid, agent_grid: Grid, dtype: torch.dtype | None) -> Tensor:
         """(1, h, n, P + H * W)."""
-        agents = ((self.agent_side, self.agent_side), agent_grid)
-        return ops.grid_bias(*tables, grid_size, prefix=prefix, agent_grids=agents, dtype=dtype)[None]
+        (rows, columns, *prefix), agents = lines, ((self.agent_side, self.agent_side), agent_grid)
+        before = prefix[0] if prefix else None
+        return ops.grid_bias(square, rows, columns, grid_size, prefix=before, agent_grids=agents, dtype=dtype)[None]
+
+    def _tables(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Of B_k and of B_q, as they are stored; () without tables."""
+        if not self.has_tables:
+            return (), ()
+        of_keys, of_queries = (self.an_bias, self.ah_bias, self.aw_bias), (self.na_bias, self.ha_bias, self.wa_bias)
+        if self.has_prefix_tables:
+            return (*of_keys, self.ac_bias), (*of_queries, self.ca_bias)
+        return of_keys, of_queries
+
+    def _takes_layer(self, x: Tensor, grid_size: Grid, agent_grid: Grid, head_dim: int, dropout_p: float) -> bool:
+        """Whether our kernels serve a whole layer on tokens like x, without resampling a table, and nobody looks on."""
+        if not stands_alone(x) or ops.is_observed():
+            return False
+        square = None
+        if self.has_tables:
+            of_keys, of_queries = (self.ah_bias.shape[3], self.aw_bias.shape[4]), (self.ha_bias.shape[2], self.wa_bias.shape[3])
+            if not of_keys == of_queries == grid_size or agent_grid != (self.agent_side, self.agent_side):
+                return False
+            square = (self.an_bias.shape[2], self.an_bias.shape[3])
+        return takes_layer(x, math.prod(agent_grid), head_dim, grid_size, square, dropout_p)
 
 
 @register_attention(
@@ -425,50 +453,55 @@ class AgentAttention(AgentTables):
 
     def _is_one_node(self, x: Tensor, grid: Grid) -> bool:
         """Whether our kernels serve the whole layer, nothing in it is adapted or quantised, and nobody looks on."""
-        plain = self.agent_source == "pool" and not self.num_prefix_tokens and not self.split_qkv
-        if not plain or self.num_kv_heads != self.num_heads or not stands_alone(x) or ops.is_observed():
+        if self.agent_source != "pool" or self.sr_ratio > 1 or self.num_kv_heads != self.num_heads:
             return False
-        if type(self.q_norm) is not nn.Identity or not (is_bare(self.qkv) and is_bare(self.proj)):
+        if type(self.q_norm) is not nn.Identity or not is_bare(self.proj):
+            return False
+        if not (is_bare(self.q) and is_bare(self.kv) if self.split_qkv else is_bare(self.qkv)):
             return False
         if self.dwc is not None and not is_bare(self.dwc, DepthwiseConv2d):
             return False
-        if self.has_tables and not (self.agent_grid == (self.agent_side, self.agent_side) and self.window_size == grid):
-            return False  # the tables are to be resampled
-        number, drop = math.prod(self.agent_grid), self.attn_drop if self.training else 0.0
-        square = (self.an_bias.shape[2], self.an_bias.shape[3]) if self.has_tables else None
-        return takes_layer(x, number, self.head_dim, grid, square, drop)
+        dropout_p = self.attn_drop if self.training else 0.0
+        return self._takes_layer(x, grid, self.agent_grid, self.head_dim, dropout_p)
 
     def _layer(self, grid: Grid) -> AgentLayer:
         """The layer's parameters, for the kernels."""
+        kv, kv_bias = weight_and_bias(self.kv) if self.split_qkv else (None, None)
+        key_tables, query_tables = self._tables()
         return AgentLayer(
+            self.num_prefix_tokens,
             grid,
             self.agent_grid,
             self.num_heads,
             self.scale,
-            Parts.of(self.qkv, self.proj, self.dwc),
-            key_tables=(self.an_bias, self.ah_bias, self.aw_bias) if self.has_tables else None,
-            query_tables=(self.na_bias, self.ha_bias, self.wa_bias) if self.has_tables else None,
+            Parts.of(self.q if self.split_qkv else self.qkv, self.proj, self.dwc),
+            kv,
+            kv_bias,
+            key_tables,
+            query_tables,
         )
 
     def _resolve_grid(self, x: Tensor, grid_size: Grid | None) -> Grid | None:
         """The grid of the tokens after the prefix; None for a sequence."""
-        tokens = x[:, self.num_prefix_tokens :] if self.num_prefix_tokens else x
+        tokens = max(x.shape[1] - self.num_prefix_tokens, 0)
         if self.window_size is None:
             if grid_size is not None:
                 raise ValueError(f"window_size=None is for sequences without a grid: leave out grid_size={grid_size}")
-            if not tokens.shape[1]:
+            if not tokens:
                 raise ValueError(
                     f"no tokens to pool agents from: x has {x.shape[1]}, of which num_prefix_tokens={self.num_prefix_tokens}"
                 )
             return None
         if grid_size is None:
-            if tokens.shape[1] != math.prod(self.window_size):
+            if tokens != math.prod(self.window_size):
                 raise TypeError(
-                    f"grid_size is needed: x has {tokens.shape[1]} tokens after its prefix, and window_size={self.window_size} "
+                    f"grid_size is needed: x has {tokens} tokens after its prefix, and window_size={self.window_size} "
                     f"stands for {math.prod(self.window_size)}"
                 )
             return self.window_size
-        height, width = check_grid(tokens, grid_size)
+        height, width = grid_size
+        if height * width != tokens or height < 1:  # asked here first: at each call a view would take the host some microseconds
+            check_grid(x[:, self.num_prefix_tokens :], grid_size)
         if height % self.sr_ratio or width % self.sr_ratio:
             nearest = tuple(max(1, round(side / self.sr_ratio)) * self.sr_ratio for side in (height, width))
             raise ValueError(f"grid_size={(height, width)} is not divisible by sr_ratio={self.sr_ratio}; the nearest is {nearest}")
@@ -528,16 +561,18 @@ class AgentAttention(AgentTables):
             v = v.masked_fill(~mask[..., None], 0.0)
         if self.num_kv_heads != self.num_heads:  # every query head gets the values that it reads
             v = v.unflatten(-1, (self.num_kv_heads, -1)).repeat_interleave(self.num_heads // self.num_kv_heads, dim=2).flatten(2)
-        values = v[:, self.num_prefix_tokens :]
-        image = values.transpose(1, 2)
-        if grid is not None and key_grid is not None:
-            image = resize_grid(to_image(values, key_grid), grid).to(v.dtype)
         assert self.dwc is not None
-        local = self.dwc(image).flatten(2).transpose(1, 2).to(out.dtype)
-        if not self.num_prefix_tokens:
-            return out + local
-        prefix, tokens = out.tensor_split([self.num_prefix_tokens], dim=1)
-        return torch.cat([prefix, tokens + local], dim=1)
+        prefix, tokens, values = None, out, v
+        if before := self.num_prefix_tokens:
+            prefix, tokens = out.split([before, out.shape[1] - before], 1)
+            values = v[:, before:]
+        if grid is None or key_grid is None:
+            tokens = tokens + self.dwc(values.transpose(1, 2)).transpose(1, 2).to(out.dtype)
+        else:
+            if key_grid != grid:
+                values = resize_grid(to_image(values, key_grid), grid).to(v.dtype).flatten(2).transpose(1, 2)
+            tokens = add_convolution(tokens.unflatten(1, grid), values.unflatten(1, grid), self.dwc).flatten(1, 2)
+        return tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
 
     # --- conversion ---------------------------------------------------------------------------------------------------------------
 

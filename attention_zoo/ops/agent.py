@@ -213,6 +213,8 @@ def too_large_tables(size: Grid, square: Grid) -> str | None:
 
 def _over_line(table: Tensor, length: int) -> Tensor:
     """(h, n, L) -> (h, n, length)."""
+    if table.shape[-1] == length:
+        return table
     return resize_grid(table[..., None], (length, 1))[..., 0]
 
 

@@ -30,24 +30,29 @@ class AgentLayer(NamedTuple):
     """Parameters and settings of a layer, of `h` heads of `d` channels and n = a a' agents.
 
     Attributes:
-        grid_size, agent_grid: (H, W) of the tokens and (a, a').
+        prefix: number P of tokens before the grid.
+        grid_size, agent_grid: (H, W) of the other tokens and (a, a').
         heads: h.
         scale: factor of both logits.
-        parts: projections and convolution.
-        key_tables: (h, n, b, b'), (1, h, n, H, 1) and (1, h, n, 1, W); None: there are no position biases.
-        query_tables: (h, n, b, b'), (1, h, H, 1, n) and (1, h, 1, W, n); None: as above.
+        parts: projections and convolution; where queries have a projection of their own, `qkv` is that one.
+        kv, kv_bias: (2 h d, C) and (2 h d,), of keys and values; None: they are in `parts`.
+        key_tables: (h, n, b, b'), (1, h, n, H, 1), (1, h, n, 1, W), and (1, h, n, P) where P > 0; (): there are no position biases.
+        query_tables: (h, n, b, b'), (1, h, H, 1, n), (1, h, 1, W, n), and (1, h, P, n) where P > 0; (): as above.
     """
 
+    prefix: int
     grid_size: Grid
     agent_grid: Grid
     heads: int
     scale: float
     parts: Parts
-    key_tables: tuple[Tensor, Tensor, Tensor] | None
-    query_tables: tuple[Tensor, Tensor, Tensor] | None
+    kv: Tensor | None
+    kv_bias: Tensor | None
+    key_tables: tuple[Tensor, ...]
+    query_tables: tuple[Tensor, ...]
 
     def parameters(self) -> tuple[Tensor | None, ...]:
-        return (*self.parts, *(self.key_tables or (None,) * 3), *(self.query_tables or (None,) * 3))
+        return (*self.parts, self.kv, self.kv_bias, *self.key_tables, *self.query_tables)
 
 
 def takes_layer(x: Tensor, number: int, channels: int, grid_size: Grid, square: Grid | None, dropout_p: float) -> bool:
@@ -64,38 +69,49 @@ def takes_layer(x: Tensor, number: int, channels: int, grid_size: Grid, square: 
 
 
 def agent_layer(x: Tensor, layer: AgentLayer) -> Tensor:
-    """From tokens (B, H W, C) to tokens (B, H W, C'), by the kernels. No gradients of gradients."""
-    out: Tensor = apply_node(_Layer, x, layer[:4], layer.parameters())
+    """From tokens (B, P + H W, C) to tokens (B, P + H W, C'), by the kernels. No gradients of gradients."""
+    out: Tensor = apply_node(_Layer, x, layer[:5], layer.parameters())
     return out
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, settings: tuple[Grid, Grid, int, float], *parameters: Any) -> Tensor:
-        qkv_weight, qkv_bias, proj, proj_bias, kernel, kernel_bias, *tables = parameters
-        qkv = F.linear(x, qkv_weight, qkv_bias).contiguous()
-        given = () if tables[0] is None else tuple(t.contiguous() for t in tables)
+    def forward(ctx: Any, x: Tensor, settings: tuple[int, Grid, Grid, int, float], *parameters: Any) -> Tensor:
+        weight, bias, proj, proj_bias, kernel, kernel_bias, kv, kv_bias, *tables = parameters
+        if kv is not None:  # one product for all three costs less than two
+            weight, bias = torch.cat((weight, kv)), None if bias is None else torch.cat((bias, kv_bias))
+        qkv = F.linear(x, weight, bias).contiguous()
+        given = tuple(t.contiguous() for t in tables)
         ctx.call = kernels.LayerCall.of(qkv, *settings, given)
         found = kernels.attend(qkv, ctx.call, given)
-        out, grid = found.out, settings[0]
+        out = found.out
         if kernel is not None:
-            depthwise.convolve_channels(qkv, qkv.shape[2] // 3 * 2, grid, kernel, kernel_bias, out, out)
-        ctx.save_for_backward(x, qkv, *found, qkv_weight, proj, kernel)
+            prefix, grid = settings[:2]
+            depthwise.convolve_channels(qkv, qkv.shape[2] // 3 * 2, grid, kernel, kernel_bias, out, out, prefix)
+        ctx.save_for_backward(x, qkv, *found, weight, proj, kernel)
+        ctx.is_split = kv is not None
         return F.linear(out, proj, proj_bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, qkv, *found, qkv_weight, proj, kernel = ctx.saved_tensors
-        attended = kernels.Attended(*found)
+        x, qkv, *found, weight, proj, kernel = ctx.saved_tensors
+        attended, call = kernels.Attended(*found), ctx.call
         needs_x, _, *needs = ctx.needs_input_grad
+        of_tables = needs[8:]
+        half = len(of_tables) // 2
         dout, d_proj, _ = linear_gradients(grad, attended.out, proj, True, needs[2], False)
-        wants = any(needs[6:9]), any(needs[9:12])
-        dqkv, d_tables = kernels.attend_backward(qkv, ctx.call, attended, dout, wants)
+        dqkv, d_tables = kernels.attend_backward(qkv, call, attended, dout, (any(of_tables[:half]), any(of_tables[half:])))
         d_kernel, d_kernel_bias = None, None
         if kernel is not None:
-            first = qkv.shape[2] // 3 * 2
-            d_kernel, d_kernel_bias = depthwise.add_gradients(qkv, dqkv, first, ctx.call.grid, kernel, dout, needs[4] or needs[5])
-        dx, d_qkv, _ = linear_gradients(dqkv, x, qkv_weight, needs_x, needs[0], False)
-        d_proj_bias, d_qkv_bias = bias_gradients(grad if needs[3] else None, dqkv if needs[1] else None)
-        return dx, None, d_qkv, d_qkv_bias, d_proj, d_proj_bias, d_kernel, d_kernel_bias, *d_tables
+            first, wants = qkv.shape[2] // 3 * 2, needs[4] or needs[5]
+            d_kernel, d_kernel_bias = depthwise.add_gradients(qkv, dqkv, first, call.grid, kernel, dout, wants, call.prefix)
+        dx, d_weight, _ = linear_gradients(dqkv, x, weight, needs_x, needs[0] or needs[6], False)
+        d_proj_bias, d_bias = bias_gradients(grad if needs[3] else None, dqkv if needs[1] or needs[7] else None)
+        of_kv: list[Tensor | None] = [None, None]
+        if ctx.is_split:
+            rows = qkv.shape[2] // 3, qkv.shape[2] // 3 * 2
+            (d_weight, of_kv[0]), (d_bias, of_kv[1]) = (
+                (None, None) if t is None else t.split_with_sizes(rows) for t in (d_weight, d_bias)
+            )
+        return dx, None, d_weight, d_bias, d_proj, d_proj_bias, d_kernel, d_kernel_bias, *of_kv, *d_tables[: len(of_tables)]

@@ -206,28 +206,52 @@ def test_module(options: dict[str, Any], grid: tuple[int, int] | None) -> None:
 @pytest.mark.parametrize(
     ("options", "learns"),
     slow_but(
-        5,
+        7,
         [
+            ({"num_prefix_tokens": 1}, "everything"),
+            ({"split_qkv": True}, "everything"),
             ({"qkv_bias": True, "agent_num": 9, "head_dim": 8}, "everything"),
-            ({"use_dwc": False}, "everything"),
+            ({"use_dwc": False, "qkv_bias": False}, "everything"),
             ({"use_bias": False, "agent_grid": (2, 3)}, "everything"),
             ({"qkv_bias": True}, "x"),
             ({"qkv_bias": True}, "an_bias|proj.weight"),
             ({}, "everything"),
             ({}, "dwc.bias|wa_bias|qkv.weight"),
             ({"agent_num": 9, "window_size": (12, 13)}, "everything"),
+            ({"num_prefix_tokens": 3, "qkv_bias": True}, "ac_bias|wa_bias|qkv.bias"),
+            ({"num_prefix_tokens": 2, "use_bias": False}, "everything"),
+            ({"num_prefix_tokens": 2}, "na_bias|dwc.weight"),
+            ({"split_qkv": True, "qkv_bias": False, "num_prefix_tokens": 1, "use_dwc": False}, "everything"),
+            ({"split_qkv": True}, "kv.weight|q.bias"),
         ],
     ),
-    ids=["biases", "no convolution", "no tables", "input only", "some parameters", "paper", "others", "shares"],
+    ids=[
+        "class token",
+        "split",
+        "biases",
+        "no convolution",
+        "no tables",
+        "input only",
+        "some parameters",
+        "paper",
+        "others",
+        "shares",
+        "tables of prefixes",
+        "prefix without tables",
+        "one side's tables",
+        "split with a prefix",
+        "parts of a split",
+    ],
 )
 def test_the_layer_as_one_node(options: dict[str, Any], learns: str) -> None:
     """Outputs and the gradients of what learns; nothing else gets one."""
     options = {"agent_num": 4, "window_size": (4, 5), **options}
+    length = options.get("num_prefix_tokens", 0) + options["window_size"][0] * options["window_size"][1]
     layer, grid = az.create_attention("agent", 32, 2, **options).to(DEVICE), options["window_size"]
     for name, parameter in layer.named_parameters():
         torch.nn.init.normal_(parameter, std=0.3)
         parameter.requires_grad_(learns == "everything" or name in learns.split("|"))
-    x = torch.randn(2, grid[0] * grid[1], 32, device=DEVICE, requires_grad=learns in ("everything", "x"))
+    x = torch.randn(2, length, 32, device=DEVICE, requires_grad=learns in ("everything", "x"))
     leaves = [t for t in (x, *layer.parameters()) if t.requires_grad]
     results = []
     for backend in ("reference", "triton"):
@@ -240,22 +264,51 @@ def test_the_layer_as_one_node(options: dict[str, Any], learns: str) -> None:
 
 
 def test_what_is_not_one_node() -> None:
-    layer = az.create_attention("agent", 32, 2, agent_num=4, window_size=(4, 5)).to(DEVICE)
-    x = torch.randn(2, 20, 32, device=DEVICE)
+    layer = az.create_attention("agent", 32, 2, agent_num=4, window_size=(4, 5), num_prefix_tokens=1, attn_drop=0.1).to(DEVICE)
+    layer.eval()
+    x, grid, mask = torch.randn(2, 21, 32, device=DEVICE), (4, 5), None
 
-    def node() -> str:
+    def is_node(module: Any = layer, **options: Any) -> bool:
         with ops.use_backend("triton"):
-            return type(layer(x[:, :20], grid_size=grid).grad_fn).__name__
+            arguments = {"grid_size": grid, "attention_mask": mask, **options}
+            return type(module(x, **arguments).grad_fn).__name__ == "_LayerBackward"
 
-    grid = (4, 5)
-    assert node() == "_LayerBackward"
-    grid = (5, 4)  # the tables are resampled
-    assert node() != "_LayerBackward"
-    grid = (4, 5)
+    assert is_node()
+    assert not is_node(grid_size=(5, 4))  # the tables are resampled
+    assert not is_node(attention_mask=torch.ones(2, 21, device=DEVICE) > 0)
+    layer.train()  # with dropout
+    with pytest.raises(ops.BackendError, match="dropout"):
+        is_node()
+    layer.eval()
     with kernels.looking_on() as calls:
-        assert node() != "_LayerBackward"
+        assert not is_node()
     assert len(calls) == 2
-    handle = layer.proj.register_forward_hook(lambda *_: None)
-    assert node() != "_LayerBackward"
-    handle.remove()
-    assert node() == "_LayerBackward"
+    for part in (layer.proj, layer.dwc):
+        handle = part.register_forward_hook(lambda *_: None)
+        assert not is_node()
+        handle.remove()
+    assert is_node()
+    options = {"agent_num": 4, "window_size": (4, 5), "split_qkv": True}
+    split, x = az.create_attention("agent", 32, 2, **options).to(DEVICE), x[:, 1:]
+    assert is_node(split)
+    handle = split.kv.register_forward_hook(lambda *_: None)
+    assert not is_node(split)
+    x, grid = x[:, :16], (4, 4)
+    assert not is_node(az.create_attention("agent", 32, 2, agent_num=4, window_size=4, split_qkv=True, sr_ratio=2).to(DEVICE))
+
+
+def test_one_node_under_autocast() -> None:
+    layer = az.create_attention("agent", 32, 2, agent_num=4, window_size=(4, 5), num_prefix_tokens=1, split_qkv=True).to(DEVICE)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x = torch.randn(2, 21, 32, device=DEVICE)
+    with ops.use_backend("triton"):
+        want = layer(x, grid_size=(4, 5))
+        with torch.autocast(DEVICE, torch.float16):
+            got = layer(x, grid_size=(4, 5))
+    assert got.dtype == torch.float16
+    assert type(got.grad_fn).__name__ == "_LayerBackward"
+    torch.testing.assert_close(got.float(), want, atol=2e-2, rtol=2e-2)
+    found = [torch.autograd.grad(out.float().square().sum(), list(layer.parameters())) for out in (want, got)]
+    for right, gradient in zip(*found, strict=True):
+        assert (gradient.float() - right).norm() < 2e-2 * right.norm()

@@ -1,7 +1,8 @@
 """What stands between the projections of agent attention, forward and backward, on tensors as its layer has them.
 
 Pooling, biases from tables, both steps of attention and their gradients are launches that are settled once for a layer: they find
-heads and parts where they stand in a projection, and write gradients there.
+heads and parts where they stand in a projection, and write gradients there. Of T = P + H W tokens the first P, the prefix, stand
+before the grid: they are neither pooled nor, by the layer, convolved.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from attention_zoo.ops.triton.token_pool import pool_gradient_launch, pool_launc
 __all__ = ["Attended", "LayerCall", "attend", "attend_backward"]
 
 Grid = tuple[int, int]
-# Of keys: (h, n, b, b'), (1, h, n, H, 1) and (1, h, n, 1, W); then of queries, columns and rows before n.
+# Of keys: (h, n, b, b'), (1, h, n, H, 1), (1, h, n, 1, W), and (1, h, n, P) where P > 0; then of queries, the same with n last, but
+# for the first.
 Tables = tuple[Tensor, ...]
 
 
@@ -28,13 +30,14 @@ class LayerCall(NamedTuple):
     """What the launches of a layer depend on.
 
     Attributes:
-        batch, grid, bins, heads, dim: of samples, of the tokens, of the n agents, of heads and their channels.
+        batch, prefix, grid, bins, heads, dim: of samples, of the tokens, of the n agents, of heads and their channels.
         scale: factor of both logits.
         sides: of the square tables, of keys and of queries; None: there are no tables.
         dtypes, device: of the projection, then of the tables.
     """
 
     batch: int
+    prefix: int
     grid: Grid
     bins: Grid
     heads: int
@@ -47,11 +50,12 @@ class LayerCall(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, qkv: Tensor, grid: Grid, bins: Grid, heads: int, scale: float, tables: Tables) -> LayerCall:
-        """Of a projection (B, H W, 3 h d); `tables`: six or none."""
-        sides = ((tables[0].shape[2], tables[0].shape[3]), (tables[3].shape[2], tables[3].shape[3])) if tables else None
+    def of(cls, qkv: Tensor, prefix: int, grid: Grid, bins: Grid, heads: int, scale: float, tables: Tables) -> LayerCall:
+        """Of a projection (B, T, 3 h d); `tables`: all or none."""
+        squares = tables[:: max(len(tables) // 2, 1)]
+        sides = ((squares[0].shape[2], squares[0].shape[3]), (squares[1].shape[2], squares[1].shape[3])) if tables else None
         dim, dtypes = qkv.shape[2] // (3 * heads), (qkv.dtype, *(t.dtype for t in tables))
-        sizes = qkv.shape[0], grid, bins, heads, dim, scale
+        sizes = qkv.shape[0], prefix, grid, bins, heads, dim, scale
         return cls(*sizes, sides, qkv.element_size(), precision(qkv), dtypes, qkv.device)
 
     @property
@@ -60,7 +64,12 @@ class LayerCall(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        return self.grid[0] * self.grid[1]
+        return self.prefix + self.grid[0] * self.grid[1]
+
+    @property
+    def each(self) -> int:
+        """Tables of keys, and of queries."""
+        return 4 if self.prefix else 3
 
     def call(self) -> Call:
         sizes = self.batch, self.heads, 1, self.number, self.tokens, self.dim, self.dim
@@ -70,6 +79,11 @@ class LayerCall(NamedTuple):
         """q, k or v in a projection, by (B, h, tokens)."""
         channels = self.heads * self.dim
         return Place(tensor, number * channels, (3 * self.tokens * channels, self.dim, 3 * channels))
+
+    def pooled(self, tensor: int) -> Place:
+        """The queries in a projection that stand on the grid, by (B, H W)."""
+        queries = self.part(tensor, 0)
+        return Place(tensor, self.prefix * queries.strides[2], queries.strides[::2])
 
     def alone(self, tensor: int, length: int) -> Place:
         """(B, length, h d), by (B, h, length)."""
@@ -83,14 +97,24 @@ class LayerCall(NamedTuple):
         size = self.number * self.tokens
         return Place(tensor, number * self.heads * size, (0, size, 1, self.tokens))
 
-    def tables(self, first: int, number: int) -> tuple[Place, Place, Place]:
-        """Square, rows and columns of keys or of queries, by (h, n, ...)."""
+    def tables(self, first: int, number: int) -> tuple[Place, Place, Place, Place | None]:
+        """Square, rows, columns and prefix of keys or of queries, by (h, n, ...)."""
         assert self.sides is not None
-        n, (height, width), (below, right) = self.number, self.grid, self.sides[number]
+        n, (below, right) = self.number, self.sides[number]
         square = Place(first, 0, (n * below * right, below * right, right, 1))
-        if number == 0:
-            return square, Place(first + 1, 0, (n * height, height, 1)), Place(first + 2, 0, (n * width, width, 1))
-        return square, Place(first + 1, 0, (n * height, 1, n)), Place(first + 2, 0, (n * width, 1, n))
+        rows, columns, prefix = (
+            Place(first + 1 + i, 0, (n * length, length, 1) if number == 0 else (n * length, 1, n))
+            for i, length in enumerate((*self.grid, self.prefix))
+        )
+        return square, rows, columns, prefix if self.prefix else None
+
+    def shapes(self, number: int) -> tuple[tuple[int, ...], ...]:
+        """Of the tables of keys or of queries."""
+        assert self.sides is not None
+        h, n, (height, width) = self.heads, self.number, self.grid
+        keys = (1, h, n, height, 1), (1, h, n, 1, width), (1, h, n, self.prefix)
+        queries = (1, h, height, 1, n), (1, h, 1, width, n), (1, h, self.prefix, n)
+        return ((h, n, *self.sides[number]), *(keys, queries)[number])[: self.each]
 
 
 class Attended(NamedTuple):
@@ -98,9 +122,9 @@ class Attended(NamedTuple):
 
     Attributes:
         pooled: the agents, (B, n, h d).
-        biases: of keys and of queries, (2, h, n, H W); None: there are none.
+        biases: of keys and of queries, (2, h, n, T); None: there are none.
         read, lse: what the agents have read, (B, n, h d), and the log-normalisers (B, h, n).
-        out: (B, H W, h d).
+        out: (B, T, h d).
     """
 
     pooled: Tensor
@@ -115,11 +139,12 @@ def _forward_launches(layer: LayerCall) -> tuple[list[Launch], int]:
     """Of projection, agents, biases, what was read, log-normalisers, parts, outputs, tables; and how many numbers parts has."""
     call, agents = layer.call(), layer.alone(1, layer.number)
     q, k, v = (layer.part(0, number) for number in range(3))
-    launches = [pool_launch(layer.batch, layer.heads * layer.dim, layer.grid, layer.bins, Place(0, 0, q.strides[::2]), Place(1))]
+    launches = [pool_launch(layer.batch, layer.heads * layer.dim, layer.grid, layer.bins, layer.pooled(0), Place(1))]
     if layer.sides is not None:
         for number, sides in enumerate(layer.sides):
-            shape, out = (layer.heads, layer.number, 0), Place(2, number * layer.heads * layer.number * layer.tokens)
-            launches.append(grid_bias_launch(shape, layer.grid, sides, *layer.tables(7 + 3 * number, number), None, out))
+            shape, out = (layer.heads, layer.number, layer.prefix), Place(2, number * layer.heads * layer.number * layer.tokens)
+            tables = layer.tables(7 + layer.each * number, number)
+            launches.append(grid_bias_launch(shape, layer.grid, sides, *tables, out))
     read = layer.alone(3, layer.number)
     steps, numbers = agents_read_launches(call, agents, k, v, layer.bias(2, 0), None, read, Place(4), 5)
     launches += steps
@@ -128,7 +153,7 @@ def _forward_launches(layer: LayerCall) -> tuple[list[Launch], int]:
 
 
 def attend(qkv: Tensor, layer: LayerCall, tables: Tables) -> Attended:
-    """Of a projection (B, H W, 3 h d), contiguous, as are the tables."""
+    """Of a projection (B, T, 3 h d), contiguous, as are the tables."""
     channels = layer.heads * layer.dim
     pooled = qkv.new_empty((layer.batch, layer.number, channels))
     read, out = torch.empty_like(pooled), qkv.new_empty((layer.batch, layer.tokens, channels))
@@ -160,25 +185,25 @@ def _backward_launches(layer: LayerCall, wants: tuple[bool, bool]) -> tuple[list
     for number, (steps, _) in ((1, of_queries), (0, of_keys)):
         launches += steps
         if wants[number] and layer.sides is not None:
-            shape, size = (layer.heads, layer.number, 0), layer.heads * layer.number * layer.tokens
+            shape, size = (layer.heads, layer.number, layer.prefix), layer.heads * layer.number * layer.tokens
             found = 10
             if layer.batch > 1:
                 launches.append(add_samples_launch(layer.batch, size, Place(10), Place(11)))
                 found = 11
             of_bias = Place(found, 0, (layer.number * layer.tokens, layer.tokens))
-            first = 12 + (3 if number == 1 and wants[0] else 0)
+            first = 12 + (layer.each if number == 1 and wants[0] else 0)
             launches.append(
                 grid_bias_gradient_launch(shape, layer.grid, layer.sides[number], of_bias, *layer.tables(first, number))
             )
-    dx = Place(6, 0, dq.strides[::2])
-    launches.append(pool_gradient_launch(layer.batch, layer.heads * layer.dim, layer.grid, layer.bins, Place(8), dx, add=True))
+    pooled = layer.batch, layer.heads * layer.dim, layer.grid, layer.bins
+    launches.append(pool_gradient_launch(*pooled, Place(8), layer.pooled(6), add=True))
     return launches, of_queries[1]
 
 
 def attend_backward(
     qkv: Tensor, layer: LayerCall, found: Attended, grad: Tensor, wants: tuple[bool, bool]
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """From `grad` (B, H W, h d), contiguous: of the projection, and of the six tables, those of keys and of queries if wanted."""
+    """From `grad` (B, T, h d), contiguous: of the projection, and of the tables, those of keys and of queries if wanted."""
     dqkv, tables = torch.empty_like(qkv), _empty_tables(qkv, layer, wants)
     given = [t for t in tables if t is not None]
     if not layer.batch:
@@ -197,13 +222,10 @@ def attend_backward(
 
 
 def _empty_tables(like: Tensor, layer: LayerCall, wants: tuple[bool, bool]) -> tuple[Tensor | None, ...]:
-    tables: list[Tensor | None] = [None] * 6
-    heads, n, (height, width) = layer.heads, layer.number, layer.grid
-    if layer.sides is not None:
-        if wants[0]:
-            shapes: tuple[tuple[int, ...], ...] = (heads, n, *layer.sides[0]), (1, heads, n, height, 1), (1, heads, n, 1, width)
-            tables[:3] = (like.new_empty(shape) for shape in shapes)
-        if wants[1]:
-            shapes = (heads, n, *layer.sides[1]), (1, heads, height, 1, n), (1, heads, 1, width, n)
-            tables[3:] = (like.new_empty(shape) for shape in shapes)
+    tables: list[Tensor | None] = []
+    for number, wanted in enumerate(wants):
+        if wanted and layer.sides is not None:
+            tables += (like.new_empty(shape) for shape in layer.shapes(number))
+        else:
+            tables += [None] * layer.each
     return tuple(tables)

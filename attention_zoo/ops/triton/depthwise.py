@@ -236,13 +236,16 @@ def depthwise_conv2d_triton(x: Tensor, weight: Tensor, bias: Tensor | None, add:
     return _depthwise_forward(x, weight, bias, add)
 
 
-# For layers that are one node of autograd: the map is channels `first`, `first` + 1, ... of tokens (B, H W, I), row-major.
+# For layers that are one node of autograd: the map is channels `first`, `first` + 1, ... of tokens (B, P + H W, I), row-major, of
+# which P, `before`, stand before it.
 
 
 class _Part(NamedTuple):
-    """Of a call: tokens, their channels, first and number of those convolved, side of the kernel, a choice, dtypes and device."""
+    """Of a call: tokens, how many stand before the map, their channels, first and number of those convolved, side of the kernel, a
+    choice, dtypes and device."""
 
     batch: int
+    before: int
     grid: tuple[int, int]
     inner: int
     first: int
@@ -256,22 +259,31 @@ class _Part(NamedTuple):
 
     def within(self, tensor: int) -> Place:
         """The map in a tensor of tokens."""
-        height, width = self.grid
-        return Place(tensor, self.first, (height * width * self.inner, width * self.inner, self.inner))
+        return self._map(tensor, self.first, self.inner)
 
     def alone(self, tensor: int) -> Place:
-        """A map (B, H W, C)."""
+        """The map in tokens that have nothing else."""
+        return self._map(tensor, 0, self.channels)
+
+    def _map(self, tensor: int, first: int, inner: int) -> Place:
         height, width = self.grid
-        return Place(tensor, 0, (height * width * self.channels, width * self.channels, self.channels))
+        return Place(tensor, self.before * inner + first, ((self.before + height * width) * inner, width * inner, inner))
 
 
 def convolve_channels(
-    tokens: Tensor, first: int, grid: tuple[int, int], weight: Tensor, bias: Tensor | None, add: Tensor, out: Tensor
+    tokens: Tensor,
+    first: int,
+    grid: tuple[int, int],
+    weight: Tensor,
+    bias: Tensor | None,
+    add: Tensor,
+    out: Tensor,
+    before: int = 0,
 ) -> None:
-    """The convolved map and `add` into `out`, both (B, H W, C), contiguous, which may be the same."""
+    """The convolved map and `add` into that of `out`, both (B, P + H W, C), contiguous, which may be the same."""
     if out.numel():
         weight, key = weight.contiguous(), (tokens.dtype, weight.dtype, None if bias is None else bias.dtype, out.device)
-        part = _Part(out.shape[0], grid, tokens.shape[-1], first, weight.shape[0], weight.shape[3], bias is not None, key)
+        part = _Part(out.shape[0], before, grid, tokens.shape[-1], first, weight.shape[0], weight.shape[3], bias is not None, key)
         _part_forward(part)(tokens, weight, tokens if bias is None else bias, add, out)
 
 
@@ -282,13 +294,20 @@ def _part_forward(part: _Part) -> Launch:
 
 
 def add_gradients(
-    tokens: Tensor, dtokens: Tensor, first: int, grid: tuple[int, int], weight: Tensor, grad: Tensor, wants_weight: bool
+    tokens: Tensor,
+    dtokens: Tensor,
+    first: int,
+    grid: tuple[int, int],
+    weight: Tensor,
+    grad: Tensor,
+    wants_weight: bool,
+    before: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Adds that of the map to its channels of `dtokens`, from `grad` (B, H W, C), contiguous; of weight and bias, if wanted."""
+    """Adds that of the map to its channels of `dtokens`, from `grad` (B, P + H W, C), contiguous; of weight and bias, if wanted."""
     weight, key = weight.contiguous(), (tokens.dtype, weight.dtype, tokens.device)
     if not grad.numel():
         return (torch.zeros_like(weight), weight.new_zeros(weight.shape[0])) if wants_weight else (None, None)
-    part = _Part(grad.shape[0], grid, tokens.shape[-1], first, weight.shape[0], weight.shape[3], wants_weight, key)
+    part = _Part(grad.shape[0], before, grid, tokens.shape[-1], first, weight.shape[0], weight.shape[3], wants_weight, key)
     launches, shares = _part_backward(part)
     tensors = [tokens, dtokens, weight, grad]
     of_weight, of_bias = None, None

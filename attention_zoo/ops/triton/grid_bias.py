@@ -60,12 +60,15 @@ def _grid_bias_kernel(
 
 @triton.jit
 def _grid_bias_gradient_kernel(
-    Grad, DSquare, DRows, DColumns, sgh, sgn, srh, srn, sry, sch, scn, scx, N, P, H, W, SH, SW,
-    BY: tl.constexpr, BX: tl.constexpr, BS: tl.constexpr,
+    Grad, DSquare, DRows, DColumns, DPrefix, sgh, sgn, srh, srn, sry, sch, scn, scx, sph, spn, spp, N, P, H, W, SH, SW,
+    BP: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """All tables of one agent of one head: the square one by two products with weights, the others are sums along the axes."""
     hn = tl.program_id(0)
     h, n = (hn // N).to(tl.int64), hn % N
+    before = tl.arange(0, BP)
+    prefix = tl.load(Grad + h * sgh + n * sgn + before, mask=before < P, other=0.0)
+    tl.store(DPrefix + h * sph + n * spn + before * spp, prefix.to(DPrefix.dtype.element_ty), mask=before < P)
     x, cell = tl.arange(0, BX), tl.arange(0, BS)
     across = tl.where((x < W)[:, None] & (cell < SW)[None, :], _weight(x[:, None], cell[None, :], W, SW), 0.0)
     columns = tl.zeros([BX], tl.float32)
@@ -144,16 +147,16 @@ def _(square: Tensor, rows: Tensor, columns: Tensor, prefix: Tensor | None, heig
 @operator("grid_bias_backward")
 def _grid_bias_backward(
     grad: Tensor, before: int, height: int, width: int, side_y: int, side_x: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the square, row and column tables."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the square, row and column tables, and of the prefix."""
     grad = last_contiguous(grad)
     heads, number = grad.shape[:2]
-    square, rows, columns = _empty_tables(grad, height, width, side_y, side_x, dtype)
+    square, rows, columns, prefix = _empty_tables(grad, before, height, width, side_y, side_x, dtype)
     if grad.numel():
-        sizes, strides = (heads, number, before), tuple(t.stride() for t in (grad, rows, columns))
+        sizes, strides = (heads, number, before), tuple(t.stride() for t in (grad, rows, columns, prefix))
         launch = _grid_bias_gradient_of(sizes, (height, width), (side_y, side_x), strides, (grad.dtype, dtype), grad.device)
-        launch(grad, rows, columns, square)
-    return square, rows, columns
+        launch(grad, rows, columns, prefix, square)
+    return square, rows, columns, prefix
 
 
 @settled
@@ -165,8 +168,8 @@ def _grid_bias_gradient_of(
     dtypes: tuple[torch.dtype, ...],
     device: torch.device,
 ) -> Launch:
-    grad, rows, columns = (Place(number, 0, of) for number, of in enumerate(strides))
-    return grid_bias_gradient_launch(shape, size, sides, grad, Place(3), rows, columns)
+    grad, rows, columns, prefix = (Place(number, 0, of) for number, of in enumerate(strides))
+    return grid_bias_gradient_launch(shape, size, sides, grad, Place(4), rows, columns, prefix if shape[2] else None)
 
 
 def grid_bias_gradient_launch(
@@ -177,28 +180,30 @@ def grid_bias_gradient_launch(
     square: Place,
     rows: Place,
     columns: Place,
+    prefix: Place | None,
 ) -> Launch:
     """As `grid_bias_launch`, from `grad` by (h, n, tokens side by side); `square` is contiguous."""
     heads, number, before = shape
-    bx = max(16, power_of_2(size[1]))
-    numbers = *grad.strides[:2], *rows.strides, *columns.strides, number, before, *size, *sides
-    constants = {"BY": 16, "BX": bx, "BS": tile(max(sides), 64), "num_warps": 4 if bx <= 128 else 8}
-    return Launch(_grid_bias_gradient_kernel, (heads * number,), (grad, square, rows, columns), numbers, constants)
+    bx, of_prefix = max(16, power_of_2(size[1])), prefix.strides if prefix else (0, 0, 0)
+    numbers = *grad.strides[:2], *rows.strides, *columns.strides, *of_prefix, number, before, *size, *sides
+    constants = {"BP": max(16, power_of_2(before)), "BY": 16, "BX": bx, "BS": tile(max(sides), 64)}
+    places = grad, square, rows, columns, prefix or square
+    return Launch(_grid_bias_gradient_kernel, (heads * number,), places, numbers, {**constants, "num_warps": 4 if bx <= 128 else 8})
 
 
 @_grid_bias_backward.register_fake
 def _(
     grad: Tensor, before: int, height: int, width: int, side_y: int, side_x: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_tables(grad, height, width, side_y, side_x, dtype)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_tables(grad, before, height, width, side_y, side_x, dtype)
 
 
 def _empty_tables(
-    grad: Tensor, height: int, width: int, side_y: int, side_x: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = ((side_y, side_x), (height,), (width,))
-    square, rows, columns = (grad.new_empty((*grad.shape[:2], *size), dtype=dtype) for size in sizes)
-    return square, rows, columns
+    grad: Tensor, before: int, height: int, width: int, side_y: int, side_x: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sizes = ((side_y, side_x), (height,), (width,), (before,))
+    square, rows, columns, prefix = (grad.new_empty((*grad.shape[:2], *size), dtype=dtype) for size in sizes)
+    return square, rows, columns, prefix
 
 
 def _setup_grid_bias(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -208,9 +213,8 @@ def _setup_grid_bias(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_grid_bias(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    tables = [t.to(dtype) for t, dtype in zip(_grid_bias_backward(grad, *ctx.sizes), ctx.dtypes, strict=False)]
-    prefix = None if ctx.dtypes[3] is None else grad[..., : ctx.sizes[0]].to(ctx.dtypes[3])
-    return *tables, prefix, None, None, None
+    found = zip(_grid_bias_backward(grad, *ctx.sizes), ctx.dtypes, strict=True)
+    return *(None if dtype is None else t.to(dtype) for t, dtype in found), None, None, None
 
 
 _grid_bias_forward.register_autograd(_backward_grid_bias, setup_context=_setup_grid_bias)
