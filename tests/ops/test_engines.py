@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from marks import slow_but
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import create_block_mask
 
 from attention_zoo import ops
 from attention_zoo.ops._problem import make_problem
 from attention_zoo.ops.engines import ENGINES
+from attention_zoo.ops.engines.flex import _window_block_mask
 from attention_zoo.ops.engines.sdpa import cudnn_first, cudnn_late
 from tests.ops.problems import Call, calls
 
@@ -166,3 +168,19 @@ def test_more_samples_than_a_grid_holds_are_served_in_groups() -> None:
     out, lse = run_in_parts(ENGINES["torch"], q, k, v, make_problem(q, k, v, **settings), 3)
     torch.testing.assert_close(out, expected[0])
     assert lse is None
+
+
+@pytest.mark.parametrize(("left", "right"), [(None, 0), (0, None), (3, 0), (100, 130), (300, 3)])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 300), (129, 128), (128, 129), (512, 300), (300, 777)])
+def test_flex_leaves_out_the_blocks_that_torch_finds_in_the_map(
+    left: int | None, right: int | None, num_queries: int, num_keys: int
+) -> None:
+    found = _window_block_mask(left, right, num_queries, num_keys, torch.device("cpu"))
+    wanted = create_block_mask(found.mask_mod, None, None, num_queries, num_keys, device="cpu")
+    for kind in ("kv", "full_kv", "q", "full_q"):
+        listed = []
+        for mask in (found, wanted):
+            numbers, blocks = getattr(mask, f"{kind}_num_blocks"), getattr(mask, f"{kind}_indices")
+            assert numbers.dtype == blocks.dtype == torch.int32
+            listed.append([set(row[:number].tolist()) for number, row in zip(numbers[0, 0], blocks[0, 0], strict=True)])
+        assert listed[0] == listed[1], kind

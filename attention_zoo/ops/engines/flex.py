@@ -133,13 +133,37 @@ def _block_mask(q: Tensor, problem: Problem) -> Any:
 
 
 def _window_block_mask(left: int | None, right: int | None, num_queries: int, num_keys: int, device: torch.device) -> Any:
-    offset = torch.full((), num_keys - num_queries, device=device)
-    bounds = _bounds(left, right, device)
+    """From the bounds of each block, without the map, which torch's own `create_block_mask` forms or compiles a kernel for."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    offset, bounds = num_keys - num_queries, _bounds(left, right, device)
+    offset_there = torch.full((), offset, device=device)
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return _within(j - i - offset, *bounds)
+        return _within(j - i - offset_there, *bounds)
 
-    return _make_block_mask(mask_mod, num_queries, num_keys, device)
+    (first_i, last_i), (first_j, last_j) = (_block_ends(length, device) for length in (num_queries, num_keys))
+    nearest, farthest = first_j - last_i[:, None] - offset, last_j - first_i[:, None] - offset  # of keys from queries
+    full = (last_i - first_i == _BLOCK - 1)[:, None] & (last_j - first_j == _BLOCK - 1)
+    some = torch.ones_like(full)
+    if left is not None:
+        some, full = some & (farthest >= -left), full & (nearest >= -left)
+    if right is not None:
+        some, full = some & (nearest <= right), full & (farthest <= right)
+    of_both = (*_listed(some & ~full), *_listed(full))
+    return BlockMask.from_kv_blocks(*of_both, BLOCK_SIZE=_BLOCK, mask_mod=mask_mod, seq_lengths=(num_queries, num_keys))
+
+
+def _block_ends(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first and the last place of each block."""
+    first = torch.arange(0, length, _BLOCK, device=device)
+    return first, (first + _BLOCK - 1).clamp(max=length - 1)
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row the number of its blocks, and the columns, those first: (1, 1, R) and (1, 1, R, C)."""
+    columns = torch.argsort(blocks.to(torch.int32), dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[None, None], columns.to(torch.int32)[None, None].contiguous()
 
 
 _cached_window_block_mask = lru_cache(maxsize=64)(_window_block_mask)
