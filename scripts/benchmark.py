@@ -54,7 +54,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 Out = Annotated[Path | None, typer.Option(help="Write the results to this JSON file, row by row.")]
 Scale = Annotated[str, typer.Option(help="Sizes: full, small, quick (to try the program); auto: full on a GPU, else small.")]
-Only = Annotated[str, typer.Option(help="Settings whose names (group: setting) match this wildcard.")]
+Only = Annotated[
+    str, typer.Option(help="Settings whose names (group: setting) match this wildcard, or one of several with | between.")
+]
 Seconds = Annotated[float, typer.Option(help="Time of each measurement, about.")]
 Budget = Annotated[
     float, typer.Option(help="Seconds after which what is optional (torch.compile above all) is left out; 0: always.")
@@ -87,7 +89,7 @@ def _command(suite: str) -> Callable[..., None]:
         if dtype not in ("auto", *DTYPES):
             raise typer.BadParameter(f"dtype is auto, {', '.join(DTYPES)}; got {dtype!r}")
         numbers = DTYPES[dtype] if dtype != "auto" else torch.bfloat16 if device == "cuda" else torch.float32
-        chosen = [case for case in SUITES[suite](scale, device, numbers) if fnmatch.fnmatchcase(case.name, only)]
+        chosen = [case for case in SUITES[suite](scale, device, numbers) if matches(case.name, only)]
         if dry_run:
             show_plan(suite, chosen, device)
         elif share:
@@ -126,6 +128,11 @@ def compile_first(suite: str, workers: int, options: tuple[str, ...], seconds: f
     console.print(f"compiled in {time.perf_counter() - start:.0f} s")
 
 
+def matches(name: str, only: str) -> bool:
+    """Whether one of the wildcards is about this name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in only.split("|"))
+
+
 def measure_extras(suite: str, scale: str, device: str, dtype: torch.dtype, only: str) -> dict[str, Any]:
     """What the results of a suite hold besides rows."""
     if suite == "engines":
@@ -134,7 +141,7 @@ def measure_extras(suite: str, scale: str, device: str, dtype: torch.dtype, only
     if suite != "papers":
         return {}
     extras: dict[str, Any] = {"claims": papers.CLAIMS, "growth": papers.GROWTH if scale == "full" else {}}
-    if fnmatch.fnmatchcase(papers.ON_CPU, only):
+    if matches(papers.ON_CPU, only):
         extras["hilo_on_cpu"] = papers.hilo_on_cpu(scale)
     return extras
 

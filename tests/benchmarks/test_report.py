@@ -116,6 +116,16 @@ def test_without_graphs_there_is_one_share() -> None:
     assert "from Python" not in report.render(results("papers", [one]))
 
 
+def test_models_called_from_python_stand_beside_those_of_graphs() -> None:
+    one = row(baseline="theirs")
+    one["measured"]["theirs"] = {d: {"eager": 6.0, "graph": 3.0} for d in (FORWARD, TRAIN)}
+    text = report.render(results("models", [one]))
+    cells = [[cell.strip() for cell in line.split("|")] for line in text.replace("\\|", ";").splitlines() if line.startswith("| ")]
+    shown = dict(zip(*cells, strict=True))
+    assert shown["ours / theirs"] == "3.00 ; 0.50"
+    assert shown["from Python: ours / theirs"] == "2.00 ; 0.33"
+
+
 @pytest.mark.parametrize("suite", ["papers", "mechanisms", "models", "decode", "engines"])
 def test_what_was_not_captured_says_why(suite: str) -> None:
     """Under the table, once for each reason, and no line of a table is broken by it."""

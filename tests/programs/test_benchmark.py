@@ -35,6 +35,17 @@ def invoke(program: Any, *arguments: str) -> str:
     return done.output
 
 
+def test_several_wildcards_and_a_dtype(program: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    quick = ("--scale", "quick", "--seconds", "0.001", "--budget", "0", "--dtype", "bfloat16")
+    invoke(program, "engines", *quick, "--only", "self*|causal*", "--out", str(out))
+    found = json.loads(out.read_text())
+    assert {row["group"] for row in found["rows"]} == {"self, D 64", "causal, D 64"}
+    assert found["dtype"] == "bfloat16"
+    with pytest.raises(AssertionError, match="dtype is auto, float32"):
+        invoke(program, "engines", "--dtype", "int8")
+
+
 @pytest.mark.parametrize(
     ("suite", "only"),
     [
