@@ -197,6 +197,19 @@ def looking_on(note: Callable[[Call], Any] = lambda call: call) -> Iterator[list
         remove_tap(look)
 
 
+class Called(TorchDispatchMode):
+    """Names of our own operators that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "attention_zoo":
+            self.names.add(func._schema.name.partition("::")[2])
+        return func(*args, **(kwargs or {}))
+
+
 CHECKS: dict[str, Callable[[Case], None]] = {
     "half_precision": check_half_precision,
     "one_graph": check_one_graph,

@@ -27,6 +27,7 @@ from attention_zoo.attention.base import (
     check_cross,
     check_head_split,
     check_tokens,
+    drop,
     extend_cache,
     merge_heads,
     resolve_head_dim,
@@ -42,7 +43,7 @@ from attention_zoo.attention.conversion import (
     split_projections,
     whole_heads,
 )
-from attention_zoo.ops.differential import split_maps
+from attention_zoo.ops.differential import difference_factor, split_maps
 
 __all__ = [
     "LAMBDA_VECTORS",
@@ -183,7 +184,7 @@ class DifferentialAttention(AttentionModule):
             q, groups = self._one_noise_map_each(q), self.num_heads  # a mask for each signal head, which both its maps see
         of_style = self._attend_to_pairs if self.style == "v1" else self._attend_to_shared
         heads = of_style(q, k, v, groups, self._lambda(x), attention_mask, position_embeddings, past_key_values)
-        return self.proj_drop(self.o_proj(merge_heads(heads)))
+        return drop(self.proj_drop, self.o_proj(merge_heads(heads)))
 
     def _attend_to_pairs(
         self,
@@ -207,8 +208,7 @@ class DifferentialAttention(AttentionModule):
         static = noise_q = noise_k = None
         if past_key_values is not None:
             q, noise_q = split_maps(q, groups, self.pairing)
-            keys = split_maps(k, self.num_kv_heads, self.pairing)
-            joint, v, static = extend_cache(self, past_key_values, torch.cat(keys, dim=-1), v)
+            joint, v, static = extend_cache(self, past_key_values, self._join_keys(k), v)
             k, noise_k = joint[..., : self.head_dim], joint[..., self.head_dim :]
         mask, is_causal = resolve_visibility(self, attention_mask, static, q.shape[2], v.shape[2])
         dropout = self.attn_drop if self.training else 0.0
@@ -263,7 +263,13 @@ class DifferentialAttention(AttentionModule):
             return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))
         work = torch.promote_types(self.lambda_q1.dtype, torch.float32)
         q1, k1, q2, k2 = (getattr(self, name).to(work) for name in LAMBDA_VECTORS)
-        return torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + self.lambda_init
+        return difference_factor(q1, k1, q2, k2, self.lambda_init)
+
+    def _join_keys(self, k: Tensor) -> Tensor:
+        """(B, 2 H_kv, M, d) -> (B, H_kv, M, 2d), key j from the two of a pair; a view where they lie side by side in memory."""
+        if self.pairing == "interleaved":
+            return split_heads(merge_heads(k), self.num_kv_heads)
+        return torch.cat(split_maps(k, self.num_kv_heads, self.pairing), dim=-1)
 
     def _join_halves(self, v: Tensor) -> Tensor:
         """Pairing "halves": (B, M, 2 H_kv * d) -> (B, H_kv, M, 2d), value j from the heads j and j + H_kv."""

@@ -20,6 +20,7 @@ from attention_zoo.attention.base import (
     check_context,
     check_head_split,
     check_tokens,
+    drop,
     merge_heads,
     resolve_head_dim,
     split_heads,
@@ -214,7 +215,7 @@ class GroupedQueryAttention(AttentionModule):
 
     def _output(self, heads: Tensor) -> Tensor:
         """(B, H, N, d) -> (B, N, C)."""
-        return self.proj_drop(self.proj(merge_heads(heads)))
+        return drop(self.proj_drop, self.proj(merge_heads(heads)))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, is_causal={self.is_causal}"

@@ -217,8 +217,7 @@ class KeyDrivenGroupedQueryAttention(_AllocatedAttention):
     def _allocate(self, k: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The allocation of this forward, and its map of heads."""
         if self.alloc_scope == "frozen":
-            allocation = self.allocation.clone()
-            return allocation, allocation_to_head_map(allocation, self.num_heads)
+            return _read_allocation(self.allocation, self.num_heads, k)
         return _allocate_by_keys(k, self.num_heads, attention_mask, self.alloc_scope)
 
     def extra_repr(self) -> str:
@@ -367,11 +366,12 @@ class DynamicGroupedQueryAttention(_AllocatedAttention):
         plain = attention_mask is None and not self.is_causal and self.fixup == "deterministic"
         if updates and plain and k.shape[0] and use_kernel("auto", (k,)):
             return self._evolve(k, training_step)
+        if not updates:
+            return _read_allocation(self.allocation, self.num_heads, k)
         allocation = self.allocation.clone()
-        if updates:
-            self._update(k, attention_mask, training_step)
-            if not self.is_causal:  # this step's update has seen the future
-                allocation = self.allocation.clone()
+        self._update(k, attention_mask, training_step)
+        if not self.is_causal:  # this step's update has seen the future
+            allocation = self.allocation.clone()
         return allocation, allocation_to_head_map(allocation, self.num_heads)
 
     def _evolve(self, k: Tensor, training_step: int | None) -> tuple[Tensor, Tensor]:
@@ -474,6 +474,16 @@ def _allocate_by_keys(k: Tensor, num_heads: int, attention_mask: Tensor | None, 
 
         return allocate_heads(k, num_heads, scope == "sample")
     allocation = key_driven_allocation(k, num_heads, attention_mask, scope)
+    return allocation, allocation_to_head_map(allocation, num_heads)
+
+
+def _read_allocation(stored: Tensor, num_heads: int, k: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of a stored allocation, which may change, and its map of heads; beside keys `k` on CUDA from one kernel."""
+    if use_kernel("auto", (k,)):
+        from attention_zoo.ops.triton.head_map import read_allocation
+
+        return read_allocation(stored, num_heads)
+    allocation = stored.clone()
     return allocation, allocation_to_head_map(allocation, num_heads)
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import os
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attention_zoo.ops.dispatch import BackendError, EngineReport, Explanation, wanted_backend
-from attention_zoo.ops.engines.base import compute_capability
+from attention_zoo.ops.engines.base import unusable
 
 __all__ = ["Lazy", "use_kernel"]
 
@@ -73,21 +70,4 @@ def _reason(tensors: tuple[Tensor, ...], channels: int, dropout_p: float) -> str
         return f"heads of more than {_MOST_CHANNELS} channels: {most}"
     if dropout_p > 0:
         return "the kernels have no dropout"
-    return _unusable(first.device)
-
-
-@torch.compiler.assume_constant_result
-def _unusable(device: torch.device) -> str | None:
-    if not _is_installed():
-        return "Triton is not installed"
-    if device.type == "cpu":
-        return None if os.environ.get("TRITON_INTERPRET") == "1" else "on a CPU the kernels run under TRITON_INTERPRET=1 only"
-    if device.type != "cuda":
-        return f"the kernels run on CUDA devices, not on {device.type}"
-    return None if compute_capability(device) >= 80 else "the kernels need compute capability 8.0 or higher"
-
-
-@functools.cache
-def _is_installed() -> bool:
-    """To look it up takes longer than some kernels."""
-    return find_spec("triton") is not None
+    return unusable(first.device)

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attention_zoo.ops import _cudnn
+from attention_zoo.ops._decode import is_decode, mask_of_keys
 from attention_zoo.ops._kernels import use_kernel
 from attention_zoo.ops._tap import is_observed
 from attention_zoo.ops.attention import attention
 from attention_zoo.ops.dispatch import follow_autocast, wanted_backend
 
-__all__ = ["PAIRINGS", "differential_attention", "split_maps", "subtract_noise"]
+__all__ = ["PAIRINGS", "difference_factor", "differential_attention", "split_maps", "subtract_noise"]
 
 PAIRINGS = ("interleaved", "halves")
 _FEW_KEYS = 256  # up to which a CPU forms the map sooner than it walks along the keys twice
@@ -60,8 +61,9 @@ def differential_attention(
         groups: M; needed without `noise_q`.
         pairing: how heads of both maps are laid out, one of `PAIRINGS`.
         attn_mask, is_causal, scale, dropout_p: of both attentions, as for `attention`.
-        backend: "triton" for our kernel of both maps in one pass; "auto" takes it on CUDA where it is faster than two attentions
-            and the kernel of their difference; any other is the backend of the attentions, with the plain difference.
+        backend: "triton" for our kernels of both maps in one pass; "auto" takes them on CUDA for few queries without gradients,
+            and where they are faster than two attentions and the kernel of their difference; any other is the backend of the
+            attentions, with the plain difference.
 
     Returns: (B, S, N_q, D_v) in the dtype of q.
 
@@ -78,6 +80,14 @@ def differential_attention(
     name = wanted_backend(backend)
     width = q.shape[-1] ** -0.5 if scale is None else scale
     norm: dict[str, Any] = {"gain": gain, "eps": eps}
+    given = (q, k, v) if noise_q is None or noise_k is None else (q, k, v, noise_q, noise_k)
+    if is_decode(q, k, attn_mask, dropout_p, *given, factor, weight) and use_kernel(name, given):
+        from attention_zoo.ops.triton.decode import decode_difference
+
+        if noise_q is None or noise_k is None:
+            (q, noise_q), (k, noise_k) = split_maps(q, groups, pairing), split_maps(k, v.shape[1], pairing)
+        seen: dict[str, Any] = {"key_mask": mask_of_keys(attn_mask), "is_causal": is_causal}
+        return decode_difference(q, noise_q, k, noise_k, v, _per_head(factor), weight, scale=width, **seen, **norm)
     plain = attn_mask is None and dropout_p == 0.0 and not is_observed()
     one_pass = q.is_cuda and _is_faster_in_one_pass(q, v) and groups == heads
     library = plain and not one_pass and _library_serves(q, k, v, noise_q, noise_k, is_causal)
@@ -115,9 +125,22 @@ def split_maps(x: Tensor, groups: int, pairing: str = "interleaved") -> tuple[Te
     return signal.flatten(1, 2), noise.flatten(1, 2)
 
 
+def difference_factor(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, start: float) -> Tensor:
+    """lambda of a layer, exp(q1 . k1) - exp(q2 . k2) + start, from vectors (d,), float32 or float64: a scalar ().
+
+    On CUDA, where no gradient is recorded, one kernel in place of eight.
+    """
+    vectors = (q1, k1, q2, k2)
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in vectors)) and use_kernel("auto", vectors, channels=1):
+        from attention_zoo.ops.triton.differential import difference_factor_triton
+
+        return difference_factor_triton(q1, k1, q2, k2, start)
+    return torch.exp((q1 * k1).sum()) - torch.exp((q2 * k2).sum()) + start
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, *, whole: bool, dropout_p: float, backend: str, **call: Any) -> Tensor:
     """One map. Values of twice the width go in halves where no library is good at them whole: with gradients on CUDA beyond 128
-    channels, and on a CPU, where torch forms the map for them.
+    channels, for a single query on CUDA, whose keys torch's flash kernel splits, and on a CPU, where torch forms the map for them.
 
     whole: where `differential_attention_cudnn` would serve the call: it has halves that lie in memory in another way, and gradients
         that lie as those of a projection, which torch's plans for cuDNN do not tell apart, see `_cudnn.dense_backward`.
@@ -127,7 +150,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, whole: bool, dropout_p: float, b
     if q.device.type == "cpu":
         halves = v.shape[2] > _FEW_KEYS and wanted_backend(backend) in ("auto", "torch")
     else:
-        halves = not whole and q.is_cuda and q.element_size() == 2 and training and channels > _cudnn.WIDEST
+        single = q.shape[2] == 1 and call["attn_mask"] is None
+        halves = not whole and q.is_cuda and q.element_size() == 2 and (single or (training and channels > _cudnn.WIDEST))
     halves = halves and channels == 2 * q.shape[-1]
     # the halves would drop different weights, and who looks on would see two maps
     parts = v.chunk(2, -1) if halves and dropout_p == 0.0 and not is_observed() else (v,)

@@ -101,11 +101,13 @@ def _preference(s: Signature) -> tuple[str, ...]:
         return ("torch", "reference")
     if s.packed:  # a block mask has to be made for flex, and the whole map for torch
         return ("flash4", "flash3", "flash2", "xformers", "flex", "torch", "reference")
+    # values of another width: cuDNN makes a plan for every new number of keys, and the others do not split keys between programs
+    ours = ("triton",) if s.lengths == "one" and s.head_dim != s.value_dim else ()
     if _torch_is_fused(s):
         # torch's flash kernel is flash-attn 2; from Hopper on cuDNN is faster than it, for few keys than all others
-        return ("torch", "reference") if s.few_keys else ("flash4", "flash3", "torch", "reference")
+        return (*ours, "torch", "reference") if s.few_keys else (*ours, "flash4", "flash3", "torch", "reference")
     flex = ("flex",) if s.large else ()
-    return ("flash4", "flash3", "flash2", "xformers", *flex, "torch", "reference")
+    return (*ours, "flash4", "flash3", "flash2", "xformers", *flex, "torch", "reference")
 
 
 def _torch_is_fused(s: Signature) -> bool:

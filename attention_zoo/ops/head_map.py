@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attention_zoo.ops._decode import is_decode, mask_of_keys
 from attention_zoo.ops._kernels import use_kernel
 from attention_zoo.ops._tap import is_observed
 from attention_zoo.ops.attention import attention
@@ -51,6 +52,11 @@ def attention_by_head_map(
         raise ValueError(f"head_map must be int64 {shapes[0]} or {shapes[1]}, got {head_map.dtype} {tuple(head_map.shape)}")
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     if use_kernel("auto", (q, k, v)):
+        if is_decode(q, k, attn_mask, dropout_p, v):
+            from attention_zoo.ops.triton.decode import decode_attention
+
+            mask = mask_of_keys(attn_mask)
+            return decode_attention(q, k, v, is_causal=is_causal, scale=factor, head_map=head_map, key_mask=mask)
         from attention_zoo.ops.triton.head_map import attend_by_map, copy_heads
 
         recorded = is_observed() or (torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)))

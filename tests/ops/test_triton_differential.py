@@ -99,7 +99,7 @@ def test_differential_attention(dims: tuple[int, int], **sizes: Any) -> None:
 
 def test_grouped_noise_is_two_attentions() -> None:
     """Equal to the formula, with each noise head repeated for the signal heads of its group."""
-    problem = both_maps(kv_heads=1, share=4)
+    problem = both_maps(kv_heads=1, share=4, queries=9)  # fewer are decoded, which has any groups
     q, k, v, factor, noise_q = (problem.tensors[name].to(DEVICE) for name in ("q", "k", "v", "factor", "noise_q"))
     noise_q = noise_q[:, :2]
     out = ops.differential_attention(q, k, v, factor, noise_q=noise_q, is_causal=True)
@@ -194,11 +194,11 @@ def test_what_the_kernels_refuse(make: Callable[..., Case], dtype: torch.dtype, 
 
 @pytest.mark.parametrize(
     ("changes", "match"),
-    [({"dropout_p": 0.5}, "dropout"), ({"attn_mask": torch.ones(7, 9, dtype=torch.bool)}, "mask"), ({"scale": -1.0}, "scale")],
+    [({"dropout_p": 0.5}, "dropout"), ({"attn_mask": torch.ones(9, 9, dtype=torch.bool)}, "mask"), ({"scale": -1.0}, "scale")],
     ids=["dropout", "mask", "scale"],
 )
 def test_what_one_pass_refuses(changes: dict[str, Any], match: str) -> None:
-    problem = both_maps()
+    problem = both_maps(queries=9)
     call = {**problem.tensors, **problem.settings, **changes}
     call = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in call.items()}
     with pytest.raises(ops.BackendError, match=match):

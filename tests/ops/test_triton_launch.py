@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from attention_zoo.ops.triton import _launch
-from attention_zoo.ops.triton._launch import Launch, Place, Tiled
+from attention_zoo.ops.triton._launch import Launch, Place, Tiled, VaryingLaunch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -90,6 +90,29 @@ def test_compiled_kernels_get_addresses(monkeypatch: pytest.MonkeyPatch) -> None
     assert kernel.compiled.calls == [((5, 6, 1), *starts, 0.5, 9, True, 32, 77)]
     launch(x, y[1:])
     assert (len(kernel.calls), len(kernel.compiled.calls)) == (3, 1)
+
+
+def test_compiled_kernels_get_other_grids_and_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with tensors or numbers that they were not compiled for."""
+    monkeypatch.setattr(_launch, "CompiledKernel", _Compiled)
+    monkeypatch.setattr(_launch, "_current_stream", lambda: 77)
+    kernel, constants = _Kernel(), {"num_warps": 4, "BN": 32, "ADD": True}
+    launch = VaryingLaunch(kernel, constants)
+    tensors = [torch.zeros(32) for _ in range(3)]
+    starts = [t.data_ptr() for t in tensors]
+    assert not any(start % 16 for start in starts)
+    launch(5, (tensors[0][1:], *tensors[1:]), (0.5, 9))
+    launch(5, tensors, (0.5, 2**31))
+    launch(6, tensors, (0.5, 9))
+    assert [(call[0], *call[4:]) for call in kernel.calls] == [
+        ((grid,), 0.5, number, constants) for grid, number in ((5, 9), (5, 2**31), (6, 9))
+    ]
+    assert not kernel.compiled.calls
+    launch(7, tensors, (0.25, 10))
+    assert kernel.compiled.calls == [((7, 1, 1), *starts, 0.25, 10, True, 32, 77)]
+    launch(7, (tensors[0][1:], *tensors[1:]), (0.25, 10))
+    launch(7, tensors, (0.25, 2**31))
+    assert (len(kernel.calls), len(kernel.compiled.calls)) == (5, 1)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["Launch", "Place", "Tiled", "launch_all", "settled"]
+__all__ = ["Launch", "Place", "Tiled", "VaryingLaunch", "launch_all", "settled"]
 
 # Versions of Triton whose launcher takes addresses and what stands for descriptors, which its documentation does not promise.
 _VERSIONS = ("3.6", "3.7", "3.8")
@@ -88,13 +88,51 @@ class Launch:
         for number, tiled in self._tiled:
             found[number] = TensorDescriptor(found[number], list(tiled.shape), list(tiled.strides), list(tiled.block))
         compiled = self._kernel[self._grid](*found, *self._numbers, **self._constants)
-        known = triton.__version__.startswith(_VERSIONS) and isinstance(compiled, CompiledKernel)
-        if aligned and known and compiled.metadata.target.backend == "cuda":
+        if aligned and _takes_addresses(compiled):
             self._starts = tuple((number, offset * tensors[number].element_size()) for number, offset in self._places)
             names = self._kernel.arg_names[len(self._places) + len(self._numbers) :]
             self._values = *self._numbers, *(self._constants[name] for name in names)
             run = compiled[(*self._grid, 1, 1)[:3]]
             self._run = functools.partial(_run_described, run, self._tiled) if self._tiled else run
+
+
+class VaryingLaunch:
+    """A kernel with its constants, whose grid and numbers change from call to call, as where keys grow by one at each step.
+
+    The kernel specialises none of its numbers (`do_not_specialize`). As with `Launch` the first call goes by way of Triton, and all
+    do with tensors that do not begin at 16 bytes, or numbers that take more than 32 bits.
+
+    Args:
+        kernel: whose arguments are pointers, then numbers, then constants.
+        constants: by name, with warps and stages.
+    """
+
+    __slots__ = ("_compiled", "_constants", "_kernel", "_values")
+
+    def __init__(self, kernel: Any, constants: Mapping[str, Any]) -> None:
+        self._kernel, self._constants = kernel, dict(constants)
+        self._compiled: Any = None
+        self._values: tuple[Any, ...] = ()  # of the constants that are the kernel's arguments
+
+    def __call__(self, grid: int, tensors: Sequence[Tensor], numbers: Sequence[float]) -> None:
+        """One program for each number below `grid`; `tensors` always have the same dtypes and device, `numbers` the same types."""
+        starts, bits = [tensor.data_ptr() for tensor in tensors], 0
+        for start in starts:
+            bits |= start
+        usual = not bits & _ALIGNED and max(numbers) < 2**31
+        if usual and self._compiled is not None:
+            self._compiled[(grid, 1, 1)](*starts, *numbers, *self._values, stream=_current_stream())
+            return
+        compiled = self._kernel[(grid,)](*tensors, *numbers, **self._constants)
+        if usual and _takes_addresses(compiled):
+            names = self._kernel.arg_names[len(tensors) + len(numbers) :]
+            self._compiled, self._values = compiled, tuple(self._constants[name] for name in names)
+
+
+def _takes_addresses(compiled: Any) -> bool:
+    """Whether what Triton returned from a launch can be called without Triton."""
+    known = triton.__version__.startswith(_VERSIONS) and isinstance(compiled, CompiledKernel)
+    return known and compiled.metadata.target.backend == "cuda"  # type: ignore[no-any-return]
 
 
 class _Described:

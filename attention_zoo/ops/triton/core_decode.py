@@ -6,15 +6,14 @@ that share a key/value head are the rows of one tile.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from attention_zoo.ops.triton._common import LOG2E, ceil_div, conclude, power_of_2, precision, tile
+from attention_zoo.ops.triton._common import LOG2E, ceil_div, conclude, precision, tile
 from attention_zoo.ops.triton._core_walk import place_of, released, walk
+from attention_zoo.ops.triton._portions import merge_kernel, merge_tiles, portion
 
 __all__ = ["decode", "is_decode"]
 
@@ -69,33 +68,11 @@ def _portion_kernel(
     tl.store(PartLse + place, lse, mask=real)
 
 
-@triton.jit(do_not_specialize=["PARTS"])
-def _merge_kernel(
-    Part, PartLse, Out, Lse, sob, soh, son, HEADS, QUERIES, PARTS, DV, BP: tl.constexpr, BDV: tl.constexpr,
-):  # fmt: skip
-    """Of one query: its portions' outputs, weighted by their shares of the whole softmax."""
-    row = tl.program_id(0).to(tl.int64)
-    b, h, query = row // QUERIES // HEADS, row // QUERIES % HEADS, row % QUERIES
-    p, dv = tl.arange(0, BP), tl.arange(0, BDV)
-    lse = tl.load(PartLse + row * PARTS + p, mask=p < PARTS, other=float("-inf"))
-    part = tl.load(
-        Part + (row * PARTS + p)[:, None] * DV + dv[None, :], mask=(p < PARTS)[:, None] & (dv < DV)[None, :], other=0.0
-    )  # fmt: skip
-    highest = tl.max(lse, 0)
-    weights = tl.exp2(lse - tl.where(highest == float("-inf"), 0.0, highest))
-    total = tl.sum(weights, 0)
-    whole = tl.where(total == 0.0, 1.0, total)
-    out = tl.sum(weights[:, None] * part, 0) / whole
-    tl.store(Out + b * sob + h * soh + query * son + dv, out.to(Out.dtype.element_ty), mask=dv < DV)
-    tl.store(Lse + row, tl.where(total == 0.0, float("-inf"), highest + tl.log2(whole)))
-
-
 def is_decode(q: Tensor, k: Tensor) -> bool:
     """Whether the queries are so few that the keys should be split between programs."""
     return q.shape[2] <= _MOST_QUERIES and q.shape[2] * (q.shape[1] // k.shape[1]) <= _MOST_ROWS
 
 
-_PROGRAMS, _LEAST, _MOST = 4, 128, 1024  # for each multiprocessor; keys of a program
 _TILES = {"BN": 64, "num_warps": 4, "num_stages": 2}
 
 
@@ -111,7 +88,7 @@ def decode(
         core_k.shape[1:3],
         v.shape[-1],
     )
-    chunk = _portion(batch * core_heads, cores, batch * kv_heads, keys, _PROGRAMS * _processors(q.device))
+    chunk = portion(q.device, (batch * core_heads, cores), (batch * kv_heads, keys))
     core_parts, raw_parts = ceil_div(cores, chunk), ceil_div(keys, chunk)
     parts = core_parts + raw_parts
     part = q.new_empty((batch, heads, queries, parts, dim_v), dtype=torch.float32)
@@ -125,22 +102,7 @@ def decode(
             window, group, dim, dim_v, PRECISION=precision(q), BM=tile(share * queries, 256), BD=tile(dim, 256),
             BDV=tile(dim_v, 256), **_TILES,
         )  # fmt: skip
-    _merge_kernel[(batch * heads * queries,)](
-        part, part_lse, out, lse, *out.stride()[:3], heads, queries, parts, dim_v,
-        BP=power_of_2(max(parts, 1)), BDV=tile(dim_v, 256), num_warps=4,
+    merge_kernel[(batch * heads * queries,)](
+        part, part_lse, out, lse, *out.stride()[:3], parts, HEADS=heads, QUERIES=queries, DV=dim_v, KEEP=True,
+        **merge_tiles(tile(dim_v, 256)),
     )  # fmt: skip
-
-
-def _portion(core_rows: int, cores: int, raw_rows: int, keys: int, programs: int) -> int:
-    """Keys of a program: as few as `programs` of them run at once, within bounds; not more than 64 portions of either kind."""
-    least = max(_LEAST, ceil_div(max(cores, keys), 4096) * 64)
-    chunk = least
-    while chunk < _MOST and core_rows * ceil_div(cores, chunk) + raw_rows * ceil_div(keys, chunk) > programs:
-        chunk += 64
-    return chunk
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; of the interpreter 1."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

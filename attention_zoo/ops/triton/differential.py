@@ -29,8 +29,10 @@ from attention_zoo.ops.triton._common import (
     read_lse,
     tile,
 )
+from attention_zoo.ops.triton._launch import Launch, Place, settled
 
 __all__ = [
+    "difference_factor_triton",
     "differential_attention_triton",
     "gradients_of_settings",
     "launch_subtract",
@@ -302,6 +304,38 @@ def subtract_noise_triton(
     noise = signal.new_empty(0) if noise is None else noise
     norm = eps is not None
     return _subtract_forward(signal, noise, factor, weight if norm else None, groups, gain if norm else 1.0, eps or 0.0, norm)
+
+
+@triton.jit
+def _factor_kernel(Q1, K1, Q2, K2, Out, start, N, BN: tl.constexpr):
+    n = tl.arange(0, BN)
+    real = n < N
+    one = tl.sum(tl.load(Q1 + n, mask=real, other=0.0) * tl.load(K1 + n, mask=real, other=0.0), 0)
+    two = tl.sum(tl.load(Q2 + n, mask=real, other=0.0) * tl.load(K2 + n, mask=real, other=0.0), 0)
+    tl.store(Out, tl.exp(one) - tl.exp(two) + start)
+
+
+@settled
+def _factor_launch(channels: int, start: float, device: torch.device) -> Launch:
+    constants = {"BN": power_of_2(channels), "num_warps": 1}
+    return Launch(_factor_kernel, (1,), [Place(number) for number in range(5)], (start, channels), constants)
+
+
+@operator("difference_factor")
+def _difference_factor(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, start: float) -> Tensor:
+    out = q1.new_empty((), dtype=torch.float32)
+    _factor_launch(q1.shape[0], start, q1.device)(*(t.contiguous() for t in (q1, k1, q2, k2)), out)
+    return out
+
+
+@_difference_factor.register_fake
+def _(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, start: float) -> Tensor:
+    return q1.new_empty((), dtype=torch.float32)
+
+
+def difference_factor_triton(q1: Tensor, k1: Tensor, q2: Tensor, k2: Tensor, start: float) -> Tensor:
+    """A layer's lambda, a scalar of float32, from vectors (d,) that need no gradient."""
+    return _difference_factor(q1, k1, q2, k2, float(start))
 
 
 # --- both maps in one pass --------------------------------------------------------------------------------------------------------

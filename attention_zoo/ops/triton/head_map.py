@@ -16,8 +16,9 @@ from torch import Tensor
 
 from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import LOG2E, ceil_div, last_contiguous, power_of_2, precision, tile
+from attention_zoo.ops.triton._launch import Launch, Place, settled
 
-__all__ = ["allocate_heads", "attend_by_map", "copy_heads"]
+__all__ = ["allocate_heads", "attend_by_map", "copy_heads", "evolve_heads", "read_allocation"]
 
 
 @triton.jit
@@ -175,6 +176,13 @@ def _store_map(Allocation, Map, allocation, KV_HEADS, HEADS, BG: tl.constexpr, B
 
 
 @triton.jit
+def _read_kernel(Stored, Allocation, Map, KV_HEADS, HEADS, BG: tl.constexpr, BH: tl.constexpr):
+    g = tl.arange(0, BG)
+    allocation = tl.load(Stored + g, mask=g < KV_HEADS, other=0).to(tl.int32)
+    _store_map(Allocation, Map, allocation, KV_HEADS, HEADS, BG, BH)
+
+
+@triton.jit
 def _allocate_kernel(
     Squares, Allocation, Map, BATCH, PARTS, KV_HEADS, HEADS,
     EACH: tl.constexpr, TURNS: tl.constexpr, BB: tl.constexpr, BG: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr,
@@ -286,6 +294,29 @@ def allocate_heads(k: Tensor, num_heads: int, each: bool) -> tuple[Tensor, Tenso
     Shape: k (B, G, N, d) -> int64 (G,) and (num_heads,), or of `each` sample (B, G) and (B, num_heads).
     """
     return _allocate_heads(k.detach(), num_heads, each)
+
+
+@operator("read_allocation")
+def _read(stored: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    allocation, head_map = _read_like(stored, num_heads)
+    _reading(stored.shape[0], num_heads, stored.device)(stored.contiguous(), allocation, head_map)
+    return allocation, head_map
+
+
+@settled
+def _reading(kv_heads: int, num_heads: int, device: torch.device) -> Launch:
+    constants = {"BG": _power(kv_heads), "BH": _power(num_heads), "num_warps": 1}
+    return Launch(_read_kernel, (1,), (Place(0), Place(1), Place(2)), (kv_heads, num_heads), constants)
+
+
+@_read.register_fake
+def _read_like(stored: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    return stored.new_empty(stored.shape), stored.new_empty((num_heads,))
+
+
+def read_allocation(stored: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """A copy of an allocation, int64 (G,), and its map of heads, int64 (num_heads,)."""
+    return _read(stored, num_heads)
 
 
 def _evolve(

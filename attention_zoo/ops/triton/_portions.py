@@ -1,0 +1,77 @@
+"""Keys in portions, one for a program, where queries are few (flash-decoding): how long they are, and how they are merged."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from attention_zoo.ops.triton._common import ceil_div
+
+__all__ = ["merge_kernel", "merge_tiles", "merged", "portion"]
+
+_PROGRAMS, _LEAST, _MOST = 4, 128, 1024  # for each multiprocessor; keys of a program
+
+
+@triton.jit
+def merged(Part, PartLse, row, PARTS, DV, BP: tl.constexpr, BDV: tl.constexpr):
+    """Of one query: its portions' outputs, weighted by their shares of the whole softmax, and its log-normaliser (of base 2)."""
+    dv = tl.arange(0, BDV)
+    highest = tl.full([], float("-inf"), tl.float32)
+    total = tl.full([], 0.0, tl.float32)
+    acc = tl.zeros([BDV], tl.float32)
+    for start in range(0, PARTS, BP):
+        p = start + tl.arange(0, BP)
+        lse = tl.load(PartLse + row * PARTS + p, mask=p < PARTS, other=float("-inf"))
+        part = tl.load(
+            Part + (row * PARTS + p)[:, None] * DV + dv[None, :], mask=(p < PARTS)[:, None] & (dv < DV)[None, :], other=0.0
+        )  # fmt: skip
+        higher = tl.maximum(highest, tl.max(lse, 0))
+        anchor = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp2(lse - anchor)
+        fade = tl.exp2(highest - anchor)
+        acc = acc * fade + tl.sum(weights[:, None] * part, 0)
+        total = total * fade + tl.sum(weights, 0)
+        highest = higher
+    whole = tl.where(total == 0.0, 1.0, total)
+    return acc / whole, tl.where(total == 0.0, float("-inf"), highest + tl.log2(whole))
+
+
+@triton.jit(do_not_specialize=["PARTS", "sob", "soh", "son"])
+def merge_kernel(
+    Part, PartLse, Out, Lse, sob, soh, son, PARTS,
+    HEADS: tl.constexpr, QUERIES: tl.constexpr, DV: tl.constexpr, KEEP: tl.constexpr, BP: tl.constexpr, BDV: tl.constexpr,
+):  # fmt: skip
+    """Outputs, and to KEEP log-normalisers, of portions (B, H, N_q, PARTS, D_v)."""
+    row = tl.program_id(0).to(tl.int64)
+    b, h, query = row // QUERIES // HEADS, row // QUERIES % HEADS, row % QUERIES
+    out, lse = merged(Part, PartLse, row, PARTS, DV, BP, BDV)
+    dv = tl.arange(0, BDV)
+    tl.store(Out + b * sob + h * soh + query * son + dv, out.to(Out.dtype.element_ty), mask=dv < DV)
+    if KEEP:
+        tl.store(Lse + row, lse)
+
+
+def merge_tiles(wide: int) -> dict[str, int]:
+    """Portions that are merged at a time, and warps for `wide` channels: one size, so that nothing is compiled as keys grow."""
+    return {"BP": 64, "BDV": wide, "num_warps": 8 if wide > 128 else 4}
+
+
+def portion(device: torch.device, *rows: tuple[int, int]) -> int:
+    """Keys of a program, a multiple of 64, for `rows` of so many tiles of queries and keys each.
+
+    As few as all programs run at once, within bounds; not more than 64 portions of a row.
+    """
+    longest = max(keys for _, keys in rows)
+    chunk, programs = max(_LEAST, ceil_div(longest, 4096) * 64), _PROGRAMS * _processors(device)
+    while chunk < _MOST and sum(number * ceil_div(keys, chunk) for number, keys in rows) > programs:
+        chunk += 64
+    return chunk
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; of the interpreter 1."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
