@@ -170,6 +170,9 @@ def test_more_keys_are_few_where_nothing_learns(length: int, grad: bool, few: bo
         ({"few_keys": True, "softcap": True}, "flash4"),
         ({"softcap": True}, "flash4"),
         ({"lengths": "one"}, "flash4"),
+        ({"lengths": "one", "value_dim": 128}, "triton"),
+        ({"lengths": "one", "value_dim": 128, "grouped": True}, "triton"),
+        ({"lengths": "one", "value_dim": 128, "grad": True}, "torch"),
         ({"lse": True, "grad": True}, "flash4"),
         ({"dropout": True}, "torch"),
         ({"mask": "bool"}, "torch"),
@@ -190,7 +193,7 @@ def test_more_keys_are_few_where_nothing_learns(length: int, grad: bool, few: bo
 )
 def test_preference_on_hopper(monkeypatch: pytest.MonkeyPatch, changes: dict, first: str) -> None:
     """The first engine that serves the call when flash-attn 4, xformers and torch are all there."""
-    for module in ("dispatch", "engines.flash4", "engines.flash23", "engines.xformers", "engines.sdpa"):
+    for module in ("dispatch", "engines.base", "engines.flash4", "engines.flash23", "engines.xformers", "engines.sdpa"):
         monkeypatch.setattr(f"attention_zoo.ops.{module}.compute_capability", lambda _: 90)
     signature = call_class(**changes)
     serving = [n for n in _preference(signature) if n not in ("flash3", "flash2") and ENGINES[n].can_run(signature) is None]

@@ -294,6 +294,22 @@ def test_steps_with_a_cache_on_a_gpu(kind: str, padded: bool) -> None:
     check_steps(kind, 512 if kind == "kdgqa" else 1024, 1000, 3, torch.bfloat16, "auto", padded)
 
 
+@pytest.mark.parametrize("make", [lambda **sizes: one_map(each=True, **sizes), both_maps], ids=["mapped", "maps"])
+def test_keys_that_grow_are_compiled_once(make: Callable[..., Case]) -> None:
+    graphs = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(make().operation, fullgraph=True, dynamic=True, backend=count)
+    for keys in (18, 19, 40):
+        case = make(keys=keys)
+        torch.testing.assert_close(case.run("triton", function=compiled), case.run("reference"), atol=1e-5, rtol=1e-4)
+    assert len(graphs) == 1
+
+
 def test_the_factor_of_a_layer() -> None:
     from attention_zoo.ops.differential import difference_factor
 
