@@ -606,6 +606,44 @@ def test_layer_of_all_heads_in_half_precision(options: dict[str, Any], nodes_see
 
 
 @pytest.mark.usefixtures("_all_heads")
+def test_swapped_layers_reach_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a model of timm's with a class token; what is more than its weights stays outside, dropped attention leaves no node."""
+    from timm.models import VisionTransformer
+
+    from attention_zoo.attention import moh
+
+    seen: list[bool] = []
+    node = moh.mixture_layer
+
+    def note(x: Tensor, settings: Any, projected: Tensor | None, *rest: Any) -> Any:
+        seen.append(projected is None)
+        return node(x, settings, projected, *rest)
+
+    monkeypatch.setattr(moh, "mixture_layer", note)
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 3}
+    x = torch.randn(1, 3, 32, 32, device=DEVICE)
+    for options, whole in (({}, [True, True]), ({"proj_drop_rate": 0.1}, [False, False]), ({"qk_norm": True}, [])):
+        model = VisionTransformer(**sizes, **options).to(DEVICE)
+        az.swap_attention(model, "moh", shared_heads=1, routed_topk=1)
+        with ops.use_backend("triton"):
+            model(x).sum().backward()
+        assert seen == whole
+        seen.clear()
+        assert all(p.grad is not None for name, p in model.named_parameters() if "router" in name or "balance" in name)
+        model.eval()
+        with torch.no_grad():
+            want = model(x)
+            with ops.use_backend("triton"):
+                torch.testing.assert_close(model(x), want, atol=1e-4, rtol=1e-4)
+        seen.clear()
+    model = VisionTransformer(**sizes, attn_drop_rate=0.1).to(DEVICE)
+    az.swap_attention(model, "moh", shared_heads=1, routed_topk=1)
+    model(x).sum().backward()
+    assert not seen
+
+
+@pytest.mark.usefixtures("_all_heads")
 def test_what_is_no_node(nodes_seen: dict[Any, Any]) -> None:
     """Masks, rotations, normalised queries, somebody who looks on, adapted routers: the operations one by one, the same numbers."""
     torch.manual_seed(0)
@@ -688,11 +726,46 @@ def test_what_is_packed(active: int, tokens: int, is_causal: bool, packed: bool)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [("cudnn", torch.bfloat16), ("flash", torch.bfloat16), ("efficient", torch.bfloat16), ("efficient", torch.float32)],
+)
+@pytest.mark.parametrize("options", ["one shared", "some shared", "norms", "norms through"])
+def test_layer_of_all_heads_on_a_gpu(options: str, kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By each of torch's kernels, as "auto" takes them for few tokens."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from attention_zoo.ops import mixture_layer
+
+    found: dict[Any, Any] = {}
+    monkeypatch.setattr(mixture_layer, "_kernels", found)
+    torch.manual_seed(0)
+    module = az.create_attention("moh", dim=256, num_heads=4, **{**LAYERS[options], "head_dim": 64})
+    x = torch.randn(3, 197, 256)
+    want, plain = (_run_layer(module, x, "reference", kind) for kind in (torch.float64, dtype))
+    backend = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}[kernel]
+    with sdpa_kernel([getattr(SDPBackend, backend), SDPBackend.MATH]):
+        got = _run_layer(module, x, "auto", dtype)
+        layer = deepcopy(module).to(DEVICE, dtype)
+        with torch.no_grad():
+            unrecorded = layer(x.to(DEVICE, dtype))
+    served = None if kernel == "efficient" and options == "norms" else kernel  # it has no grouped heads
+    assert set(found.values()) == {served}
+    got["unrecorded"] = unrecorded.float()
+    for part, own in got.items():
+        name = "out" if part == "unrecorded" else part
+        right = want[name]
+        error, usual = (own - right).norm(), (plain[name] - right).norm()
+        assert error < 1.5 * usual + 4e-3 * right.norm(), f"{part}: {error}, {usual}"
+
+
+@pytest.mark.gpu
 @pytest.mark.usefixtures("_always_beside")
+@pytest.mark.parametrize("least", [0, 2**60], ids=["packed", "all heads"])
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
-def test_layer_in_a_graph(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_in_a_graph(options: dict[str, Any], least: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward of a layer as one node, recorded after an eager call and in front of one, replayed with other tokens."""
-    monkeypatch.setattr("attention_zoo.ops.mixture._LEAST_WORK", (0, 0))
+    monkeypatch.setattr("attention_zoo.ops.mixture._LEAST_WORK", (least, least))
     torch.manual_seed(0)
     module: Any = az.create_attention("moh", dim=256, num_heads=4, **{**options, "head_dim": 64}).to(DEVICE, torch.bfloat16)
     module.set_topk(1)
