@@ -21,23 +21,30 @@ from attention_zoo import ops
 from attention_zoo.attention.agent import (
     AgentTables,
     DepthwiseConv2d,
+    add_convolution,
     agent_attention,
     noncausal_settings,
     padding_mask,
     pool_agents,
     positive_grid,
-    to_image,
 )
 from attention_zoo.attention.base import (
     AttentionModule,
     check_choice,
     check_grid,
     check_tokens,
+    drop,
+    has_hooks,
+    is_bare,
     merge_heads,
     resolve_head_dim,
     split_heads,
 )
 from attention_zoo.attention.conversion import projection_settings, refuse_tensors, source_heads, split_projections
+from attention_zoo.ops._one_node import Parts, weight_and_bias
+from attention_zoo.ops._operators import stands_alone
+from attention_zoo.ops.agent_layer import AgentLayer, agent_layer
+from attention_zoo.ops.stripe_layer import StripeSettings, stripe_layer, takes_layer
 from attention_zoo.registry import register_attention
 
 __all__ = ["AgentCSwinAttention", "AgentStripes", "SoftmaxStripes"]
@@ -96,16 +103,18 @@ class _Stripes(AgentTables):
         return (height, min(self.split_size, width)) if self.idx == VERTICAL else (min(self.split_size, height), width)
 
     def forward(self, qkv: Tensor, *, grid_size: Grid, mask: Tensor | None = None) -> Tensor:
-        check_tokens(qkv[0], self.dim, "each of q, k and v")
-        grid = check_grid(qkv[0], grid_size)
+        q, k, v = qkv.unbind(0)
+        check_tokens(q, self.dim, "each of q, k and v")
+        grid = check_grid(q, grid_size)
         stripe = self.stripe(grid)
-        real = _real_tokens(qkv[0], grid, stripe, mask)
-        q, k, v = (_to_stripes(t, grid, stripe) for t in qkv)
+        real = _real_tokens(q, grid, stripe, mask)
+        if stripe != grid:
+            q, k, v = _to_stripes(qkv, grid, stripe).unbind(0)
         if real is not None:
             v = v.masked_fill(~real[..., None], 0.0)
-        local = self.get_v(to_image(v, stripe)).flatten(2).transpose(1, 2)
         out = self.attend(q, k, v, stripe, real)
-        return _from_stripes(out + local.to(out.dtype), grid, stripe)
+        out = add_convolution(out.unflatten(1, stripe), v.unflatten(1, stripe), self.get_v).flatten(1, 2)
+        return _from_stripes(out, grid, stripe)
 
     def set_resolution(self, resolution: int | Grid) -> None:
         """Be meant for another grid. Raises ValueError for one that is not positive."""
@@ -188,6 +197,13 @@ class AgentStripes(_Stripes):
             dropout_p=self.attn_drop if self.training else 0.0,
         )
         return merge_heads(out)
+
+    def whole_layer(self, x: Tensor, qkv: nn.Module, proj: nn.Module, grid: Grid, dropout_p: float) -> Tensor | None:
+        """The layer of which this is the only branch, with one stripe; None where the kernels do not serve it."""
+        if not self._takes_layer(x, grid, self.agent_grid, self.head_dim, dropout_p):
+            return None
+        parts = Parts.of(qkv, proj, self.get_v)
+        return agent_layer(x, AgentLayer(0, grid, self.agent_grid, self.num_heads, self.scale, parts, None, None, *self._tables()))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, agents={self.agent_grid}"
@@ -297,11 +313,30 @@ class AgentCSwinAttention(AttentionModule):
 
     def forward(self, x: Tensor, *, grid_size: Grid, attention_mask: Tensor | None = None) -> Tensor:
         check_tokens(x, self.dim)
+        if attention_mask is None and (out := self._in_one_node(x, check_grid(x, grid_size))) is not None:
+            return drop(self.proj_drop, out)
         mask = padding_mask(attention_mask, x)
         qkv = self.qkv(x).unflatten(-1, (3, -1)).movedim(2, 0)  # (3, B, N, C)
         parts = qkv.split(self.dim // len(self.attns), dim=-1)
         outs = [attn(part, grid_size=grid_size, mask=mask) for attn, part in zip(self.attns, parts, strict=True)]
         return self.proj_drop(self.proj(torch.cat(outs, dim=-1)))
+
+    def _in_one_node(self, x: Tensor, grid: Grid) -> Tensor | None:
+        """What our kernels make of the whole layer; None where they do not serve it, or somebody has to see a part of it."""
+        branches, kind = list(self.attns), AgentStripes if self.use_agents else SoftmaxStripes
+        if not stands_alone(x) or ops.is_observed() or not (is_bare(self.qkv) and is_bare(self.proj)):
+            return None
+        if any(type(b) is not kind or has_hooks(b) or not is_bare(b.get_v, DepthwiseConv2d) for b in branches):
+            return None
+        branch, dropout_p = branches[0], self.attn_drop if self.training else 0.0
+        if self.use_agents:
+            return branch.whole_layer(x, self.qkv, self.proj, grid, dropout_p) if branch.stripe(grid) == grid else None
+        settings = StripeSettings(grid, tuple(b.stripe(grid) for b in branches), branch.num_heads, branch.scale)
+        if not takes_layer(x, settings, self.head_dim, dropout_p):
+            return None
+        return stripe_layer(
+            x, settings, weight_and_bias(self.qkv), weight_and_bias(self.proj), [weight_and_bias(b.get_v) for b in branches]
+        )
 
     @classmethod
     def from_softmax_attention(
@@ -345,16 +380,16 @@ class AgentCSwinAttention(AttentionModule):
 
 
 def _to_stripes(x: Tensor, grid_size: Grid, stripe: Grid) -> Tensor:
-    """Tokens (B, H * W, C) -> (B * stripes, tokens of a stripe, C), the last stripe filled up with zeros."""
+    """Tokens (..., B, H * W, C) -> (..., B * stripes, tokens of a stripe, C), the last stripe filled up with zeros."""
     (height, width), (rows, columns) = grid_size, stripe
     below, right = -height % rows, -width % columns
     if (rows, columns) == (height, width):
         return x
-    image = x.unflatten(1, grid_size)
+    image = x.unflatten(-2, grid_size)
     if below or right:
         image = F.pad(image, (0, 0, 0, right, 0, below))
-    image = image.unflatten(2, (-1, columns)).unflatten(1, (-1, rows))  # (B, vertical, rows, horizontal, columns, C)
-    return image.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+    image = image.unflatten(-2, (-1, columns)).unflatten(-4, (-1, rows))  # (..., B, vertical, rows, horizontal, columns, C)
+    return image.transpose(-4, -3).flatten(-3, -2).flatten(-5, -3)
 
 
 def _from_stripes(x: Tensor, grid_size: Grid, stripe: Grid) -> Tensor:

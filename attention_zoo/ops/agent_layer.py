@@ -86,8 +86,7 @@ class _Layer(torch.autograd.Function):
         found = kernels.attend(qkv, ctx.call, given)
         out = found.out
         if kernel is not None:
-            prefix, grid = settings[:2]
-            depthwise.convolve_channels(qkv, qkv.shape[2] // 3 * 2, grid, kernel, kernel_bias, out, out, prefix)
+            depthwise.convolve_channels(qkv, _values(qkv, ctx.call), kernel, kernel_bias, out, out)
         ctx.save_for_backward(x, qkv, *found, weight, proj, kernel)
         ctx.is_split = kv is not None
         return F.linear(out, proj, proj_bias)
@@ -104,8 +103,8 @@ class _Layer(torch.autograd.Function):
         dqkv, d_tables = kernels.attend_backward(qkv, call, attended, dout, (any(of_tables[:half]), any(of_tables[half:])))
         d_kernel, d_kernel_bias = None, None
         if kernel is not None:
-            first, wants = qkv.shape[2] // 3 * 2, needs[4] or needs[5]
-            d_kernel, d_kernel_bias = depthwise.add_gradients(qkv, dqkv, first, call.grid, kernel, dout, wants, call.prefix)
+            values, wants = _values(qkv, call), needs[4] or needs[5]
+            d_kernel, d_kernel_bias = depthwise.add_gradients(qkv, dqkv, values, kernel, dout, wants)
         dx, d_weight, _ = linear_gradients(dqkv, x, weight, needs_x, needs[0] or needs[6], False)
         d_proj_bias, d_bias = bias_gradients(grad if needs[3] else None, dqkv if needs[1] or needs[7] else None)
         of_kv: list[Tensor | None] = [None, None]
@@ -115,3 +114,8 @@ class _Layer(torch.autograd.Function):
                 (None, None) if t is None else t.split_with_sizes(rows) for t in (d_weight, d_bias)
             )
         return dx, None, d_weight, d_bias, d_proj, d_proj_bias, d_kernel, d_kernel_bias, *of_kv, *d_tables[: len(of_tables)]
+
+
+def _values(qkv: Tensor, call: kernels.LayerCall) -> depthwise.Channels:
+    """The map of the values in a projection."""
+    return depthwise.Channels(call.grid, qkv.shape[2] // 3 * 2, before=call.prefix)

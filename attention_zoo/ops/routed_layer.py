@@ -72,7 +72,7 @@ class _Layer(torch.autograd.Function):
         out = attended
         if kernel is not None:
             out = torch.empty_like(attended)
-            depthwise.convolve_channels(qkv, 2 * qk_dim, grid, kernel, kernel_bias, attended, out)
+            depthwise.convolve_channels(qkv, depthwise.Channels(grid, 2 * qk_dim), kernel, kernel_bias, attended, out)
         ctx.settings = settings
         ctx.save_for_backward(x, qkv, routes, weights, attended, lse, out, qkv_weight, proj, kernel)
         ctx.mark_non_differentiable(routes, best)
@@ -94,7 +94,8 @@ class _Layer(torch.autograd.Function):
         d_kernel, d_kernel_bias = None, None
         if kernel is not None:
             grid = regions.rows * size[0], regions.columns * size[1]
-            d_kernel, d_kernel_bias = depthwise.add_gradients(qkv, dqkv, 2 * qk_dim, grid, kernel, dout, needs[4] or needs[5])
+            values, wants = depthwise.Channels(grid, 2 * qk_dim), needs[4] or needs[5]
+            d_kernel, d_kernel_bias = depthwise.add_gradients(qkv, dqkv, values, kernel, dout, wants)
         dx, d_qkv, _ = linear_gradients(dqkv, x, qkv_weight, needs_x, needs[0], False)
         d_proj_bias, d_qkv_bias = bias_gradients(grad if needs[3] else None, dqkv if needs[1] else None)
         return dx, None, d_qkv, d_qkv_bias, d_proj, d_proj_bias, d_kernel, d_kernel_bias

@@ -18,7 +18,7 @@ from attention_zoo.ops._tap import tapped
 from attention_zoo.ops.dispatch import wanted_backend
 from attention_zoo.ops.engines.base import HALF
 
-__all__ = ["takes_windows", "too_large", "window_attention"]
+__all__ = ["projected_dtype", "takes_windows", "too_large", "window_attention"]
 
 _MOST_BYTES = 32768  # of a window's queries, keys or values that the kernel takes
 
@@ -92,31 +92,38 @@ def window_attention(
         return _from_windows(out, window_size, height, width).to(q.dtype)
 
 
-def takes_windows(x: Tensor, window_size: int, channels: int, dropout_p: float = 0.0, missing: str | None = None) -> bool:
+def takes_windows(
+    x: Tensor, window_size: int | tuple[int, int], channels: int, dropout_p: float = 0.0, missing: str | None = None
+) -> bool:
     """Whether to call the kernel for heads of so many channels, projected from tensors like `x`, where a library could serve too.
 
     "auto" prefers it in half precision only, in which it was measured.
 
     Args:
         x: a tensor of the device and, but for autocast, of the dtype.
-        window_size, dropout_p: of the call.
+        window_size, dropout_p: of the call; windows may have rows and columns.
         channels: of a head.
         missing: what else is asked for that the kernel does not have; None: nothing.
 
     Raises:
         BackendError: "triton" is asked for, by `use_backend` or the environment, and cannot serve it.
     """
-    device = x.device.type
-    cast = device == "cuda" and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if cast else x.dtype
+    dtype = projected_dtype(x)
     if dtype not in HALF and wanted_backend("auto") != "triton":
         return False
     return use_kernel("auto", (x,), channels=1, dropout_p=dropout_p, missing=missing or too_large(window_size, channels, dtype))
 
 
-def too_large(window_size: int, channels: int, dtype: torch.dtype) -> str | None:
+def projected_dtype(x: Tensor) -> torch.dtype:
+    """Of what is projected from x, on CUDA in autocast's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if device == "cuda" and torch.is_autocast_enabled(device) else x.dtype
+
+
+def too_large(window_size: int | tuple[int, int], channels: int, dtype: torch.dtype) -> str | None:
     """Why the kernel, which has a window's logits in registers, has no windows of this size; None if it has."""
-    cells, most = window_size**2, 256 // dtype.itemsize
+    rows, columns = (window_size, window_size) if isinstance(window_size, int) else window_size
+    cells, most = rows * columns, 256 // dtype.itemsize
     if cells > most:
         return f"windows of more than {most} cells of {dtype}: {cells}"
     if cells * channels * dtype.itemsize > _MOST_BYTES:

@@ -18,7 +18,9 @@ from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import ceil_div, last_contiguous, power_of_2, tile
 from attention_zoo.ops.triton._launch import Launch, Place, launch_all, settled
 
-__all__ = ["add_gradients", "convolve_channels", "depthwise_conv2d_triton"]
+__all__ = ["Channels", "add_gradients", "convolve_channels", "depthwise_conv2d_triton"]
+
+Grid = tuple[int, int]
 
 _PIXELS = 32  # of a patch that is convolved
 _PROGRAMS = 1024  # that the gradient of the weights is shared out to
@@ -34,8 +36,8 @@ def _pixels(portion, H, W, TILES_X, BY: tl.constexpr, BX: tl.constexpr):
 
 @triton.jit
 def _convolution_kernel(
-    X, Weight, Bias, Add, Out, sxb, sxy, sxx, sab, say, sax, sob, soy, sox, H, W, C, TILES, TILES_X, TILES_C,
-    K: tl.constexpr, TURNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr,
+    X, Weight, Bias, Add, Out, sxb, sxy, sxx, sab, say, sax, sob, soy, sox, H, W, SY, SX, C, TILES, TILES_X, TILES_C,
+    K: tl.constexpr, STRIPES: tl.constexpr, TURNED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr,
     BY: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -50,6 +52,8 @@ def _convolution_kernel(
     for tap in tl.static_range(K * K):
         ty, tx = y + (tap // K - K // 2), x + (tap % K - K // 2)
         inside = (ty >= 0) & (ty < H) & (tx >= 0) & (tx < W)
+        if STRIPES:
+            inside = inside & (ty // SY == y // SY) & (tx // SX == x // SX)
         at = X + ty[:, None].to(tl.int64) * sxy + tx[:, None] * sxx + c[None, :]
         near = tl.load(at, mask=inside[:, None] & (c < C)[None, :], other=0.0)
         w = tl.load(Weight + c * (K * K) + (K * K - 1 - tap if TURNED else tap), mask=c < C, other=0.0)
@@ -63,8 +67,8 @@ def _convolution_kernel(
 
 @triton.jit
 def _weight_gradient_kernel(
-    X, Grad, Sums, sxb, sxy, sxx, sgb, sgy, sgx, H, W, C, TILES, TILES_X, TILES_C, PATCHES, SHARE,
-    K: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr,
+    X, Grad, Sums, sxb, sxy, sxx, sgb, sgy, sgx, H, W, SY, SX, C, TILES, TILES_X, TILES_C, PATCHES, SHARE,
+    K: tl.constexpr, STRIPES: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """What `SHARE` patches add to the gradients of weights and bias: (K K + 1, C) of this share."""
     pid = tl.program_id(0)
@@ -82,6 +86,8 @@ def _weight_gradient_kernel(
         for tap in tl.static_range(K * K):
             ty, tx = y + (tap // K - K // 2), x + (tap % K - K // 2)
             inside = there & (ty >= 0) & (ty < H) & (tx >= 0) & (tx < W)
+            if STRIPES:
+                inside = inside & (ty // SY == y // SY) & (tx // SX == x // SX)
             at = X + b * sxb + ty[:, None].to(tl.int64) * sxy + tx[:, None] * sxx + c[None, :]
             near = tl.load(at, mask=inside[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
             longer = longer + (sums[tap] + grad * near,)  # type: ignore[assignment]
@@ -114,21 +120,37 @@ def _patch(height: int, pixels: int) -> tuple[int, int]:
 
 
 def _convolution_launch(
-    shape: Sequence[int], side: int, turned: bool, x: Place, weight: Place, bias: Place | None, add: Place | None, out: Place
+    shape: Sequence[int],
+    side: int,
+    turned: bool,
+    x: Place,
+    weight: Place,
+    bias: Place | None,
+    add: Place | None,
+    out: Place,
+    stripe: Grid | None = None,
 ) -> Launch:
-    """For maps of this `shape`, by (B, H, W), channels side by side; `out` may be `add`: programs read there what they write."""
+    """For maps of this `shape`, by (B, H, W), channels side by side; `out` may be `add`: programs read there what they write.
+
+    `stripe`: rows and columns of parts of the map that are maps of their own, None: there are none.
+    """
     batch, height, width, channels = shape
     (by, bx), bc = _patch(height, _PIXELS), tile(channels)
     tiles_x = ceil_div(width, bx)
     tiles, tiles_c = ceil_div(height, by) * tiles_x, ceil_div(channels, bc)
-    flags = {"K": side, "TURNED": turned, "HAS_BIAS": bias is not None, "HAS_ADD": add is not None}
+    flags = {"K": side, "STRIPES": stripe is not None, "TURNED": turned, "HAS_BIAS": bias is not None, "HAS_ADD": add is not None}
     return Launch(
         _convolution_kernel,
         (batch * tiles * tiles_c,),
         (x, weight, bias or x, add or x, out),
-        (*x.strides, *(add or x).strides, *out.strides, height, width, channels, tiles, tiles_x, tiles_c),
+        (*x.strides, *(add or x).strides, *out.strides, *_sides(shape, stripe), channels, tiles, tiles_x, tiles_c),
         {**flags, "BY": by, "BX": bx, "BC": bc, "num_warps": 4},
     )
+
+
+def _sides(shape: Sequence[int], stripe: Grid | None) -> Sequence[int]:
+    """Of the map and of its stripes."""
+    return *shape[1:3], *(stripe or shape[1:3])
 
 
 @settled
@@ -192,7 +214,9 @@ def _weight_gradient_of(
     return _weight_gradient_launch(shape, side, x, grad, Place(2))
 
 
-def _weight_gradient_launch(shape: Sequence[int], side: int, x: Place, grad: Place, sums: Place) -> tuple[Launch, int]:
+def _weight_gradient_launch(
+    shape: Sequence[int], side: int, x: Place, grad: Place, sums: Place, stripe: Grid | None = None
+) -> tuple[Launch, int]:
     """Into float32 sums (shares, k k + 1, C) of weights' and of the bias's gradients; and the number of shares."""
     batch, height, width, channels = shape
     (by, bx), bc = _patch(height, 16 if side <= 3 else 8 if side <= 5 else 4), tile(channels)  # each tap has a sum of this size
@@ -201,8 +225,8 @@ def _weight_gradient_launch(shape: Sequence[int], side: int, x: Place, grad: Pla
     patches = batch * tiles
     share = max(4, ceil_div(patches * tiles_c, _PROGRAMS))
     shares = ceil_div(patches, share)
-    numbers = *x.strides, *grad.strides, height, width, channels, tiles, tiles_x, tiles_c, patches, share
-    constants = {"K": side, "BY": by, "BX": bx, "BC": bc, "num_warps": 4}
+    numbers = *x.strides, *grad.strides, *_sides(shape, stripe), channels, tiles, tiles_x, tiles_c, patches, share
+    constants = {"K": side, "STRIPES": stripe is not None, "BY": by, "BX": bx, "BC": bc, "num_warps": 4}
     return Launch(_weight_gradient_kernel, (shares * tiles_c,), (x, grad, sums), numbers, constants), shares
 
 
@@ -236,78 +260,80 @@ def depthwise_conv2d_triton(x: Tensor, weight: Tensor, bias: Tensor | None, add:
     return _depthwise_forward(x, weight, bias, add)
 
 
-# For layers that are one node of autograd: the map is channels `first`, `first` + 1, ... of tokens (B, P + H W, I), row-major, of
-# which P, `before`, stand before it.
+# For layers that are one node of autograd: the map is some channels of tokens (B, P + H W, I), row-major, all but the first P.
+
+
+class Channels(NamedTuple):
+    """Which map is convolved, and where it is added.
+
+    Attributes:
+        grid: (H, W).
+        first: channel of the tokens that is the map's first; their gradient has it there, too.
+        first_out: channel of what it is added to that is the map's first.
+        before: P.
+        stripe: rows and columns of parts of the map that are maps of their own; None: there are none.
+    """
+
+    grid: Grid
+    first: int
+    first_out: int = 0
+    before: int = 0
+    stripe: Grid | None = None
 
 
 class _Part(NamedTuple):
-    """Of a call: tokens, how many stand before the map, their channels, first and number of those convolved, side of the kernel, a
-    choice, dtypes and device."""
+    """Of a call: samples, channels of the tokens, of what is added to, and of the map, side of the kernel, a choice, dtypes and
+    device."""
 
+    which: Channels
     batch: int
-    before: int
-    grid: tuple[int, int]
     inner: int
-    first: int
+    outer: int
     channels: int
     side: int
     flag: bool
     key: tuple[torch.dtype | torch.device | None, ...]
 
     def shape(self) -> tuple[int, int, int, int]:
-        return self.batch, *self.grid, self.channels
+        return self.batch, *self.which.grid, self.channels
 
     def within(self, tensor: int) -> Place:
-        """The map in a tensor of tokens."""
-        return self._map(tensor, self.first, self.inner)
+        """The map in the tokens."""
+        return self._map(tensor, self.which.first, self.inner)
 
-    def alone(self, tensor: int) -> Place:
-        """The map in tokens that have nothing else."""
-        return self._map(tensor, 0, self.channels)
+    def out(self, tensor: int) -> Place:
+        """The map in what it is added to."""
+        return self._map(tensor, self.which.first_out, self.outer)
 
     def _map(self, tensor: int, first: int, inner: int) -> Place:
-        height, width = self.grid
-        return Place(tensor, self.before * inner + first, ((self.before + height * width) * inner, width * inner, inner))
+        (height, width), before = self.which.grid, self.which.before
+        return Place(tensor, before * inner + first, ((before + height * width) * inner, width * inner, inner))
 
 
-def convolve_channels(
-    tokens: Tensor,
-    first: int,
-    grid: tuple[int, int],
-    weight: Tensor,
-    bias: Tensor | None,
-    add: Tensor,
-    out: Tensor,
-    before: int = 0,
-) -> None:
-    """The convolved map and `add` into that of `out`, both (B, P + H W, C), contiguous, which may be the same."""
+def convolve_channels(tokens: Tensor, which: Channels, weight: Tensor, bias: Tensor | None, add: Tensor, out: Tensor) -> None:
+    """The convolved map and `add` into that of `out`, both (B, P + H W, I'), contiguous, which may be the same."""
     if out.numel():
         weight, key = weight.contiguous(), (tokens.dtype, weight.dtype, None if bias is None else bias.dtype, out.device)
-        part = _Part(out.shape[0], before, grid, tokens.shape[-1], first, weight.shape[0], weight.shape[3], bias is not None, key)
+        sizes = out.shape[0], tokens.shape[-1], out.shape[-1], weight.shape[0], weight.shape[3]
+        part = _Part(which, *sizes, bias is not None, key)
         _part_forward(part)(tokens, weight, tokens if bias is None else bias, add, out)
 
 
 @settled
 def _part_forward(part: _Part) -> Launch:
-    places = part.within(0), Place(1), Place(2) if part.flag else None, part.alone(3), part.alone(4)
-    return _convolution_launch(part.shape(), part.side, False, *places)
+    places = part.within(0), Place(1), Place(2) if part.flag else None, part.out(3), part.out(4)
+    return _convolution_launch(part.shape(), part.side, False, *places, part.which.stripe)
 
 
 def add_gradients(
-    tokens: Tensor,
-    dtokens: Tensor,
-    first: int,
-    grid: tuple[int, int],
-    weight: Tensor,
-    grad: Tensor,
-    wants_weight: bool,
-    before: int = 0,
+    tokens: Tensor, dtokens: Tensor, which: Channels, weight: Tensor, grad: Tensor, wants_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Adds that of the map to its channels of `dtokens`, from `grad` (B, P + H W, C), contiguous; of weight and bias, if wanted."""
+    """Adds the map's to `dtokens`, from `grad` (B, P + H W, I'), contiguous; returns those of weight and bias, if wanted."""
     weight, key = weight.contiguous(), (tokens.dtype, weight.dtype, tokens.device)
     if not grad.numel():
         return (torch.zeros_like(weight), weight.new_zeros(weight.shape[0])) if wants_weight else (None, None)
-    part = _Part(grad.shape[0], before, grid, tokens.shape[-1], first, weight.shape[0], weight.shape[3], wants_weight, key)
+    sizes = grad.shape[0], tokens.shape[-1], grad.shape[-1], weight.shape[0], weight.shape[3]
+    part = _Part(which, *sizes, wants_weight, key)
     launches, shares = _part_backward(part)
     tensors = [tokens, dtokens, weight, grad]
     of_weight, of_bias = None, None
@@ -322,11 +348,11 @@ def add_gradients(
 @settled
 def _part_backward(part: _Part) -> tuple[list[Launch], int]:
     """Of tokens, their gradient, the weight, the convolution's gradient, shares, gradients of weight and bias."""
-    shape, dx = part.shape(), part.within(1)
-    launches, shares = [_convolution_launch(shape, part.side, True, part.alone(3), Place(2), None, dx, dx)], 0
+    shape, dx, stripe = part.shape(), part.within(1), part.which.stripe
+    launches, shares = [_convolution_launch(shape, part.side, True, part.out(3), Place(2), None, dx, dx, stripe)], 0
     if part.flag:
         sums, taps, bc = Place(4), part.side * part.side + 1, 32
-        launch, shares = _weight_gradient_launch(shape, part.side, part.within(0), part.alone(3), sums)
+        launch, shares = _weight_gradient_launch(shape, part.side, part.within(0), part.out(3), sums, stripe)
         numbers, constants = (part.channels, shares, taps), {"BS": 64, "BC": bc, "num_warps": 4}
         total = Launch(_weight_total_kernel, (ceil_div(taps * part.channels, bc),), (sums, Place(5), Place(6)), numbers, constants)
         launches += launch, total

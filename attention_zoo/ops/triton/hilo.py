@@ -347,7 +347,7 @@ class _Call(NamedTuple):
     def windows(self) -> Windows:
         """Hi-Fi's part."""
         sizes = self.batch, self.heads[0], *self.grid, self.dim, self.dim
-        return Windows(*sizes, 0, self.side, self.scale, self.masked, self.bytes, self.precision)
+        return Windows(*sizes, 0, (self.side, self.side), self.scale, self.masked, self.bytes, self.precision)
 
     def high(self, tensor: int, strides: tuple[int, ...], number: int = 0) -> Place:
         """The `number`-th of Hi-Fi's parts of a tensor, by (B, heads, H, W)."""

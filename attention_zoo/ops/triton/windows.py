@@ -24,29 +24,30 @@ _PROGRAMS = 1024  # that sum up gradients of a bias, each over its windows
 
 
 @triton.jit
-def _place(tile_number, group, WINDOWS, GROUPS, HEIGHT, WIDTH, SIDE: tl.constexpr, BM: tl.constexpr):
+def _place(
+    tile_number, group, WINDOWS, GROUPS, HEIGHT, WIDTH, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
     """Of the rows of a tile: window in the tile, cell in the window, whether there is such a window, sample, y, x."""
     row = tl.arange(0, BM)
-    local, cell = row // (SIDE * SIDE), row % (SIDE * SIDE)
-    number = (tile_number * (BM // (SIDE * SIDE)) + local) * GROUPS + group
-    exists = (local < BM // (SIDE * SIDE)) & (number < WINDOWS)
-    across = tl.cdiv(WIDTH, SIDE)
-    of_map = across * tl.cdiv(HEIGHT, SIDE)
+    local, cell = row // (ROWS * COLUMNS), row % (ROWS * COLUMNS)
+    number = (tile_number * (BM // (ROWS * COLUMNS)) + local) * GROUPS + group
+    exists = (local < BM // (ROWS * COLUMNS)) & (number < WINDOWS)
+    across = tl.cdiv(WIDTH, COLUMNS)
+    of_map = across * tl.cdiv(HEIGHT, ROWS)
     b, place = number // of_map, number % of_map
-    y, x = place // across * SIDE + cell // SIDE, place % across * SIDE + cell % SIDE
+    y, x = place // across * ROWS + cell // COLUMNS, place % across * COLUMNS + cell % COLUMNS
     return local, cell, exists, b.to(tl.int64), y, x
 
 
 @triton.jit
 def _softmax(
     q, k, bias, scale, local, cell, exists, inside,
-    SIDE: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    CELLS: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Weights relative to each row's maximum, and their sums. Rows without a window see one another: they have no use."""
     z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     together = local[:, None] == local[None, :]
     if HAS_BIAS:
-        CELLS: tl.constexpr = SIDE * SIDE
         z += 1.4426950408889634 * tl.load(
             bias + cell[:, None] * CELLS + cell[None, :], mask=together & exists[:, None], other=0.0
         ).to(tl.float32)  # fmt: skip
@@ -63,20 +64,21 @@ def _forward_kernel(
     scale,  # times log2 e
     sqb, sqh, sqy, sqx, skb, skh, sky, skx, svb, svh, svy, svx, sob, soh, soy, sox,
     HEADS, WINDOWS, GROUPS, HEIGHT, WIDTH, D, DV,
-    SIDE: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
+    CELLS: tl.constexpr = ROWS * COLUMNS
     number, h = tl.program_id(0), tl.program_id(1)
     group = number % GROUPS
-    local, cell, exists, b, y, x = _place(number // GROUPS, group, WINDOWS, GROUPS, HEIGHT, WIDTH, SIDE, BM)
+    local, cell, exists, b, y, x = _place(number // GROUPS, group, WINDOWS, GROUPS, HEIGHT, WIDTH, ROWS, COLUMNS, BM)
     d, dv = tl.arange(0, BD), tl.arange(0, BDV)
     inside = exists & (y < HEIGHT) & (x < WIDTH)
     wanted, wanted_v = inside[:, None] & (d < D)[None, :], inside[:, None] & (dv < DV)[None, :]
     q = tl.load(Q + h * sqh + (b * sqb + y * sqy + x * sqx)[:, None] + d[None, :], mask=wanted, other=0.0)
     k = tl.load(K + h * skh + (b * skb + y * sky + x * skx)[:, None] + d[None, :], mask=wanted, other=0.0)
     v = tl.load(V + h * svh + (b * svb + y * svy + x * svx)[:, None] + dv[None, :], mask=wanted_v, other=0.0)
-    bias = Bias + (group * HEADS + h) * (SIDE * SIDE * SIDE * SIDE)
-    p, total = _softmax(q, k, bias, scale, local, cell, exists, inside, SIDE, HAS_BIAS, MASKED, PRECISION)
+    bias = Bias + (group * HEADS + h) * (CELLS * CELLS)
+    p, total = _softmax(q, k, bias, scale, local, cell, exists, inside, CELLS, HAS_BIAS, MASKED, PRECISION)
     out = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / total[:, None]
     at = Out + h * soh + (b * sob + y * soy + x * sox)[:, None] + dv[None, :]
     tl.store(at, out.to(Out.dtype.element_ty), mask=wanted_v)
@@ -89,25 +91,26 @@ def _backward_kernel(
     sqb, sqh, sqy, sqx, skb, skh, sky, skx, svb, svh, svy, svx, sgb, sgh, sgy, sgx,
     sdqb, sdqh, sdqy, sdqx, sdkb, sdkh, sdky, sdkx, sdvb, sdvh, sdvy, sdvx,
     HEADS, WINDOWS, GROUPS, HEIGHT, WIDTH, D, DV, SHARE,
-    SIDE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DBIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DBIAS: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
     """Of `SHARE` tiles one after another, whose gradients of the bias are added up."""
+    CELLS: tl.constexpr = ROWS * COLUMNS
     number, h = tl.program_id(0), tl.program_id(1)
     group, share = number % GROUPS, number // GROUPS
     d, dv = tl.arange(0, BD), tl.arange(0, BDV)
-    bias = Bias + (group * HEADS + h) * (SIDE * SIDE * SIDE * SIDE)
+    bias = Bias + (group * HEADS + h) * (CELLS * CELLS)
     if HAS_DBIAS:
         of_bias = tl.zeros([BM, BM], tl.float32)
     for step in range(SHARE):
-        local, cell, exists, b, y, x = _place(share * SHARE + step, group, WINDOWS, GROUPS, HEIGHT, WIDTH, SIDE, BM)
+        local, cell, exists, b, y, x = _place(share * SHARE + step, group, WINDOWS, GROUPS, HEIGHT, WIDTH, ROWS, COLUMNS, BM)
         inside = exists & (y < HEIGHT) & (x < WIDTH)
         wanted, wanted_v = inside[:, None] & (d < D)[None, :], inside[:, None] & (dv < DV)[None, :]
         q = tl.load(Q + h * sqh + (b * sqb + y * sqy + x * sqx)[:, None] + d[None, :], mask=wanted, other=0.0)
         k = tl.load(K + h * skh + (b * skb + y * sky + x * skx)[:, None] + d[None, :], mask=wanted, other=0.0)
         v = tl.load(V + h * svh + (b * svb + y * svy + x * svx)[:, None] + dv[None, :], mask=wanted_v, other=0.0)
         grad = tl.load(DOut + h * sgh + (b * sgb + y * sgy + x * sgx)[:, None] + dv[None, :], mask=wanted_v, other=0.0)
-        p, total = _softmax(q, k, bias, scale, local, cell, exists, inside, SIDE, HAS_BIAS, MASKED, PRECISION)
+        p, total = _softmax(q, k, bias, scale, local, cell, exists, inside, CELLS, HAS_BIAS, MASKED, PRECISION)
         p /= total[:, None]
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - tl.sum(p * dp, 1)[:, None])
@@ -124,7 +127,6 @@ def _backward_kernel(
         at = DV_ + h * sdvh + (b * sdvb + y * sdvy + x * sdvx)[:, None] + dv[None, :]
         tl.store(at, dv_sum.to(DV_.dtype.element_ty), mask=wanted_v)
     if HAS_DBIAS:  # the diagonal blocks: (share, group, head, window of the tile, cells, cells)
-        CELLS: tl.constexpr = SIDE * SIDE
         row = tl.arange(0, BM)
         local, cell = row // CELLS, row % CELLS
         at = DBias + (number * HEADS + h).to(tl.int64) * (BM // CELLS * CELLS * CELLS)
@@ -132,9 +134,9 @@ def _backward_kernel(
         tl.store(at + row[:, None] * CELLS + cell[None, :], of_bias, mask=listed)
 
 
-def _tiling(side: int, row_bytes: int) -> dict[str, int]:
+def _tiling(cells: int, row_bytes: int) -> dict[str, int]:
     """Rows of a tile, which holds several small windows where their rows are short enough, and warps."""
-    rows = tile(side * side, 128)
+    rows = tile(cells, 128)
     while rows < 64 and 2 * rows * row_bytes <= 8192:
         rows *= 2
     return {"BM": rows, "num_warps": 4 if rows * row_bytes <= 8192 else 8}
@@ -147,7 +149,8 @@ class Windows(NamedTuple):
         batch, heads, height, width: of the map.
         channels, value_channels: of a head.
         groups: how many biases there are; 0: none.
-        side, scale, masked: of the call.
+        window: rows and columns of a window.
+        scale, masked: of the call.
         bytes: of a number.
         precision: of products.
     """
@@ -159,20 +162,25 @@ class Windows(NamedTuple):
     channels: int
     value_channels: int
     groups: int
-    side: int
+    window: tuple[int, int]
     scale: float
     masked: bool
     bytes: int
     precision: str
 
+    @property
+    def cells(self) -> int:
+        return self.window[0] * self.window[1]
+
     def arguments(self) -> tuple[tuple[int, ...], dict[str, Any], int]:
         """What both kernels take: sizes, settings; and the number of tiles of each group of windows."""
-        windows = self.batch * ceil_div(self.height, self.side) * ceil_div(self.width, self.side)
+        windows = self.batch * ceil_div(self.height, self.window[0]) * ceil_div(self.width, self.window[1])
         groups = max(self.groups, 1)
         channels = {"BD": tile(self.channels, 256), "BDV": tile(self.value_channels, 256)}
-        constants: dict[str, Any] = _tiling(self.side, max(channels.values()) * self.bytes) | channels
-        tiles = ceil_div(windows // groups, constants["BM"] // (self.side * self.side))
-        constants |= {"SIDE": self.side, "HAS_BIAS": self.groups > 0, "MASKED": self.masked, "PRECISION": self.precision}
+        constants: dict[str, Any] = _tiling(self.cells, max(channels.values()) * self.bytes) | channels
+        tiles = ceil_div(windows // groups, constants["BM"] // self.cells)
+        constants |= {"ROWS": self.window[0], "COLUMNS": self.window[1]}
+        constants |= {"HAS_BIAS": self.groups > 0, "MASKED": self.masked, "PRECISION": self.precision}
         sizes = self.heads, windows, groups, self.height, self.width, self.channels, self.value_channels
         return sizes, constants, tiles
 
@@ -193,7 +201,7 @@ def backward_launch(
     Returns: the launch, and of what shape `dbias` has to be, float32, whose sum over its dimensions 0 and 3 is the bias's.
     """
     sizes, constants, tiles = call.arguments()
-    heads, groups, cells = sizes[0], sizes[2], call.side * call.side
+    heads, groups, cells = sizes[0], sizes[2], call.cells
     shares = tiles if dbias is None else min(tiles, max(1, _PROGRAMS // (heads * groups)))
     strides = (s for place in (q, k, v, grad, dq, dk, dv) for s in place.strides)
     launch = Launch(
@@ -226,7 +234,7 @@ def _backward_of(
 def _call(q: Tensor, v: Tensor, bias: Tensor | None, side: int, scale: float, masked: bool) -> Windows:
     (batch, heads, height, width, channels), groups = q.shape, 0 if bias is None else bias.shape[0]
     sizes = batch, heads, height, width, channels, v.shape[4]
-    return Windows(*sizes, groups, side, scale, masked, q.element_size(), precision(q))
+    return Windows(*sizes, groups, (side, side), scale, masked, q.element_size(), precision(q))
 
 
 def _empty(like: Tensor, channels: int) -> Tensor:

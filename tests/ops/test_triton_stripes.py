@@ -1,0 +1,129 @@
+"""CSwin's attention in stripes as one node of autograd, and agent attention in one stripe, against their plain code."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import kernel_case as kernels
+import pytest
+import torch
+from kernel_case import DEVICE
+from marks import slow_but
+from torch import Tensor, nn
+
+import attention_zoo as az
+from attention_zoo import ops
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def build(grid: tuple[int, int], learns: str = "everything", heads: int = 4, **options: Any) -> tuple[nn.Module, Tensor]:
+    """A layer, and tokens for it."""
+    layer = az.create_attention("agent_cswin", 8 * heads, heads, resolution=grid, **options).to(DEVICE)
+    for name, parameter in layer.named_parameters():
+        nn.init.normal_(parameter, std=0.3)
+        parameter.requires_grad_(learns == "everything" or name in learns.split("|"))
+    x = torch.randn(2, grid[0] * grid[1], 8 * heads, device=DEVICE)
+    return layer, x.requires_grad_(learns in ("everything", "x"))
+
+
+@pytest.mark.parametrize(
+    ("grid", "options", "learns"),
+    slow_but(
+        4,
+        [
+            ((4, 6), {"split_size": 2}, "everything"),
+            ((5, 7), {"split_size": 3, "qkv_bias": False}, "everything"),  # stripes that are not full
+            ((3, 5), {"split_size": None}, "everything"),
+            ((4, 6), {"split_size": 2}, "attns.1.get_v.weight|qkv.bias"),
+            ((6, 6), {"split_size": 1}, "everything"),
+            ((6, 7), {"split_size": 5, "scale": 0.3}, "attns.0.get_v.bias"),
+            ((4, 6), {"split_size": 2}, "x"),
+        ],
+    ),
+    ids=["paper", "filled up", "one stripe", "some parameters", "lines", "scale", "input only"],
+)
+def test_stripes_as_one_node(grid: tuple[int, int], options: dict[str, Any], learns: str) -> None:
+    """Outputs and the gradients of what learns."""
+    layer, x = build(grid, learns, use_agents=False, **options)
+    check(layer, x, grid)
+
+
+@pytest.mark.parametrize("options", [{}, {"agent_grid": (2, 2), "bias_grid": 3}], ids=["paper", "tables"])
+def test_agents_as_one_node(options: dict[str, Any]) -> None:
+    layer, x = build((4, 5), agent_num=4, **options)
+    check(layer, x, (4, 5))
+
+
+def check(layer: nn.Module, x: Tensor, grid: tuple[int, int]) -> None:
+    leaves, results = [t for t in (x, *layer.parameters()) if t.requires_grad], []
+    for backend in ("reference", "triton"):
+        with ops.use_backend(backend), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            out = layer(x, grid_size=grid)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    assert type(out.grad_fn).__name__ == "_LayerBackward"
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5 * max(1.0, float(want.detach().abs().max())), rtol=1e-4)
+
+
+@pytest.mark.parametrize("use_agents", [True, False])
+def test_what_is_not_one_node(use_agents: bool) -> None:
+    grid, own = (4, 6), {"agent_num": 4} if use_agents else {"split_size": 2}
+    layer, x = build(grid, use_agents=use_agents, attn_drop=0.1, **own)
+    layer.eval()
+
+    def is_node(**options: Any) -> bool:
+        with ops.use_backend("triton"):
+            try:
+                out = layer(x, **{"grid_size": grid, **options})
+            except ops.BackendError as error:  # no kernel of ours serves plain attention
+                if "plain attention" in str(error):
+                    return False
+                raise
+        return type(out.grad_fn).__name__ == "_LayerBackward"
+
+    assert is_node()
+    assert not is_node(attention_mask=torch.ones(2, 24, device=DEVICE) > 0)
+    assert is_node(grid_size=(6, 4)) == (not use_agents)  # tables are resampled
+    layer.train()
+    with pytest.raises(ops.BackendError, match="dropout"):
+        is_node()
+    layer.eval()
+    with kernels.looking_on():
+        assert not is_node()
+    for part in (layer.qkv, layer.attns[0], layer.attns[-1].get_v):
+        handle = part.register_forward_hook(lambda *_: None)
+        assert not is_node()
+        handle.remove()
+    assert is_node()
+    if not use_agents:
+        layer, x = build((9, 9), heads=2, use_agents=False, split_size=None)
+        grid = (9, 9)
+        assert not is_node()  # 81 cells are too many in float32
+
+
+def test_without_gradients() -> None:
+    layer, x = build((4, 6), use_agents=False, split_size=2)
+    with torch.no_grad():
+        with ops.use_backend("reference"):
+            want = layer(x, grid_size=(4, 6))
+        with ops.use_backend("triton"):
+            torch.testing.assert_close(layer(x, grid_size=(4, 6)), want, atol=1e-4, rtol=1e-4)
+            assert layer(x[:0], grid_size=(4, 6)).shape == (0, 24, 32)
+
+
+def test_half_precision() -> None:
+    """Stripes of 98 cells, as the published models have them."""
+    layer, x = build((14, 14), heads=2, use_agents=False, split_size=7)
+    leaves = [x, *layer.parameters()]
+    want = layer(x, grid_size=(14, 14))
+    gradients = torch.autograd.grad(want.square().sum(), leaves)
+    half, x = layer.half(), x.detach().half().requires_grad_()
+    with ops.use_backend("triton"):
+        got = half(x, grid_size=(14, 14))
+    assert type(got.grad_fn).__name__ == "_LayerBackward"
+    assert (got.float() - want).norm() < 5e-3 * want.norm()
+    found = torch.autograd.grad(got.float().square().sum(), [x, *half.parameters()])
+    for right, gradient in zip(gradients, found, strict=True):
+        assert (gradient.float() - right).norm() < 1e-2 * right.norm()
