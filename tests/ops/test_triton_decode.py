@@ -318,6 +318,11 @@ def test_the_factor_of_a_layer() -> None:
     with ops.use_backend("auto" if DEVICE == "cuda" else "triton"):
         assert operators_of(lambda: difference_factor(*vectors, 0.2)) == {"difference_factor"}
         torch.testing.assert_close(difference_factor(*vectors, 0.2), want.detach())
+    opcheck(torch.ops.attention_zoo.difference_factor, (*vectors, 0.2))
+
+
+def opcheck(operator: Any, args: tuple[Any, ...]) -> None:
+    torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("allocation", [[3, 0, 5], [8], [0, 1, 1]])
@@ -330,3 +335,4 @@ def test_a_stored_allocation(allocation: list[int]) -> None:
     assert torch.equal(head_map, allocation_to_head_map(stored, 8))
     assert torch.equal(copy, stored)
     assert copy.data_ptr() != stored.data_ptr()
+    opcheck(torch.ops.attention_zoo.read_allocation, (stored, 8))

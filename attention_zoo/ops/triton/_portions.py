@@ -64,9 +64,14 @@ def portion(device: torch.device, *rows: tuple[int, int]) -> int:
 
     As few as all programs run at once, within bounds; not more than 64 portions of a row.
     """
-    longest = max(keys for _, keys in rows)
-    chunk, programs = max(_LEAST, ceil_div(longest, 4096) * 64), _PROGRAMS * _processors(device)
-    while chunk < _MOST and sum(number * ceil_div(keys, chunk) for number, keys in rows) > programs:
+    # as for the next multiple of 64: found once for so many steps that each add a key
+    return _portion(tuple((number, ceil_div(keys, 64) * 64) for number, keys in rows), _PROGRAMS * _processors(device), _MOST)
+
+
+@functools.lru_cache(maxsize=1024)
+def _portion(rows: tuple[tuple[int, int], ...], programs: int, most: int) -> int:
+    chunk = max(_LEAST, ceil_div(max(keys for _, keys in rows), 4096) * 64)
+    while chunk < most and sum(number * ceil_div(keys, chunk) for number, keys in rows) > programs:
         chunk += 64
     return chunk
 
