@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_case import DEVICE, FEW, Called, Case
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention_zoo as az
 from attention_zoo import ops
@@ -292,6 +293,24 @@ def test_steps_with_a_cache(kind: str, padded: bool) -> None:
 @pytest.mark.parametrize("kind", STEPS)
 def test_steps_with_a_cache_on_a_gpu(kind: str, padded: bool) -> None:
     check_steps(kind, 512 if kind == "kdgqa" else 1024, 1000, 3, torch.bfloat16, "auto", padded)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 2])
+def test_one_query_without_our_kernels(groups: int) -> None:
+    """Values in halves, which torch's flash kernel takes: cuDNN would make a plan for every number of keys."""
+    case, names = both_maps(1, 2, groups, 3, keys=300, dim=128, value_dim=256), set()
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.add(func._schema.name.partition("::")[2])
+            return func(*args, **(kwargs or {}))
+
+    with Note():
+        got = case.run("torch", torch.bfloat16)["out"].float()
+    want = case.run("reference")["out"]
+    assert (got - want).norm() < 6 * torch.finfo(torch.bfloat16).eps * want.norm()
+    assert {name for name in names if "dot_product" in name} == {"_scaled_dot_product_flash_attention"}
 
 
 @pytest.mark.parametrize("make", [lambda **sizes: one_map(each=True, **sizes), both_maps], ids=["mapped", "maps"])
