@@ -50,19 +50,28 @@ class Parts(NamedTuple):
         return cls(*weight_and_bias(qkv), *weight_and_bias(proj), *local)
 
 
-def apply_node(node: type[torch.autograd.Function], x: Tensor, settings: Any, parameters: tuple[Tensor | None, ...]) -> Any:
-    """`node` of x, the settings and the parameters, which autocast casts first, on the tape; Triton's kernels run where x is."""
+def apply_node(
+    node: type[torch.autograd.Function],
+    x: Tensor,
+    settings: Any,
+    parameters: tuple[Tensor | None, ...],
+    as_they_are: tuple[Tensor | None, ...] = (),
+) -> Any:
+    """`node` of x, the settings and all parameters, on the tape; Triton's kernels run where x is.
+
+    Autocast casts x and `parameters` first. Of `as_they_are` only kernels read, which compute in float32 whatever the dtype.
+    """
     if not is_at_hand(x):
         with torch.cuda.device(x.device):
-            return apply_node(node, x, settings, parameters)
+            return apply_node(node, x, settings, parameters, as_they_are)
     device, apply = x.device.type, node.apply
     if not torch.is_grad_enabled():
         apply = functools.partial(node.forward, _Unrecorded())  # what `apply` does then, in half the time
     if not torch.is_autocast_enabled(device):
-        return apply(x, settings, *parameters)
+        return apply(x, settings, *parameters, *as_they_are)
     dtype = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        return apply(x.to(dtype), settings, *(None if t is None else t.to(dtype) for t in parameters))
+        return apply(x.to(dtype), settings, *(None if t is None else t.to(dtype) for t in parameters), *as_they_are)
 
 
 class _Unrecorded:

@@ -51,8 +51,10 @@ class AgentLayer(NamedTuple):
     key_tables: tuple[Tensor, ...]
     query_tables: tuple[Tensor, ...]
 
-    def parameters(self) -> tuple[Tensor | None, ...]:
-        return (*self.parts, self.kv, self.kv_bias, *self.key_tables, *self.query_tables)
+    def parameters(self) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+        """Those of products, and the others."""
+        *of_products, kernel, kernel_bias = self.parts
+        return (*of_products, self.kv, self.kv_bias), (kernel, kernel_bias, *self.key_tables, *self.query_tables)
 
 
 def takes_layer(x: Tensor, number: int, channels: int, grid_size: Grid, square: Grid | None, dropout_p: float) -> bool:
@@ -70,14 +72,14 @@ def takes_layer(x: Tensor, number: int, channels: int, grid_size: Grid, square: 
 
 def agent_layer(x: Tensor, layer: AgentLayer) -> Tensor:
     """From tokens (B, P + H W, C) to tokens (B, P + H W, C'), by the kernels. No gradients of gradients."""
-    out: Tensor = apply_node(_Layer, x, layer[:5], layer.parameters())
+    out: Tensor = apply_node(_Layer, x, layer[:5], *layer.parameters())
     return out
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, settings: tuple[int, Grid, Grid, int, float], *parameters: Any) -> Tensor:
-        weight, bias, proj, proj_bias, kernel, kernel_bias, kv, kv_bias, *tables = parameters
+        weight, bias, proj, proj_bias, kv, kv_bias, kernel, kernel_bias, *tables = parameters
         if kv is not None:  # one product for all three costs less than two
             weight, bias = torch.cat((weight, kv)), None if bias is None else torch.cat((bias, kv_bias))
         qkv = F.linear(x, weight, bias).contiguous()
@@ -103,17 +105,18 @@ class _Layer(torch.autograd.Function):
         dqkv, d_tables = kernels.attend_backward(qkv, call, attended, dout, (any(of_tables[:half]), any(of_tables[half:])))
         d_kernel, d_kernel_bias = None, None
         if kernel is not None:
-            values, wants = _values(qkv, call), needs[4] or needs[5]
+            values, wants = _values(qkv, call), needs[6] or needs[7]
             d_kernel, d_kernel_bias = depthwise.add_gradients(qkv, dqkv, values, kernel, dout, wants)
-        dx, d_weight, _ = linear_gradients(dqkv, x, weight, needs_x, needs[0] or needs[6], False)
-        d_proj_bias, d_bias = bias_gradients(grad if needs[3] else None, dqkv if needs[1] or needs[7] else None)
+        dx, d_weight, _ = linear_gradients(dqkv, x, weight, needs_x, needs[0] or needs[4], False)
+        d_proj_bias, d_bias = bias_gradients(grad if needs[3] else None, dqkv if needs[1] or needs[5] else None)
         of_kv: list[Tensor | None] = [None, None]
         if ctx.is_split:
             rows = qkv.shape[2] // 3, qkv.shape[2] // 3 * 2
             (d_weight, of_kv[0]), (d_bias, of_kv[1]) = (
                 (None, None) if t is None else t.split_with_sizes(rows) for t in (d_weight, d_bias)
             )
-        return dx, None, d_weight, d_bias, d_proj, d_proj_bias, d_kernel, d_kernel_bias, *of_kv, *d_tables[: len(of_tables)]
+        of_products = d_weight, d_bias, d_proj, d_proj_bias, *of_kv
+        return dx, None, *of_products, d_kernel, d_kernel_bias, *d_tables[: len(of_tables)]
 
 
 def _values(qkv: Tensor, call: kernels.LayerCall) -> depthwise.Channels:

@@ -68,7 +68,7 @@ def stripe_layer(
     Returns: (B, H W, C'').
     """
     flat = tuple(t for pair in convolutions for t in pair)
-    out: Tensor = apply_node(_Layer, x, settings, (*qkv, *proj, *flat))
+    out: Tensor = apply_node(_Layer, x, settings, (*qkv, *proj), flat)
     return out
 
 

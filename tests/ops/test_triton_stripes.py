@@ -113,6 +113,20 @@ def test_without_gradients() -> None:
             assert layer(x[:0], grid_size=(4, 6)).shape == (0, 24, 32)
 
 
+def test_autocast() -> None:
+    layer, x = build((4, 6), use_agents=False, split_size=2)
+    leaves, found = [x, *layer.parameters()], []
+    for enabled in (False, True):
+        with ops.use_backend("triton"), torch.autocast(DEVICE, torch.float16, enabled=enabled):
+            out = layer(x, grid_size=(4, 6))
+        assert out.dtype == (torch.float16 if enabled else torch.float32)
+        assert type(out.grad_fn).__name__ == "_LayerBackward"
+        found.append((out.float(), *torch.autograd.grad(out.float().square().sum(), leaves)))
+    for right, got in zip(*found, strict=True):
+        assert got.dtype == torch.float32
+        assert (got - right).norm() < 1e-2 * right.norm()
+
+
 def test_half_precision() -> None:
     """Stripes of 98 cells, as the published models have them."""
     layer, x = build((14, 14), heads=2, use_agents=False, split_size=7)

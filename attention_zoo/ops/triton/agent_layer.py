@@ -225,7 +225,8 @@ def _empty_tables(like: Tensor, layer: LayerCall, wants: tuple[bool, bool]) -> t
     tables: list[Tensor | None] = []
     for number, wanted in enumerate(wants):
         if wanted and layer.sides is not None:
-            tables += (like.new_empty(shape) for shape in layer.shapes(number))
+            dtypes = layer.dtypes[1 + number * layer.each :]
+            tables += (like.new_empty(shape, dtype=dtype) for shape, dtype in zip(layer.shapes(number), dtypes, strict=False))
         else:
             tables += [None] * layer.each
     return tuple(tables)

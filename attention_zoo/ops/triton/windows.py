@@ -139,7 +139,7 @@ def _tiling(cells: int, row_bytes: int) -> dict[str, int]:
     rows = tile(cells, 128)
     while rows < 64 and 2 * rows * row_bytes <= 8192:
         rows *= 2
-    return {"BM": rows, "num_warps": 4 if rows * row_bytes <= 8192 else 8}
+    return {"BM": rows, "num_warps": 4 if rows < 128 and rows * row_bytes <= 8192 else 8}  # 128 x 128 logits are many registers
 
 
 class Windows(NamedTuple):
