@@ -352,7 +352,7 @@ class MoHAttention(MixtureOfHeads):
             num_heads: query heads of the source; needed for a state dict, and for modules without `num_heads` or `head_dim`.
             router: "linear" (for encoders) or "query_norm" (for pretrained decoders).
             shared_heads: None: the first half, rounded down to whole groups of query heads with one key/value head.
-            routed_topk: None: all routed heads.
+            routed_topk: None, without active_heads: all routed heads.
             head_order: head i of the result is head head_order[i] of the source, so that the heads that matter most can come first
                 and be the shared ones. Query heads with one key/value head must stay together.
             options: further constructor arguments; they win over the settings of the source. For a state dict with `q_norm` and
@@ -370,12 +370,14 @@ class MoHAttention(MixtureOfHeads):
         if shared_heads is None:
             group = num_heads // num_kv_heads
             shared_heads = num_heads // 2 // group * group
+        if routed_topk is None and options.get("active_heads") is None:
+            routed_topk = num_heads - shared_heads
         module = cls(
             dim,
             num_heads,
             router=router,
             shared_heads=shared_heads,
-            routed_topk=num_heads - shared_heads if routed_topk is None else routed_topk,
+            routed_topk=routed_topk,
             num_kv_heads=num_kv_heads,
             **{
                 "head_dim": head_dim,

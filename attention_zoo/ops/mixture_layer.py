@@ -252,15 +252,12 @@ class _NormLayer(torch.autograd.Function):
                 for t, like, wanted in zip((dq, dk, dv), (q, k, v), needs_projected, strict=True)
             )
             return None, None, *d_projected, *(None,) * 8
-        dx: Tensor | None = None
         of_parts: list[Tensor | None] = []
         rows = [t.reshape(-1, like.shape[2]) for t, like in zip((dq, dk, dv), (q, k, v), strict=True)]
         of_biases = bias_gradients(*(t if wanted else None for t, wanted in zip(rows, needs[1:6:2], strict=True)))
-        for i, (own, weight) in enumerate(zip(rows, (wq, wk, wv), strict=True)):
-            d_part_x, d_weight, _ = linear_gradients(own, as_rows(x), weight, needs_x and i == 0, needs[2 * i], False)
-            if needs_x:
-                dx = d_part_x if dx is None else dx.addmm_(own, weight)
-            of_parts += [d_weight, of_biases[i]]
+        for own, of_bias, wanted in zip(rows, of_biases, needs[:6:2], strict=True):
+            of_parts += [torch.mm(own.t(), as_rows(x)) if wanted else None, of_bias]
+        dx = torch.mm(rows[0], wq).addmm_(rows[1], wk).addmm_(rows[2], wv) if needs_x else None
         (d_proj_bias,) = bias_gradients(grad if needs[7] else None)
         return None if dx is None else dx.view_as(x), None, None, None, None, *of_parts, d_proj, d_proj_bias
 

@@ -817,6 +817,12 @@ def test_conversion_with_any_number_of_shared_heads(shared: int) -> None:
     assert module.training
 
 
+def test_conversion_with_a_number_of_active_heads() -> None:
+    source = az.create_attention("mha", 12, 6)
+    module = MoHAttention.from_softmax_attention(source, shared_heads=2, active_heads=5)
+    assert (module.shared_heads, module.routed_topk) == (2, 3)
+
+
 def test_conversion_from_a_state_dict() -> None:
     source = az.create_attention("mha", 12, 6, qkv_bias=True)
     module = MoHAttention.from_softmax_attention(source.state_dict(), num_heads=6, shared_heads=1, routed_topk=2)
