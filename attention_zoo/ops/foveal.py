@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from attention_zoo.ops._kernels import use_kernel
 from attention_zoo.ops._tap import is_observed, observe
+from attention_zoo.ops.engines.base import GRID_LIMIT
 
 __all__ = ["foveal_attention"]
 
@@ -84,8 +85,11 @@ def foveal_attention(
 
 
 def _missing(q: Tensor) -> str | None:
-    """Why the kernels have no heads like these; None if they have."""
-    return f"heads of more than {_MOST_CHANNELS} channels: {q.shape[-1]}" if q.shape[-1] > _MOST_CHANNELS else None
+    """Why the kernels do not serve heads like these; None if they do."""
+    if q.shape[-1] > _MOST_CHANNELS:
+        return f"heads of more than {_MOST_CHANNELS} channels: {q.shape[-1]}"
+    heads = q.shape[0] * q.shape[1]
+    return f"more than {GRID_LIMIT} heads of all samples together: {heads}" if heads > GRID_LIMIT else None
 
 
 def _neighbours(x: Tensor, grid: Grid, window_size: int) -> list[Tensor]:

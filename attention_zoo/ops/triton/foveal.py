@@ -31,15 +31,22 @@ def _place(n, j, sign, HEIGHT, WIDTH, SIDE: tl.constexpr):
 
 
 @triton.jit
-def _rows(X, n, d, sn, wanted):
-    return tl.load(X + n.to(tl.int64)[:, None] * sn + d[None, :], mask=wanted, other=0.0)
+def _at(X, b, h, n, d, sb, sh, sn, UNIT: tl.constexpr):
+    """Rows n of a head. Strides come in units, so that Triton sees which loads may be wide: it looks for multiples of 16 itself,
+    and heads of 24 channels are multiples of 8."""
+    return X + (b * sb + h * sh) * UNIT + (n * (sn * UNIT))[:, None] + d[None, :]
+
+
+@triton.jit
+def _rows(X, b, h, n, d, sb, sh, sn, wanted, UNIT: tl.constexpr):
+    return tl.load(_at(X, b, h, n, d, sb, sh, sn, UNIT), mask=wanted, other=0.0)
 
 
 @triton.jit
 def _pooled_logits(q, pooled_k, PooledBias, n, p, N, POOLED, real, PRECISION: tl.constexpr):
     """Of base 2, (tokens, pooled tokens)."""
     bias = tl.load(
-        PooledBias + n.to(tl.int64)[:, None] * POOLED + p[None, :], mask=real[:, None] & (p < POOLED)[None, :], other=0.0
+        PooledBias + (n * POOLED)[:, None] + p[None, :], mask=real[:, None] & (p < POOLED)[None, :], other=0.0
     )  # fmt: skip
     x = (tl.dot(q, tl.trans(pooled_k), input_precision=PRECISION) + bias.to(tl.float32)) * 1.4426950408889634
     return tl.where((p < POOLED)[None, :], x, float("-inf"))
@@ -49,8 +56,9 @@ def _pooled_logits(q, pooled_k, PooledBias, n, p, N, POOLED, real, PRECISION: tl
 def _forward_kernel(
     Q, U, K, V, PooledK, PooledV, LocalBias, PooledBias, Tokens, TokenBias, Out, Lse,
     sqb, sqh, sqn, sub, suh, sun, skb, skh, skn, svb, svh, svn, spb, sph, spn, swb, swh, swn, sob, soh, son,
-    HEADS, N, POOLED, HEIGHT, WIDTH, D,
-    SIDE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+    HEADS, N, POOLED, HEIGHT, WIDTH,
+    SIDE: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1)
     b, h = (bh // HEADS).to(tl.int64), bh % HEADS
@@ -58,16 +66,16 @@ def _forward_kernel(
     real = n < N
     wanted = real[:, None] & (d < D)[None, :]
     PLACES: tl.constexpr = SIDE * SIDE
-    q = _rows(Q + b * sqb + h * sqh, n, d, sqn, wanted)
-    u = _rows(U + b * sub + h * suh, n, d, sun, wanted).to(tl.float32)
+    q = _rows(Q, b, h, n, d, sqb, sqh, sqn, wanted, UNIT)
+    u = _rows(U, b, h, n, d, sub, suh, sun, wanted, UNIT).to(tl.float32)
     highest = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
     for start in range(0, POOLED, BP):
         p = start + tl.arange(0, BP)
         there = (p < POOLED)[:, None] & (d < D)[None, :]
-        pooled_k = _rows(PooledK + b * spb + h * sph, p, d, spn, there)
-        pooled_v = _rows(PooledV + b * swb + h * swh, p, d, swn, there)
+        pooled_k = _rows(PooledK, b, h, p, d, spb, sph, spn, there, UNIT)
+        pooled_v = _rows(PooledV, b, h, p, d, swb, swh, swn, there, UNIT)
         x = _pooled_logits(q, pooled_k, PooledBias + h.to(tl.int64) * N * POOLED, n, p, N, POOLED, real, PRECISION)
         weights, fade, highest, total = absorb(x, highest, total)
         acc = acc * fade[:, None] + tl.dot(weights.to(pooled_v.dtype), pooled_v, input_precision=PRECISION)
@@ -77,8 +85,8 @@ def _forward_kernel(
         m, inside = _place(n, j, 1, HEIGHT, WIDTH, SIDE)
         inside = inside & real
         near = inside[:, None] & (d < D)[None, :]
-        k = _rows(K + b * skb + h * skh, m, d, skn, near).to(tl.float32)
-        v = _rows(V + b * svb + h * svh, m, d, svn, near).to(tl.float32)
+        k = _rows(K, b, h, m, d, skb, skh, skn, near, UNIT).to(tl.float32)
+        v = _rows(V, b, h, m, d, svb, svh, svn, near, UNIT).to(tl.float32)
         x = (tl.sum(q * k, 1) + tl.load(LocalBias + h * PLACES + j).to(tl.float32)) * 1.4426950408889634
         x = tl.where(inside, x, float("-inf"))
         higher = tl.maximum(highest, x)
@@ -88,8 +96,7 @@ def _forward_kernel(
         factor = tl.sum(u * token[None, :], 1) + tl.load(TokenBias + h * PLACES + j).to(tl.float32)
         by_place += factor[:, None] * v
     out, lse = conclude(acc, highest, total)
-    at = Out + b * sob + h * soh + n.to(tl.int64)[:, None] * son + d[None, :]
-    tl.store(at, (out + by_place).to(Out.dtype.element_ty), mask=wanted)
+    tl.store(_at(Out, b, h, n, d, sob, soh, son, UNIT), (out + by_place).to(Out.dtype.element_ty), mask=wanted)
     tl.store(Lse + bh.to(tl.int64) * N + n, lse, mask=real)
 
 
@@ -99,8 +106,9 @@ def _query_kernel(
     DLogits, Weights, DFactors,
     sqb, sqh, sqn, sub, suh, sun, skb, skh, skn, svb, svh, svn, spb, sph, spn, swb, swh, swn, sob, soh, son, sgb, sgh, sgn,
     sdqb, sdqh, sdqn, sdub, sduh, sdun,
-    HEADS, N, POOLED, HEIGHT, WIDTH, D,
-    SIDE: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+    HEADS, N, POOLED, HEIGHT, WIDTH,
+    SIDE: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of both queries; for the other kernels delta, and for each place the gradients of its logit and of its factor, and
     the whole weight of its value."""
@@ -111,17 +119,17 @@ def _query_kernel(
     wanted = real[:, None] & (d < D)[None, :]
     PLACES: tl.constexpr = SIDE * SIDE
     of_head = bh.to(tl.int64) * N
-    native = _rows(Q + b * sqb + h * sqh, n, d, sqn, wanted)
-    u = _rows(U + b * sub + h * suh, n, d, sun, wanted).to(tl.float32)
-    rounded = _rows(DOut + b * sgb + h * sgh, n, d, sgn, wanted)
+    native = _rows(Q, b, h, n, d, sqb, sqh, sqn, wanted, UNIT)
+    u = _rows(U, b, h, n, d, sub, suh, sun, wanted, UNIT).to(tl.float32)
+    rounded = _rows(DOut, b, h, n, d, sgb, sgh, sgn, wanted, UNIT)
     q, grad = native.to(tl.float32), rounded.to(tl.float32)
     lse = tl.load(Lse + of_head + n, mask=real, other=0.0)
-    delta = tl.sum(_rows(Out + b * sob + h * soh, n, d, son, wanted).to(tl.float32) * grad, 1)
+    delta = tl.sum(_rows(Out, b, h, n, d, sob, soh, son, wanted, UNIT).to(tl.float32) * grad, 1)
     du = tl.zeros([BM, BD], tl.float32)
     for j in range(PLACES):  # delta is of the softmax's part of the output
         m, inside = _place(n, j, 1, HEIGHT, WIDTH, SIDE)
         near = (inside & real)[:, None] & (d < D)[None, :]
-        v = _rows(V + b * svb + h * svh, m, d, svn, near).to(tl.float32)
+        v = _rows(V, b, h, m, d, svb, svh, svn, near, UNIT).to(tl.float32)
         token = tl.load(Tokens + (h * D + d) * PLACES + j, mask=d < D, other=0.0).to(tl.float32)
         factor = tl.sum(u * token[None, :], 1) + tl.load(TokenBias + h * PLACES + j).to(tl.float32)
         dp = tl.sum(grad * v, 1)
@@ -133,8 +141,8 @@ def _query_kernel(
         m, inside = _place(n, j, 1, HEIGHT, WIDTH, SIDE)
         inside = inside & real
         near = inside[:, None] & (d < D)[None, :]
-        k = _rows(K + b * skb + h * skh, m, d, skn, near).to(tl.float32)
-        v = _rows(V + b * svb + h * svh, m, d, svn, near).to(tl.float32)
+        k = _rows(K, b, h, m, d, skb, skh, skn, near, UNIT).to(tl.float32)
+        v = _rows(V, b, h, m, d, svb, svh, svn, near, UNIT).to(tl.float32)
         x = (tl.sum(q * k, 1) + tl.load(LocalBias + h * PLACES + j).to(tl.float32)) * 1.4426950408889634
         p = tl.where(inside, tl.exp2(x - lse), 0.0)
         token = tl.load(Tokens + (h * D + d) * PLACES + j, mask=d < D, other=0.0).to(tl.float32)
@@ -147,15 +155,14 @@ def _query_kernel(
     for start in range(0, POOLED, BP):
         p = start + tl.arange(0, BP)
         there = (p < POOLED)[:, None] & (d < D)[None, :]
-        pooled_k = _rows(PooledK + b * spb + h * sph, p, d, spn, there)
-        pooled_v = _rows(PooledV + b * swb + h * swh, p, d, swn, there)
+        pooled_k = _rows(PooledK, b, h, p, d, spb, sph, spn, there, UNIT)
+        pooled_v = _rows(PooledV, b, h, p, d, swb, swh, swn, there, UNIT)
         x = _pooled_logits(native, pooled_k, PooledBias + h.to(tl.int64) * N * POOLED, n, p, N, POOLED, real, PRECISION)
         dp = tl.dot(rounded, tl.trans(pooled_v), input_precision=PRECISION)
         ds = tl.exp2(x - lse[:, None]) * (dp - delta[:, None])
         dq += tl.dot(ds.to(pooled_k.dtype), pooled_k, input_precision=PRECISION)
-    rows = n.to(tl.int64)[:, None]
-    tl.store(DQ + b * sdqb + h * sdqh + rows * sdqn + d[None, :], dq.to(DQ.dtype.element_ty), mask=wanted)
-    tl.store(DU + b * sdub + h * sduh + rows * sdun + d[None, :], du.to(DU.dtype.element_ty), mask=wanted)
+    tl.store(_at(DQ, b, h, n, d, sdqb, sdqh, sdqn, UNIT), dq.to(DQ.dtype.element_ty), mask=wanted)
+    tl.store(_at(DU, b, h, n, d, sdub, sduh, sdun, UNIT), du.to(DU.dtype.element_ty), mask=wanted)
     tl.store(Delta + of_head + n, delta, mask=real)
 
 
@@ -163,8 +170,8 @@ def _query_kernel(
 def _neighbour_kernel(
     Q, DOut, DLogits, Weights, DK, DV_,
     sqb, sqh, sqn, sgb, sgh, sgn, sdkb, sdkh, sdkn, sdvb, sdvh, sdvn,
-    HEADS, N, HEIGHT, WIDTH, D,
-    SIDE: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    HEADS, N, HEIGHT, WIDTH,
+    SIDE: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of neighbours' keys and values, from all tokens in whose windows they stand."""
     bh = tl.program_id(1)
@@ -181,19 +188,19 @@ def _neighbour_kernel(
         at = (bh.to(tl.int64) * PLACES + j) * N + n
         ds = tl.load(DLogits + at, mask=inside, other=0.0).to(tl.float32)
         weight = tl.load(Weights + at, mask=inside, other=0.0).to(tl.float32)
-        dk += ds[:, None] * _rows(Q + b * sqb + h * sqh, n, d, sqn, near).to(tl.float32)
-        dv += weight[:, None] * _rows(DOut + b * sgb + h * sgh, n, d, sgn, near).to(tl.float32)
-    rows, wanted = m.to(tl.int64)[:, None], real[:, None] & (d < D)[None, :]
-    tl.store(DK + b * sdkb + h * sdkh + rows * sdkn + d[None, :], dk.to(DK.dtype.element_ty), mask=wanted)
-    tl.store(DV_ + b * sdvb + h * sdvh + rows * sdvn + d[None, :], dv.to(DV_.dtype.element_ty), mask=wanted)
+        dk += ds[:, None] * _rows(Q, b, h, n, d, sqb, sqh, sqn, near, UNIT).to(tl.float32)
+        dv += weight[:, None] * _rows(DOut, b, h, n, d, sgb, sgh, sgn, near, UNIT).to(tl.float32)
+    wanted = real[:, None] & (d < D)[None, :]
+    tl.store(_at(DK, b, h, m, d, sdkb, sdkh, sdkn, UNIT), dk.to(DK.dtype.element_ty), mask=wanted)
+    tl.store(_at(DV_, b, h, m, d, sdvb, sdvh, sdvn, UNIT), dv.to(DV_.dtype.element_ty), mask=wanted)
 
 
 @triton.jit
 def _pooled_kernel(
     Q, PooledK, PooledV, PooledBias, DOut, Lse, Delta, DPooledK, DPooledV,
     sqb, sqh, sqn, spb, sph, spn, swb, swh, swn, sgb, sgh, sgn,
-    HEADS, ALL, N, POOLED, TILES, STEPS, D,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+    HEADS, ALL, N, POOLED, TILES, STEPS,
+    D: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of pooled keys and values from `STEPS` tiles of queries: (share, sample and head, pooled token, channel)."""
     bh = tl.program_id(1)
@@ -201,20 +208,20 @@ def _pooled_kernel(
     share, portion = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     p, d = portion * BP + tl.arange(0, BP), tl.arange(0, BD)
     there = (p < POOLED)[:, None] & (d < D)[None, :]
-    pooled_k = _rows(PooledK + b * spb + h * sph, p, d, spn, there)
-    pooled_v = _rows(PooledV + b * swb + h * swh, p, d, swn, there)
+    pooled_k = _rows(PooledK, b, h, p, d, spb, sph, spn, there, UNIT)
+    pooled_v = _rows(PooledV, b, h, p, d, swb, swh, swn, there, UNIT)
     dk = tl.zeros([BP, BD], tl.float32)
     dv = tl.zeros([BP, BD], tl.float32)
     for step in range(STEPS):
         n = (share * STEPS + step) * BM + tl.arange(0, BM)
         real = n < N
         wanted = real[:, None] & (d < D)[None, :]
-        q = _rows(Q + b * sqb + h * sqh, n, d, sqn, wanted)
-        grad = _rows(DOut + b * sgb + h * sgh, n, d, sgn, wanted)
+        q = _rows(Q, b, h, n, d, sqb, sqh, sqn, wanted, UNIT)
+        grad = _rows(DOut, b, h, n, d, sgb, sgh, sgn, wanted, UNIT)
         lse = tl.load(Lse + bh.to(tl.int64) * N + n, mask=real, other=float("inf"))
         delta = tl.load(Delta + bh.to(tl.int64) * N + n, mask=real, other=0.0)
         bias = tl.load(
-            PooledBias + (h.to(tl.int64) * N + n)[None, :] * POOLED + p[:, None],
+            PooledBias + h.to(tl.int64) * N * POOLED + (n * POOLED)[None, :] + p[:, None],
             mask=real[None, :] & (p < POOLED)[:, None], other=0.0,
         )  # fmt: skip
         x = (tl.dot(pooled_k, tl.trans(q), input_precision=PRECISION) + bias.to(tl.float32)) * 1.4426950408889634
@@ -231,8 +238,8 @@ def _pooled_kernel(
 def _bias_kernel(
     Q, PooledK, PooledV, PooledBias, DOut, Lse, Delta, DBias,
     sqb, sqh, sqn, spb, sph, spn, swb, swh, swn, sgb, sgh, sgn,
-    BATCH, HEADS, N, POOLED, TILES, D,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+    BATCH, HEADS, N, POOLED, TILES,
+    D: tl.constexpr, UNIT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the pooled tokens' bias (head, token, pooled token): a sum over the samples."""
     h = tl.program_id(1)
@@ -243,16 +250,16 @@ def _bias_kernel(
     acc = tl.zeros([BM, BP], tl.float32)
     for sample in range(BATCH):
         b = tl.cast(sample, tl.int64)
-        q = _rows(Q + b * sqb + h * sqh, n, d, sqn, wanted)
-        grad = _rows(DOut + b * sgb + h * sgh, n, d, sgn, wanted)
-        pooled_k = _rows(PooledK + b * spb + h * sph, p, d, spn, there)
-        pooled_v = _rows(PooledV + b * swb + h * swh, p, d, swn, there)
+        q = _rows(Q, b, h, n, d, sqb, sqh, sqn, wanted, UNIT)
+        grad = _rows(DOut, b, h, n, d, sgb, sgh, sgn, wanted, UNIT)
+        pooled_k = _rows(PooledK, b, h, p, d, spb, sph, spn, there, UNIT)
+        pooled_v = _rows(PooledV, b, h, p, d, swb, swh, swn, there, UNIT)
         lse = tl.load(Lse + (b * HEADS + h) * N + n, mask=real, other=float("inf"))
         delta = tl.load(Delta + (b * HEADS + h) * N + n, mask=real, other=0.0)
         x = _pooled_logits(q, pooled_k, PooledBias + h.to(tl.int64) * N * POOLED, n, p, N, POOLED, real, PRECISION)
         dp = tl.dot(grad, tl.trans(pooled_v), input_precision=PRECISION)
         acc += tl.exp2(x - lse[:, None]) * (dp - delta[:, None])
-    at = DBias + (h.to(tl.int64) * N + n)[:, None] * POOLED + p[None, :]
+    at = DBias + h.to(tl.int64) * N * POOLED + (n * POOLED)[:, None] + p[None, :]
     tl.store(at, acc.to(DBias.dtype.element_ty), mask=real[:, None] & (p < POOLED)[None, :])
 
 
@@ -278,11 +285,12 @@ class _Call(NamedTuple):
     @property
     def rows(self) -> int:
         """Of a tile of tokens, a few of which stay in registers."""
-        return max(16, min(64, 4096 // (tile(self.dim, 128) * max(1, self.bytes // 2))))
+        return max(16, min(64, 4096 // (tile(self.dim, 128) * self.bytes)))
 
-    def constants(self, *names: str) -> dict[str, Any]:
-        known = {"SIDE": self.side, "PRECISION": self.precision, "BM": self.rows, "BP": tile(self.pooled)}
-        return {name: known[name] for name in names} | {"BD": tile(self.dim, 128), "num_warps": 4, "num_stages": 2}
+    def constants(self, unit: int, *names: str) -> dict[str, Any]:
+        known = {"SIDE": self.side, "PRECISION": self.precision, "BP": tile(self.pooled)}
+        same = {"D": self.dim, "UNIT": unit, "BM": self.rows, "BD": tile(self.dim, 128)}
+        return {name: known[name] for name in names} | same | {"num_warps": 4, "num_stages": 2}
 
     def grid(self) -> tuple[int, int]:
         return ceil_div(self.tokens, self.rows), self.batch * self.heads
@@ -298,9 +306,9 @@ class _Call(NamedTuple):
 _Strides = tuple[tuple[int, ...], ...]
 
 
-def _places(strides: _Strides) -> tuple[list[Place], list[int]]:
-    """Tensors of (B, h, N, d) one after the other, and their strides but the last."""
-    return [Place(number) for number in range(len(strides))], [s for of in strides for s in of[:3]]
+def _unit(strides: _Strides) -> int:
+    """What all strides but the last, which is 1, are multiples of."""
+    return 8 if all(stride % 8 == 0 for of in strides for stride in of[:3]) else 1
 
 
 # `strides`: of the tensors of (B, h, N, d), first among those of a launch; `key`: dtypes and device.
@@ -309,57 +317,63 @@ def _places(strides: _Strides) -> tuple[list[Place], list[int]]:
 @settled
 def _forward_of(call: _Call, strides: _Strides, key: tuple[Any, ...]) -> Launch:
     """Of q, u, k, v, pooled k, pooled v, out; local bias, pooled bias, tokens, their bias; log-normalisers."""
-    (q, u, k, v, pooled_k, pooled_v, out), numbers = _places(strides)
-    places = q, u, k, v, pooled_k, pooled_v, Place(7), Place(8), Place(9), Place(10), out, Place(11)
-    sizes = call.heads, call.tokens, call.pooled, call.height, call.width, call.dim
-    return Launch(_forward_kernel, call.grid(), places, (*numbers, *sizes), call.constants("SIDE", "PRECISION", "BM", "BP"))
+    places, unit = [Place(number) for number in (0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 6, 11)], _unit(strides)
+    numbers = [stride // unit for of in strides for stride in of[:3]]
+    sizes = call.heads, call.tokens, call.pooled, call.height, call.width
+    return Launch(_forward_kernel, call.grid(), places, (*numbers, *sizes), call.constants(unit, "SIDE", "PRECISION", "BP"))
 
 
 @settled
 def _backward_of(call: _Call, strides: _Strides, key: tuple[Any, ...]) -> tuple[Launch, ...]:
     """Of q, u, k, v, pooled k, pooled v, out, its gradient, dq, du, dk, dv; local bias, pooled bias, tokens, their bias;
     log-normalisers, delta, three numbers for each place; dpooled k, dpooled v, each share's; the pooled bias's gradient."""
-    (q, u, k, v, pooled_k, pooled_v, out, grad, dq, du, dk, dv), _ = _places(strides)
+    (q, u, k, v, pooled_k, pooled_v, out, grad, dq, du, dk, dv), unit = map(Place, range(12)), _unit(strides)
     local, pooled_bias, tokens, token_bias, lse, delta, logits, weights, factors, d_pooled_k, d_pooled_v, d_bias = map(
         Place, range(12, 24)
     )
-    of = {place.tensor: strides[place.tensor][:3] for place in (q, u, k, v, pooled_k, pooled_v, out, grad, dq, du, dk, dv)}
 
     def numbers(*places: Place) -> list[int]:
-        return [stride for place in places for stride in of[place.tensor]]
+        return [stride // unit for place in places for stride in strides[place.tensor][:3]]
 
-    sizes, (shares, steps) = (call.height, call.width, call.dim), call.shares()
+    shares, steps = call.shares()
     tiles = ceil_div(call.pooled, tile(call.pooled))
     of_pooled = (q, pooled_k, pooled_v, pooled_bias, grad, lse, delta), numbers(q, pooled_k, pooled_v, grad)
-    constants = call.constants("PRECISION", "BM", "BP")
+    constants = call.constants(unit, "PRECISION", "BP")
     return (
         Launch(
             _query_kernel,
             call.grid(),
             (q, u, k, v, pooled_k, pooled_v, local, pooled_bias, tokens, token_bias, out, grad, lse, dq, du, delta)
             + (logits, weights, factors),
-            (*numbers(q, u, k, v, pooled_k, pooled_v, out, grad, dq, du), call.heads, call.tokens, call.pooled, *sizes),
-            call.constants("SIDE", "PRECISION", "BM", "BP"),
+            (
+                *numbers(q, u, k, v, pooled_k, pooled_v, out, grad, dq, du),
+                call.heads,
+                call.tokens,
+                call.pooled,
+                call.height,
+                call.width,
+            ),
+            call.constants(unit, "SIDE", "PRECISION", "BP"),
         ),
         Launch(
             _neighbour_kernel,
             call.grid(),
             (q, grad, logits, weights, dk, dv),
-            (*numbers(q, grad, dk, dv), call.heads, call.tokens, *sizes),
-            call.constants("SIDE", "BM"),
+            (*numbers(q, grad, dk, dv), call.heads, call.tokens, call.height, call.width),
+            call.constants(unit, "SIDE"),
         ),
         Launch(
             _pooled_kernel,
             (shares * tiles, call.batch * call.heads),
             (*of_pooled[0], d_pooled_k, d_pooled_v),
-            (*of_pooled[1], call.heads, call.batch * call.heads, call.tokens, call.pooled, tiles, steps, call.dim),
+            (*of_pooled[1], call.heads, call.batch * call.heads, call.tokens, call.pooled, tiles, steps),
             constants,
         ),
         Launch(
             _bias_kernel,
             (call.grid()[0] * tiles, call.heads),
             (*of_pooled[0], d_bias),
-            (*of_pooled[1], call.batch, call.heads, call.tokens, call.pooled, tiles, call.dim),
+            (*of_pooled[1], call.batch, call.heads, call.tokens, call.pooled, tiles),
             constants,
         ),
     )
