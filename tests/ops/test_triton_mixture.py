@@ -605,6 +605,39 @@ def test_layer_of_all_heads_in_half_precision(options: dict[str, Any], nodes_see
                 assert error < 1.5 * usual + 4e-3 * right.norm(), f"{name} {half}: {error}, {usual}"
 
 
+@pytest.mark.usefixtures("_library_everywhere")
+@pytest.mark.parametrize("all_heads", [False, True], ids=["packed", "all heads"])
+@pytest.mark.parametrize("options", [{"qkv_bias": True}, {"router": "query_norm", "router_grad": "ste"}], ids=["linear", "norms"])
+def test_launches_are_settled(
+    options: dict[str, Any], all_heads: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """No tensor begins elsewhere than at 16 bytes, or Triton looks at all arguments of each launch; nor do losses' gradients."""
+    from attention_zoo.ops.triton._launch import Launch
+
+    if all_heads:
+        request.getfixturevalue("_all_heads")
+    found: list[bool] = []
+    launch = Launch._launch
+
+    def note(self: Launch, tensors: Sequence[Tensor], aligned: bool) -> None:
+        found.append(aligned)
+        launch(self, tensors, aligned)
+
+    monkeypatch.setattr(Launch, "_launch", note)
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"num_heads": 6, "shared_heads": 2, "routed_topk": 1, "head_dim": 8}
+    model = nn.Sequential(*(az.create_attention("moh", 24, **sizes, **options, device=DEVICE) for _ in range(2)))
+    tables = {"position_embeddings": (torch.ones(1, 9, 8, device=DEVICE), torch.zeros(1, 9, 8, device=DEVICE))}
+    for positions in ({}, tables):
+        with ops.use_backend("triton"):
+            x = torch.randn(2, 9, 24, device=DEVICE, requires_grad=True)
+            for layer in model:
+                x = layer(x, **positions)
+            (x.sum() + az.auxiliary_loss(model)).backward()
+    assert len(found) > 10
+    assert all(found)
+
+
 @pytest.mark.usefixtures("_all_heads")
 def test_swapped_layers_reach_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a model of timm's with a class token; what is more than its weights stays outside, dropped attention leaves no node."""

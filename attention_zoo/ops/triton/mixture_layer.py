@@ -16,6 +16,7 @@ from attention_zoo.ops._fused import fused_backward, fused_forward
 from attention_zoo.ops.triton._common import precision
 from attention_zoo.ops.triton._launch import Place, launch_all, settled
 from attention_zoo.ops.triton.mixture import Attended, Call, attend, attend_backward
+from attention_zoo.ops.triton.mixture_balance import with_own_start
 from attention_zoo.ops.triton.mixture_gates import GatesCall, gates_gradient_launches, gates_launches
 from attention_zoo.ops.triton.mixture_rows import gate_rows, gate_rows_backward, join_heads
 
@@ -165,7 +166,7 @@ def route_backward(
     own, dlogits = _settle_routers(routers), torch.empty_like(logits)
     of_loss = d_loss is not None
     launches = gates_gradient_launches(own.call, own.gradients, slopes is not None and not of_loss, of_loss, own.pad)
-    given = scores if slopes is None else slopes, scores if d_loss is None else d_loss
+    given = scores if slopes is None else slopes, scores if d_loss is None else with_own_start(d_loss)
     launch_all(launches, (logits, logits, logits, scores, chosen, dgates, *given, dlogits))
     return dlogits
 
