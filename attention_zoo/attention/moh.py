@@ -167,7 +167,7 @@ class MixtureOfHeads(AuxiliaryLossModule):
     patterns=PATTERNS,
     kv_cache=True,
     cost="O(N^2 d (h_s + K)); with masks, dropout or few tokens O(N^2 d h)",
-    engines=("flash", "torch", "xformers", "flex"),
+    engines=("triton", "flash", "torch", "xformers", "flex"),
     decoder_options={"router": "query_norm"},  # as the paper continues to train LLaMA3-8B; no new parameters
 )
 class MoHAttention(MixtureOfHeads):
