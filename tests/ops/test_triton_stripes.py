@@ -141,3 +141,61 @@ def test_half_precision() -> None:
     found = torch.autograd.grad(got.float().square().sum(), [x, *half.parameters()])
     for right, gradient in zip(gradients, found, strict=True):
         assert (gradient.float() - right).norm() < 1e-2 * right.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["agent_deit_t", "agent_pvt_t", "agent_swin_t", "agent_cswin_t"])
+def test_models(name: str) -> None:
+    """In bfloat16 as eager calls have it, against float32 by plain code."""
+    model = az.create_model(name, num_classes=10).to(DEVICE).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("_bias"):  # tables that matter
+            nn.init.normal_(parameter)
+    x, found = torch.randn(4, 3, 224, 224, device=DEVICE), []
+    with ops.use_backend("reference"):
+        out = model(x)
+        found.append((out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))))
+    half = model.bfloat16()
+    out = half(x.bfloat16())
+    found.append((out, *torch.autograd.grad(out.float().square().sum(), list(half.parameters()))))
+    for want, got in zip(*found, strict=True):
+        assert got.isfinite().all()
+        assert (got.float() - want.float()).norm() < 0.3 * want.float().norm() + 1e-3  # of sums that nearly cancel
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "options", "prefix"),
+    [
+        ("agent", {"window_size": (14, 14), "num_prefix_tokens": 1}, 1),
+        ("agent", {"window_size": (14, 14), "split_qkv": True}, 0),
+        ("agent_cswin", {"resolution": (14, 14)}, 0),
+        ("agent_cswin", {"resolution": (14, 14), "split_size": 7, "use_agents": False}, 0),
+    ],
+    ids=["class token", "split", "agents", "stripes"],
+)
+def test_in_cuda_graphs(name: str, options: dict[str, Any], prefix: int) -> None:
+    """Replayed forward and backward give what eager calls gave."""
+    layer = az.create_attention(name, 128, 4, **options, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(8, prefix + 196, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.layer(x, grid_size=(14, 14))
+            return out
+
+    def run(function: Any, x: Tensor) -> tuple[Tensor, ...]:
+        out = function(x)
+        found = torch.autograd.grad(out.float().square().sum(), (x, *layer.parameters()))
+        return tuple(t.detach().clone() for t in (out, *found))  # a capture cannot wait for the streams of older nodes
+
+    assert type(layer(x, grid_size=(14, 14)).grad_fn).__name__ == "_LayerBackward"
+    module = Fixed()
+    want = run(module, x)
+    graphed = torch.cuda.make_graphed_callables(module, (torch.randn_like(x).requires_grad_(),))
+    for got, right in zip(run(graphed, x), want, strict=True):
+        assert (got - right).float().norm() <= 1e-2 * right.float().norm()
