@@ -323,14 +323,15 @@ class AgentCSwinAttention(AttentionModule):
 
     def _in_one_node(self, x: Tensor, grid: Grid) -> Tensor | None:
         """What our kernels make of the whole layer; None where they do not serve it, or somebody has to see a part of it."""
-        branches, kind = list(self.attns), AgentStripes if self.use_agents else SoftmaxStripes
         if not stands_alone(x) or ops.is_observed() or not (is_bare(self.qkv) and is_bare(self.proj)):
             return None
+        branches, kind = list(self.attns), AgentStripes if self.use_agents else SoftmaxStripes
         if any(type(b) is not kind or has_hooks(b) or not is_bare(b.get_v, DepthwiseConv2d) for b in branches):
             return None
-        branch, dropout_p = branches[0], self.attn_drop if self.training else 0.0
+        branch = branches[0]
+        dropout_p = branch.attn_drop if branch.training else 0.0
         if self.use_agents:
-            return branch.whole_layer(x, self.qkv, self.proj, grid, dropout_p) if branch.stripe(grid) == grid else None
+            return branch.whole_layer(x, self.qkv, self.proj, grid, dropout_p) if len(branches) == 1 else None
         settings = StripeSettings(grid, tuple(b.stripe(grid) for b in branches), branch.num_heads, branch.scale)
         if not takes_layer(x, settings, self.head_dim, dropout_p):
             return None

@@ -56,6 +56,17 @@ def test_agents_as_one_node(options: dict[str, Any]) -> None:
     check(layer, x, (4, 5))
 
 
+def test_agents_in_two_branches_are_not_one_node() -> None:
+    """Not even where a branch has one stripe."""
+    layer, x = build((4, 2), agent_num=4, split_size=2)
+    outs = []
+    for backend in ("reference", "triton"):
+        with ops.use_backend(backend):
+            outs.append(layer(x, grid_size=(4, 2)))
+    assert type(outs[1].grad_fn).__name__ != "_LayerBackward"
+    torch.testing.assert_close(outs[1], outs[0], atol=1e-4, rtol=1e-4)
+
+
 def check(layer: nn.Module, x: Tensor, grid: tuple[int, int]) -> None:
     leaves, results = [t for t in (x, *layer.parameters()) if t.requires_grad], []
     for backend in ("reference", "triton"):
