@@ -264,14 +264,14 @@ def _add_shares_kernel(
 
 
 @triton.jit
-def _add_samples_kernel(X, Out, SAMPLES, SIZE, BS: tl.constexpr, BLOCK: tl.constexpr):
-    """(samples, size) -> (size,): a few places, several samples at a time, for which a program waits only once."""
-    s, place = tl.arange(0, BS), tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros([BS, BLOCK], tl.float32)
-    for start in range(0, SAMPLES, BS):
-        there = (start + s < SAMPLES)[:, None] & (place < SIZE)[None, :]
-        acc += tl.load(X + (start + s)[:, None].to(tl.int64) * SIZE + place[None, :], mask=there, other=0.0).to(tl.float32)
-    tl.store(Out + place, tl.sum(acc, 0).to(Out.dtype.element_ty), mask=place < SIZE)
+def _add_samples_kernel(X, Out, SAMPLES, SIZE, BLOCK: tl.constexpr):
+    """(samples, size) -> (size,)."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for _ in range(SAMPLES):
+        acc += tl.load(X + place, mask=place < SIZE, other=0.0).to(tl.float32)
+        X += SIZE
+    tl.store(Out + place, acc.to(Out.dtype.element_ty), mask=place < SIZE)
 
 
 def _empty(batch: int, heads: int, length: int, channels: int, like: Tensor) -> Tensor:
@@ -429,8 +429,7 @@ class Gradients(NamedTuple):
 
 def add_samples_launch(samples: int, size: int, x: Place, out: Place) -> Launch:
     """(samples, size) -> (size,)."""
-    constants = {"BS": 16, "BLOCK": 256, "num_warps": 4}
-    return Launch(_add_samples_kernel, (ceil_div(size, 256),), (x, out), (samples, size), constants)
+    return Launch(_add_samples_kernel, (ceil_div(size, 1024),), (x, out), (samples, size), {"BLOCK": 1024, "num_warps": 4})
 
 
 # Of tensors that stand alone, by their strides; `key`: dtypes and device.

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_zoo.ops._operators import operator
-from attention_zoo.ops.triton._common import ceil_div, last_contiguous, power_of_2, tile
+from attention_zoo.ops.triton._common import ceil_div, last_contiguous, tile
 from attention_zoo.ops.triton._launch import Launch, Place, settled
 
 __all__ = ["pool_gradient_launch", "pool_launch", "pool_tokens_triton"]
@@ -89,12 +89,10 @@ def _pool_of(
 
 def pool_launch(batch: int, channels: int, size: tuple[int, int], bins: tuple[int, int], x: Place, out: Place) -> Launch:
     """Of tokens by (B, H W), channels side by side, into (B, a b, C)."""
-    height, width = (-(-side // of) + (side % of > 0) for side, of in zip(size, bins, strict=True))  # of a bin, at most
-    bt = min(64, power_of_2(height * width))
-    bc = tile(channels, 4096 // bt if bt >= 16 else 256)  # the fewer tokens, the more channels
+    bc = tile(channels)
     tiles = ceil_div(channels, bc)
     numbers = *x.strides, *size, *bins, channels, tiles
-    return Launch(_pool_kernel, (batch * bins[0] * bins[1] * tiles,), (x, out), numbers, {"BT": bt, "BC": bc, "num_warps": 4})
+    return Launch(_pool_kernel, (batch * bins[0] * bins[1] * tiles,), (x, out), numbers, {"BT": 64, "BC": bc, "num_warps": 4})
 
 
 @_pool_forward.register_fake
