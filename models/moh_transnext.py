@@ -21,6 +21,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.pvt_v2 import OverlapPatchEmbed
 from torch import Tensor, nn
 
+from attention_zoo.attention.agent import DepthwiseConv2d
 from attention_zoo.registry import register_model_info
 
 from ._host import build_attention, check_attention
@@ -35,7 +36,7 @@ class DWConv(nn.Module):
 
     def __init__(self, dim: int, *, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, device=device, dtype=dtype)
+        self.dwconv = DepthwiseConv2d(dim, 3, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, grid_size: Grid) -> Tensor:
         out: Tensor = self.dwconv(to_map(x, grid_size))

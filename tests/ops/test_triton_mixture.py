@@ -605,6 +605,7 @@ def test_layer_of_all_heads_in_half_precision(options: dict[str, Any], nodes_see
                 assert error < 1.5 * usual + 4e-3 * right.norm(), f"{name} {half}: {error}, {usual}"
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU launches that are settled already do not come by `_launch`")
 @pytest.mark.usefixtures("_library_everywhere")
 @pytest.mark.parametrize("all_heads", [False, True], ids=["packed", "all heads"])
 @pytest.mark.parametrize("options", [{"qkv_bias": True}, {"router": "query_norm", "router_grad": "ste"}], ids=["linear", "norms"])
@@ -789,7 +790,9 @@ def test_layer_of_all_heads_on_a_gpu(options: str, kernel: str, dtype: torch.dty
         name = "out" if part == "unrecorded" else part
         right = want[name]
         error, usual = (own - right).norm(), (plain[name] - right).norm()
-        assert error < 1.5 * usual + 4e-3 * right.norm(), f"{part}: {error}, {usual}"
+        # a bias of the keys moves all logits of a query alike: what is left of its gradient is rounding
+        size = want["k_proj.weight"].norm() if name == "k_proj.bias" else right.norm()
+        assert error < 1.5 * usual + 4e-3 * size, f"{part}: {error}, {usual}"
 
 
 @pytest.mark.gpu
