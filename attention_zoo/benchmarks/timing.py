@@ -55,15 +55,13 @@ class Clock:
 def time_call(run: Call, clock: Clock, *, capturable: bool = True) -> dict[str, Any]:
     """Milliseconds of a call: "eager", called from Python back to back, and on CUDA "graph", replayed, without Python's time.
 
-    A call that cannot be captured, because it waits for the device, has no "graph" but "not_captured", the reason. In calls of
-    more than 200 milliseconds neither Python nor the cache has a share: one time is taken for both.
+    A call that cannot be captured, because it waits for the device, has no "graph" but "not_captured", the reason. One of more than
+    200 milliseconds is not captured either: neither Python nor the cache has much of a share in it.
     """
     if not torch.cuda.is_available():
         return {"eager": round(median_ms(run, clock), 5)}
     found: dict[str, Any] = {"eager": round(pipelined_ms(run, clock), 5)}
-    if capturable and found["eager"] > _LONG:
-        found["graph"] = found["eager"]
-    elif capturable:
+    if capturable and found["eager"] <= _LONG:
         try:
             replay = captured(run)
         except Exception as error:  # whatever a library raises inside a capture
