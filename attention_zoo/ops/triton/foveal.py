@@ -43,6 +43,20 @@ def _rows(X, b, h, n, d, sb, sh, sn, wanted, UNIT: tl.constexpr):
 
 
 @triton.jit
+def _local_logit(q, k, LocalBias, h, j, inside, PLACES: tl.constexpr):
+    """Of base 2, for each token, of its neighbour at place j."""
+    x = (tl.sum(q * k, 1) + tl.load(LocalBias + h * PLACES + j).to(tl.float32)) * 1.4426950408889634
+    return tl.where(inside, x, float("-inf"))
+
+
+@triton.jit
+def _factor(u, Tokens, TokenBias, h, j, d, D: tl.constexpr, PLACES: tl.constexpr):
+    """What a neighbour at place j counts for by its place, and the vector of that place."""
+    token = tl.load(Tokens + (h * D + d) * PLACES + j, mask=d < D, other=0.0).to(tl.float32)
+    return tl.sum(u * token[None, :], 1) + tl.load(TokenBias + h * PLACES + j).to(tl.float32), token
+
+
+@triton.jit
 def _pooled_logits(q, pooled_k, PooledBias, n, p, N, POOLED, real, PRECISION: tl.constexpr):
     """Of base 2, (tokens, pooled tokens)."""
     bias = tl.load(
@@ -87,13 +101,11 @@ def _forward_kernel(
         near = inside[:, None] & (d < D)[None, :]
         k = _rows(K, b, h, m, d, skb, skh, skn, near, UNIT).to(tl.float32)
         v = _rows(V, b, h, m, d, svb, svh, svn, near, UNIT).to(tl.float32)
-        x = (tl.sum(q * k, 1) + tl.load(LocalBias + h * PLACES + j).to(tl.float32)) * 1.4426950408889634
-        x = tl.where(inside, x, float("-inf"))
+        x = _local_logit(q, k, LocalBias, h, j, inside, PLACES)
         higher = tl.maximum(highest, x)
         weight, fade = tl.exp2(x - higher), tl.exp2(highest - higher)
         acc, total, highest = acc * fade[:, None] + weight[:, None] * v, total * fade + weight, higher
-        token = tl.load(Tokens + (h * D + d) * PLACES + j, mask=d < D, other=0.0).to(tl.float32)
-        factor = tl.sum(u * token[None, :], 1) + tl.load(TokenBias + h * PLACES + j).to(tl.float32)
+        factor, _ = _factor(u, Tokens, TokenBias, h, j, d, D, PLACES)
         by_place += factor[:, None] * v
     out, lse = conclude(acc, highest, total)
     tl.store(_at(Out, b, h, n, d, sob, soh, son, UNIT), (out + by_place).to(Out.dtype.element_ty), mask=wanted)
@@ -130,8 +142,7 @@ def _query_kernel(
         m, inside = _place(n, j, 1, HEIGHT, WIDTH, SIDE)
         near = (inside & real)[:, None] & (d < D)[None, :]
         v = _rows(V, b, h, m, d, svb, svh, svn, near, UNIT).to(tl.float32)
-        token = tl.load(Tokens + (h * D + d) * PLACES + j, mask=d < D, other=0.0).to(tl.float32)
-        factor = tl.sum(u * token[None, :], 1) + tl.load(TokenBias + h * PLACES + j).to(tl.float32)
+        factor, token = _factor(u, Tokens, TokenBias, h, j, d, D, PLACES)
         dp = tl.sum(grad * v, 1)
         delta -= factor * dp
         du += dp[:, None] * token[None, :]
@@ -143,10 +154,8 @@ def _query_kernel(
         near = inside[:, None] & (d < D)[None, :]
         k = _rows(K, b, h, m, d, skb, skh, skn, near, UNIT).to(tl.float32)
         v = _rows(V, b, h, m, d, svb, svh, svn, near, UNIT).to(tl.float32)
-        x = (tl.sum(q * k, 1) + tl.load(LocalBias + h * PLACES + j).to(tl.float32)) * 1.4426950408889634
-        p = tl.where(inside, tl.exp2(x - lse), 0.0)
-        token = tl.load(Tokens + (h * D + d) * PLACES + j, mask=d < D, other=0.0).to(tl.float32)
-        factor = tl.sum(u * token[None, :], 1) + tl.load(TokenBias + h * PLACES + j).to(tl.float32)
+        p = tl.exp2(_local_logit(q, k, LocalBias, h, j, inside, PLACES) - lse)
+        factor, _ = _factor(u, Tokens, TokenBias, h, j, d, D, PLACES)
         ds = p * (tl.sum(grad * v, 1) - delta)
         dq += ds[:, None] * k
         at = of_head * PLACES + j * N + n
