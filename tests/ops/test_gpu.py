@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -224,6 +226,26 @@ def test_auto_takes_xformers_for_what_it_alone_serves(name: str, dtype: torch.dt
         pytest.skip("xformers is not installed")
     call = make(name, dtype).to(dtype, "cuda")
     assert az.explain(call.q, call.k, call.v, **call.settings, **extra).chosen == "xformers"
+
+
+def test_the_first_query_of_a_process_makes_no_plan() -> None:
+    """torch sets its own order of kernels at the first call of a process, which is neither to undo ours nor to be undone by it."""
+    program = """
+import torch
+from torch.profiler import ProfilerActivity, profile
+from attention_zoo import ops
+
+q, k = (torch.randn(1, 2, n, 64, device="cuda", dtype=torch.bfloat16) for n in (1, 300))
+with profile(activities=[ProfilerActivity.CPU]) as seen:
+    ops.attention(q, k, k, backend="torch")
+names = {event.name for event in seen.events()}
+assert "aten::_scaled_dot_product_flash_attention" in names, names
+after = torch._C._get_sdp_priority_order()
+torch.nn.functional.scaled_dot_product_attention(k, k, k)
+assert torch._C._get_sdp_priority_order() == after
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("engine", ["torch", "flash2", "xformers"])

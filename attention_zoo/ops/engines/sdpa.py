@@ -7,6 +7,7 @@ without a key) goes in as one mask.
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -81,11 +82,20 @@ class _Order(AbstractContextManager[None]):
         self.wanted = [kernel.value for kernel in kernels]
 
     def __enter__(self) -> None:
+        _ask_once()
         self.order = torch._C._get_sdp_priority_order()
         torch._C._set_sdp_priority_order([*self.wanted, *(kernel for kernel in self.order if kernel not in self.wanted)])
 
     def __exit__(self, *_: object) -> None:
         torch._C._set_sdp_priority_order(self.order)
+
+
+@functools.cache
+def _ask_once() -> None:
+    """torch puts cuDNN first when it first looks for a kernel, over whatever has been set by then: its order is read after that."""
+    if torch.cuda.is_available():
+        q = torch.empty((1, 1, 8, 64), dtype=torch.float16, device="cuda")
+        torch._fused_sdp_choice(q, q, q)
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, problem: Problem) -> Tensor:
