@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attention_zoo.ops import use_backend
 from attention_zoo.ops._tap import Call, add_tap, remove_tap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -208,6 +209,18 @@ class Called(TorchDispatchMode):
         if func.namespace == "attention_zoo":
             self.names.add(func._schema.name.partition("::")[2])
         return func(*args, **(kwargs or {}))
+
+
+def check_one_node(layer: nn.Module, x: Tensor, grid: tuple[int, int]) -> None:
+    """A layer on tokens of a grid is one node of autograd by name, with the outputs and gradients of its plain code."""
+    leaves, results = [t for t in (x, *layer.parameters()) if t.requires_grad], []
+    for backend in ("reference", "triton"):
+        with use_backend(backend), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            out = layer(x, grid_size=grid)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    assert type(out.grad_fn).__name__ == "_LayerBackward"
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5 * max(1.0, float(want.detach().abs().max())), rtol=1e-4)
 
 
 CHECKS: dict[str, Callable[[Case], None]] = {

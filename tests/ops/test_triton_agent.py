@@ -252,15 +252,7 @@ def test_the_layer_as_one_node(options: dict[str, Any], learns: str) -> None:
         torch.nn.init.normal_(parameter, std=0.3)
         parameter.requires_grad_(learns == "everything" or name in learns.split("|"))
     x = torch.randn(2, length, 32, device=DEVICE, requires_grad=learns in ("everything", "x"))
-    leaves = [t for t in (x, *layer.parameters()) if t.requires_grad]
-    results = []
-    for backend in ("reference", "triton"):
-        with ops.use_backend(backend), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            out = layer(x, grid_size=grid)
-        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
-    assert type(out.grad_fn).__name__ == "_LayerBackward"
-    for want, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, atol=2e-5 * max(1.0, float(want.detach().abs().max())), rtol=1e-4)
+    kernels.check_one_node(layer, x, grid)
 
 
 def test_what_is_not_one_node() -> None:

@@ -47,13 +47,13 @@ def build(grid: tuple[int, int], learns: str = "everything", heads: int = 4, **o
 def test_stripes_as_one_node(grid: tuple[int, int], options: dict[str, Any], learns: str) -> None:
     """Outputs and the gradients of what learns."""
     layer, x = build(grid, learns, use_agents=False, **options)
-    check(layer, x, grid)
+    kernels.check_one_node(layer, x, grid)
 
 
 @pytest.mark.parametrize("options", [{}, {"agent_grid": (2, 2), "bias_grid": 3}], ids=["paper", "tables"])
 def test_agents_as_one_node(options: dict[str, Any]) -> None:
     layer, x = build((4, 5), agent_num=4, **options)
-    check(layer, x, (4, 5))
+    kernels.check_one_node(layer, x, (4, 5))
 
 
 def test_agents_in_two_branches_are_not_one_node() -> None:
@@ -65,17 +65,6 @@ def test_agents_in_two_branches_are_not_one_node() -> None:
             outs.append(layer(x, grid_size=(4, 2)))
     assert type(outs[1].grad_fn).__name__ != "_LayerBackward"
     torch.testing.assert_close(outs[1], outs[0], atol=1e-4, rtol=1e-4)
-
-
-def check(layer: nn.Module, x: Tensor, grid: tuple[int, int]) -> None:
-    leaves, results = [t for t in (x, *layer.parameters()) if t.requires_grad], []
-    for backend in ("reference", "triton"):
-        with ops.use_backend(backend), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            out = layer(x, grid_size=grid)
-        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
-    assert type(out.grad_fn).__name__ == "_LayerBackward"
-    for want, got in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, atol=2e-5 * max(1.0, float(want.detach().abs().max())), rtol=1e-4)
 
 
 @pytest.mark.parametrize("use_agents", [True, False])
