@@ -200,12 +200,17 @@ def _judged(rows: Sequence[Row]) -> str:
     columns["of the roofline"] = [_pair(r, lambda d, r=r: roofline_share(r, d), "{:.0%}") for r in rows]
     columns["plain code, ms"] = [_pair(r, lambda d, r=r: milliseconds(r, "plain", d)) for r in rows]
     columns["torch.compile of it, ms"] = [_pair(r, lambda d, r=r: milliseconds(r, "compiled", d)) for r in rows]
-    if any("graph" in r["measured"]["ours"].get(d, {}) for r in rows for d in DIRECTIONS):  # else all times are
+    if _has_graphs(rows):
         columns[f"from Python: {base}"] = [_pair(r, lambda d, r=r: baseline_ms(r, d, "eager")) for r in rows]
         columns["from Python: ours"] = [_pair(r, lambda d, r=r: milliseconds(r, "ours", d, "eager")) for r in rows]
         columns[f"from Python: of {base}"] = [_pair(r, lambda d, r=r: ratio(r, d, "eager")) for r in rows]
     columns[f"memory of {base}"] = [_number(memory_ratio(r)) for r in rows]
     return _table({name: cells for name, cells in columns.items() if any(cells)})
+
+
+def _has_graphs(rows: Sequence[Row]) -> bool:
+    """Whether some times are of CUDA graphs, beside which those from Python stand."""
+    return any("graph" in r["measured"]["ours"].get(d, {}) for r in rows for d in DIRECTIONS)
 
 
 def _verdict(row: Row, direction: str) -> str:
@@ -274,7 +279,7 @@ def _models(rows: Sequence[Row], results: Mapping[str, Any]) -> list[str]:
     columns["plain code"] = [_pair(r, lambda d, r=r: rate(r, "plain", d), "{:,.0f}") for r in rows]
     columns["torch.compile of it"] = [_pair(r, lambda d, r=r: rate(r, "compiled", d), "{:,.0f}") for r in rows]
     columns["ours / theirs"] = [_pair(r, lambda d, r=r: _inverse(ratio(r, d))) for r in rows]
-    if any("graph" in r["measured"]["ours"].get(d, {}) for r in rows for d in DIRECTIONS):
+    if _has_graphs(rows):
         columns["from Python: ours / theirs"] = [_pair(r, lambda d, r=r: _inverse(ratio(r, d, "eager"))) for r in rows]
     columns["of the roofline"] = [_pair(r, lambda d, r=r: roofline_share(r, d), "{:.0%}") for r in rows]
     columns["memory of theirs"] = [_number(memory_ratio(r)) for r in rows]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -80,11 +81,12 @@ def interleaved_ms(runs: Mapping[str, Call], clock: Clock) -> dict[str, float]:
 
     Blocks of calls do not compare as closely: the first block of hot matrix products runs at a higher clock than those after it.
     """
-    names, taken = list(runs), {name: [] for name in runs}  # type: tuple[list[str], dict[str, list[float]]]
-    for turn in range(clock.repeats(max((estimate_ms(run) for run in runs.values()), default=1.0))):
-        first = turn % max(1, len(names))
-        for name in names[first:] + names[:first]:
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    order = deque(runs)
+    for _ in range(clock.repeats(max(map(estimate_ms, runs.values()), default=1.0))):
+        for name in order:
             taken[name] += _times(runs[name], 1)
+        order.rotate(-1)
     return {name: statistics.median(times) for name, times in taken.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import triton
@@ -15,6 +16,7 @@ __all__ = [
     "absorb",
     "ceil_div",
     "conclude",
+    "heads_last",
     "last_contiguous",
     "per_logit",
     "power_of_2",
@@ -22,6 +24,7 @@ __all__ = [
     "prepare_gradient",
     "read_delta",
     "read_lse",
+    "stride_unit",
     "tile",
 ]
 
@@ -55,6 +58,24 @@ def precision(x: Tensor) -> str:
 def last_contiguous(x: Tensor) -> Tensor:
     """The kernels take any strides but the last dimension's."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def heads_last(like: Tensor, channels: int | None = None, heads: int | None = None) -> Tensor:
+    """Room of the shape of `like` (B, H, N, D), or for so many channels or heads, with heads next to channels as projections read
+    and write them."""
+    batch, own_heads, length, own_channels = like.shape
+    heads, channels = own_heads if heads is None else heads, own_channels if channels is None else channels
+    return like.new_empty((batch, length, heads, channels)).transpose(1, 2)
+
+
+def stride_unit(strides: Iterable[int], element_size: int) -> int:
+    """What all strides are multiples of: 16 bytes, or else 1.
+
+    A kernel that is given strides in such units sees how wide its loads may be. By itself Triton sees multiples of 16 numbers only,
+    which heads of 24 channels are not.
+    """
+    unit = 16 // element_size
+    return 1 if any(stride % unit for stride in strides) else unit
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from attention_zoo.ops.triton._common import (
     LOG2E,
     ceil_div,
     conclude,
+    heads_last,
     last_contiguous,
     per_logit,
     precision,
@@ -226,7 +227,7 @@ def _empty(like: Tensor, channels: int) -> Tensor:
     batch, heads, length = like.shape[:3]
     if length * heads * channels >= _REACH:
         return like.new_empty((batch, heads, length, channels))
-    return like.new_empty((batch, length, heads, channels)).transpose(1, 2)
+    return heads_last(like, channels)
 
 
 def _within_reach(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_zoo.ops._operators import operator
-from attention_zoo.ops.triton._common import LOG2E, ceil_div, last_contiguous, per_logit, power_of_2, precision, tile
+from attention_zoo.ops.triton._common import LOG2E, ceil_div, heads_last, last_contiguous, per_logit, power_of_2, precision, tile
 
 __all__ = ["pool_core_tokens_triton"]
 
@@ -167,23 +167,18 @@ def _(q: Tensor, k: Tensor, v: Tensor, size: int, mean: bool, scale: float) -> t
 def _pooling_backward(
     q: Tensor, k: Tensor, v: Tensor, grad_k: Tensor, grad_v: Tensor, size: int, mean: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _like(q), _like(k), _like(v)
+    gradients = heads_last(q), heads_last(k), heads_last(v)
     if q.numel():
         tensors = tuple(last_contiguous(t) for t in (q, k, v, grad_k, grad_v))
         _launch(_backward_kernel, (*tensors, *gradients), size, mean, scale, q.shape[1] // k.shape[1])
     return gradients
 
 
-def _like(x: Tensor) -> Tensor:
-    """Room for a gradient, heads next to channels as the projections lay them."""
-    return x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3])).transpose(1, 2)
-
-
 @_pooling_backward.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, grad_k: Tensor, grad_v: Tensor, size: int, mean: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(q), _like(k), _like(v)
+    return heads_last(q), heads_last(k), heads_last(v)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -16,7 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_zoo.ops._operators import operator
-from attention_zoo.ops.triton._common import LOG2E, absorb, ceil_div, conclude, last_contiguous, precision, tile
+from attention_zoo.ops.triton._common import (
+    LOG2E,
+    absorb,
+    ceil_div,
+    conclude,
+    heads_last,
+    last_contiguous,
+    precision,
+    stride_unit,
+    tile,
+)
 from attention_zoo.ops.triton._launch import VaryingLaunch, settled
 from attention_zoo.ops.triton._portions import merge_kernel, merge_tiles, merged, portion
 
@@ -163,9 +173,7 @@ def _attend(
     head_map = head_map if head_map is None or head_map.stride(-1) == 1 else head_map.contiguous()
     key_mask = None if key_mask is None else last_contiguous(key_mask).view(torch.uint8)
     strides = [step for t in (q, noise_q, k, noise_k, v) for step in t.stride()[:3]]
-    unit = 16 // q.element_size()
-    if any(step % unit for step in strides):
-        unit = 1
+    unit = stride_unit(strides, q.element_size())
     launch = _portions_launch(
         q.device, q.dtype, KV_HEADS=kv_heads, SHARE=share, NOISE_SHARE=noise_share, QUERIES=queries, D=dim, DV=dim_v,
         MAPPED=head_map is not None, MASKED=key_mask is not None, CAUSAL=is_causal and queries > 1, UNIT=unit,
@@ -184,16 +192,11 @@ def _step(x: Tensor | None) -> int:
     return 0 if x is None or x.ndim == 1 or x.shape[0] == 1 else x.stride(0)
 
 
-def _new_heads(like: Tensor, channels: int) -> Tensor:
-    """(B, H, N_q, channels), laid out with heads next to channels as projections read them."""
-    return like.new_empty((like.shape[0], like.shape[2], like.shape[1], channels)).transpose(1, 2)
-
-
 @operator("decode_attention")
 def _decode_attention(
     q: Tensor, k: Tensor, v: Tensor, head_map: Tensor | None, key_mask: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
-    out = _new_heads(q, v.shape[3])
+    out = heads_last(q, v.shape[3])
     if not out.numel():
         return out
     part, part_lse = _attend(q, None, k, None, v, head_map, key_mask, is_causal, scale)
@@ -204,7 +207,7 @@ def _decode_attention(
 
 @_decode_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, head_map: Tensor | None, key_mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    return _new_heads(q, v.shape[3])
+    return heads_last(q, v.shape[3])
 
 
 def decode_attention(
@@ -224,7 +227,7 @@ def _decode_difference(
     q: Tensor, noise_q: Tensor, k: Tensor, noise_k: Tensor, v: Tensor, factor: Tensor, weight: Tensor | None,
     key_mask: Tensor | None, is_causal: bool, scale: float, gain: float, eps: float, norm: bool,
 ) -> Tensor:  # fmt: skip
-    out = _new_heads(q, v.shape[3])
+    out = heads_last(q, v.shape[3])
     if not out.numel():
         return out
     batch, heads, queries, dim_v = out.shape
@@ -246,7 +249,7 @@ def _(
     q: Tensor, noise_q: Tensor, k: Tensor, noise_k: Tensor, v: Tensor, factor: Tensor, weight: Tensor | None,
     key_mask: Tensor | None, is_causal: bool, scale: float, gain: float, eps: float, norm: bool,
 ) -> Tensor:  # fmt: skip
-    return _new_heads(q, v.shape[3])
+    return heads_last(q, v.shape[3])
 
 
 def decode_difference(

@@ -22,6 +22,7 @@ from attention_zoo.ops.triton._common import (
     LOG2E,
     ceil_div,
     conclude,
+    heads_last,
     last_contiguous,
     per_logit,
     power_of_2,
@@ -37,7 +38,6 @@ __all__ = [
     "gradients_of_settings",
     "launch_subtract",
     "launch_subtract_gradient",
-    "new_heads",
     "subtract_noise_triton",
 ]
 
@@ -152,11 +152,6 @@ def _subtract_gradient_kernel(
         tl.store(DWeight + tl.program_id(0).to(tl.int64) * DV + c, dweight, mask=c < DV)
 
 
-def new_heads(like: Tensor, heads: int, channels: int) -> Tensor:
-    """(B, heads, N, channels), laid out with heads next to channels as projections read them."""
-    return like.new_empty((like.shape[0], like.shape[2], heads, channels)).transpose(1, 2)
-
-
 def _place(signal: Tensor, noise: Tensor, groups: int) -> tuple[list[int], list[int]]:
     """Strides of samples, groups, heads in a group, tokens of `signal`; of samples, groups, tokens of `noise`.
 
@@ -195,7 +190,7 @@ def launch_subtract(
     signal: Tensor, noise: Tensor, factor: Tensor, weight: Tensor | None, groups: int, gain: float, eps: float, norm: bool
 ) -> Tensor:
     batch, group, tokens, channels = _sizes(signal, noise, groups)
-    out = new_heads(signal, groups * group, channels)
+    out = heads_last(signal, channels, groups * group)
     if not out.numel():
         return out
     tiles = _rows(tokens, channels)
@@ -217,7 +212,7 @@ def _(
     signal: Tensor, noise: Tensor, factor: Tensor, weight: Tensor | None, groups: int, gain: float, eps: float, norm: bool
 ) -> Tensor:
     _, group, _, channels = _sizes(signal, noise, groups)
-    return new_heads(signal, groups * group, channels)
+    return heads_last(signal, channels, groups * group)
 
 
 @operator("subtract_noise_backward")
@@ -264,7 +259,7 @@ def launch_subtract_gradient(
 
 def _like(x: Tensor) -> Tensor:
     """Room for the gradient of outputs x (B, H, N, channels), or an empty vector for one."""
-    return torch.empty_like(x) if x.ndim == 1 else new_heads(x, x.shape[1], x.shape[3])
+    return torch.empty_like(x) if x.ndim == 1 else heads_last(x)
 
 
 def gradients_of_settings(factor: Tensor, weight: Tensor | None, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -662,9 +657,9 @@ def _differential_forward(
 
 def _results(q: Tensor, v: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, heads, queries, _ = q.shape
-    one, two = (new_heads(q, heads, v.shape[3]) if keep else q.new_empty(0) for _ in range(2))
+    one, two = (heads_last(q, v.shape[3], heads) if keep else q.new_empty(0) for _ in range(2))
     lse, noise_lse = (q.new_empty((batch, heads, queries) if keep else (0,), dtype=torch.float32) for _ in range(2))
-    return new_heads(q, heads, v.shape[3]), one, two, lse, noise_lse
+    return heads_last(q, v.shape[3], heads), one, two, lse, noise_lse
 
 
 @_differential_forward.register_fake
@@ -683,8 +678,8 @@ def _differential_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, noise_q, k, noise_k, v, grad = (last_contiguous(t) for t in (q, noise_q, k, noise_k, v, grad))
     (batch, heads, queries, dim), (kv_heads, keys, dim_v) = q.shape, v.shape[1:]
-    dq, dnoise_q, dk, dnoise_k, dv = (new_heads(t, t.shape[1], t.shape[3]) for t in (q, noise_q, k, noise_k, v))
-    dsignal, delta, noise_delta = new_heads(grad, heads, dim_v), torch.empty_like(lse), torch.empty_like(lse)
+    dq, dnoise_q, dk, dnoise_k, dv = (heads_last(t) for t in (q, noise_q, k, noise_k, v))
+    dsignal, delta, noise_delta = heads_last(grad, dim_v, heads), torch.empty_like(lse), torch.empty_like(lse)
     dfactor, dweight = launch_subtract_gradient(
         signal, noise, factor, weight, grad, dsignal, dsignal, delta, noise_delta, heads, gain, eps, norm, pair=True
     )
@@ -709,7 +704,7 @@ def _(
     signal: Tensor, noise: Tensor, lse: Tensor, noise_lse: Tensor, grad: Tensor,
     is_causal: bool, scale: float, gain: float, eps: float, norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dnoise_q, dk, dnoise_k, dv = (new_heads(t, t.shape[1], t.shape[3]) for t in (q, noise_q, k, noise_k, v))
+    dq, dnoise_q, dk, dnoise_k, dv = (heads_last(t) for t in (q, noise_q, k, noise_k, v))
     return dq, dnoise_q, dk, dnoise_k, dv, *gradients_of_settings(factor, weight, (q.shape[0], q.shape[1], q.shape[2]))
 
 

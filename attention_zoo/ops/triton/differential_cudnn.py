@@ -20,8 +20,8 @@ from torch import Tensor
 
 from attention_zoo.ops import _cudnn
 from attention_zoo.ops._operators import operator
-from attention_zoo.ops.triton._common import ceil_div, last_contiguous, power_of_2
-from attention_zoo.ops.triton.differential import gradients_of_settings, launch_subtract, launch_subtract_gradient, new_heads
+from attention_zoo.ops.triton._common import ceil_div, heads_last, last_contiguous, power_of_2
+from attention_zoo.ops.triton.differential import gradients_of_settings, launch_subtract, launch_subtract_gradient
 
 __all__ = ["differential_attention_cudnn"]
 
@@ -91,7 +91,7 @@ def _new_copy(x: Tensor) -> Tensor:
     groups, group = x.shape[1:3]
     if groups == 1 or group == 1 or x.stride(1) == group * x.stride(2):
         return x.new_empty(0)
-    return new_heads(x[:, 0], groups * group, x.shape[4])
+    return heads_last(x[:, 0], heads=groups * group)
 
 
 def _for_library(
@@ -153,7 +153,7 @@ def _(
     copy = _new_copy(_maps(q, noise_q, groups, interleaved)[0])
     signal, noise, *rest = _attend(q, noise_q, k, noise_k, v, copy, groups, interleaved, is_causal, scale, keep)
     heads = signal.shape[1] // (2 if noise.ndim == 1 else 1)
-    return new_heads(signal, heads, v.shape[3]), *_kept(keep, signal, noise, *rest, copy)
+    return heads_last(signal, v.shape[3], heads), *_kept(keep, signal, noise, *rest, copy)
 
 
 @operator("differential_cudnn_backward")
@@ -165,7 +165,7 @@ def _backward(
     """Gradients of q, noise_q, k, noise_k (empty vectors of those that are not there), v, factor and weight."""
     kv_heads = v.shape[1]
     # as SDPA's callers have them
-    dsignal, dnoise = (new_heads(t, t.shape[1], t.shape[3]) if t.ndim > 1 else t.new_empty(0) for t in (signal, noise))
+    dsignal, dnoise = (heads_last(t) if t.ndim > 1 else t.new_empty(0) for t in (signal, noise))
     empty = grad.new_empty(0)
     dfactor, dweight = launch_subtract_gradient(
         signal, noise, factor, weight, last_contiguous(grad), dsignal, dnoise, empty, empty, groups, gain, eps, norm
@@ -206,7 +206,7 @@ def _rooms_of_one_call(*given: Tensor) -> tuple[Tensor, ...]:
     """For gradients of q, k and v: as cuDNN has them, or for the sums of its halves."""
     if given[2].shape[3] <= _cudnn.WIDEST:
         return tuple(torch.empty_like(t) for t in given)
-    return tuple(new_heads(t, t.shape[1], t.shape[3]) for t in given)
+    return tuple(heads_last(t) for t in given)
 
 
 def _parts_backward(
@@ -221,7 +221,7 @@ def _parts_backward(
 def _rooms(*given: Tensor | None) -> tuple[Tensor, ...]:
     """For gradients: like each tensor, heads next to channels, or an empty vector for none."""
     like = next(t for t in given if t is not None)
-    return tuple(like.new_empty(0) if t is None else new_heads(t, t.shape[1], t.shape[3]) for t in given)
+    return tuple(like.new_empty(0) if t is None else heads_last(t) for t in given)
 
 
 @_backward.register_fake

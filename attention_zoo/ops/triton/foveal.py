@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_zoo.ops._operators import operator
-from attention_zoo.ops.triton._common import absorb, ceil_div, conclude, last_contiguous, precision, tile
+from attention_zoo.ops.triton._common import absorb, ceil_div, conclude, heads_last, last_contiguous, precision, stride_unit, tile
 from attention_zoo.ops.triton._launch import Launch, Place, settled
 
 __all__ = ["foveal_attention_triton"]
@@ -32,8 +32,7 @@ def _place(n, j, sign, HEIGHT, WIDTH, SIDE: tl.constexpr):
 
 @triton.jit
 def _at(X, b, h, n, d, sb, sh, sn, UNIT: tl.constexpr):
-    """Rows n of a head. Strides come in units, so that Triton sees which loads may be wide: it looks for multiples of 16 itself,
-    and heads of 24 channels are multiples of 8."""
+    """Rows n of a head; strides come in units (`stride_unit`)."""
     return X + (b * sb + h * sh) * UNIT + (n * (sn * UNIT))[:, None] + d[None, :]
 
 
@@ -296,6 +295,10 @@ class _Call(NamedTuple):
         """Of a tile of tokens, a few of which stay in registers."""
         return max(16, min(64, 4096 // (tile(self.dim, 128) * self.bytes)))
 
+    def unit(self, strides: tuple[tuple[int, ...], ...]) -> int:
+        """In which strides of (B, h, N, d) are given, all but the last, which is 1."""
+        return stride_unit((stride for of in strides for stride in of[:3]), self.bytes)
+
     def constants(self, unit: int, *names: str) -> dict[str, Any]:
         known = {"SIDE": self.side, "PRECISION": self.precision, "BP": tile(self.pooled)}
         same = {"D": self.dim, "UNIT": unit, "BM": self.rows, "BD": tile(self.dim, 128)}
@@ -315,18 +318,13 @@ class _Call(NamedTuple):
 _Strides = tuple[tuple[int, ...], ...]
 
 
-def _unit(strides: _Strides) -> int:
-    """What all strides but the last, which is 1, are multiples of."""
-    return 8 if all(stride % 8 == 0 for of in strides for stride in of[:3]) else 1
-
-
 # `strides`: of the tensors of (B, h, N, d), first among those of a launch; `key`: dtypes and device.
 
 
 @settled
 def _forward_of(call: _Call, strides: _Strides, key: tuple[Any, ...]) -> Launch:
     """Of q, u, k, v, pooled k, pooled v, out; local bias, pooled bias, tokens, their bias; log-normalisers."""
-    places, unit = [Place(number) for number in (0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 6, 11)], _unit(strides)
+    places, unit = [Place(number) for number in (0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 6, 11)], call.unit(strides)
     numbers = [stride // unit for of in strides for stride in of[:3]]
     sizes = call.heads, call.tokens, call.pooled, call.height, call.width
     return Launch(_forward_kernel, call.grid(), places, (*numbers, *sizes), call.constants(unit, "SIDE", "PRECISION", "BP"))
@@ -336,7 +334,7 @@ def _forward_of(call: _Call, strides: _Strides, key: tuple[Any, ...]) -> Launch:
 def _backward_of(call: _Call, strides: _Strides, key: tuple[Any, ...]) -> tuple[Launch, ...]:
     """Of q, u, k, v, pooled k, pooled v, out, its gradient, dq, du, dk, dv; local bias, pooled bias, tokens, their bias;
     log-normalisers, delta, three numbers for each place; dpooled k, dpooled v, each share's; the pooled bias's gradient."""
-    (q, u, k, v, pooled_k, pooled_v, out, grad, dq, du, dk, dv), unit = map(Place, range(12)), _unit(strides)
+    (q, u, k, v, pooled_k, pooled_v, out, grad, dq, du, dk, dv), unit = map(Place, range(12)), call.unit(strides)
     local, pooled_bias, tokens, token_bias, lse, delta, logits, weights, factors, d_pooled_k, d_pooled_v, d_bias = map(
         Place, range(12, 24)
     )
@@ -388,19 +386,13 @@ def _backward_of(call: _Call, strides: _Strides, key: tuple[Any, ...]) -> tuple[
     )
 
 
-def _empty(like: Tensor) -> Tensor:
-    """(B, h, N, d), laid out with heads next to channels, as projections read them."""
-    batch, heads, tokens, dim = like.shape
-    return like.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
-
-
 @operator("foveal_forward")
 def _foveal_forward(
     q: Tensor, u: Tensor, k: Tensor, v: Tensor, pooled_k: Tensor, pooled_v: Tensor,
     local_bias: Tensor, pooled_bias: Tensor, tokens: Tensor, token_bias: Tensor, side: int, height: int, width: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs, and log-normalisers of base 2 of the softmaxes (B, h, N)."""
-    out, lse = _empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    out, lse = heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel():
         tensors = (*map(last_contiguous, (q, u, k, v, pooled_k, pooled_v)), out)
         tables = tuple(t.contiguous() for t in (local_bias, pooled_bias, tokens, token_bias))
@@ -412,7 +404,7 @@ def _foveal_forward(
 
 @_foveal_forward.register_fake
 def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @operator("foveal_backward")
@@ -422,10 +414,10 @@ def _foveal_backward(
     out: Tensor, lse: Tensor, grad: Tensor, side: int, height: int, width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the first ten."""
-    dq, du, dk, dv = (_empty(q) for _ in range(4))
+    dq, du, dk, dv = (heads_last(q) for _ in range(4))
     batch, heads, length, dim = q.shape
     if not out.numel():
-        rest = (t.new_zeros(t.shape) for t in (pooled_k, pooled_v, local_bias, pooled_bias, tokens, token_bias))
+        rest = (torch.zeros_like(t) for t in (pooled_k, pooled_v, local_bias, pooled_bias, tokens, token_bias))
         return dq, du, dk, dv, *rest  # type: ignore[return-value]
     tensors = (*map(last_contiguous, (q, u, k, v, pooled_k, pooled_v, out, grad)), dq, du, dk, dv)
     tables = tuple(t.contiguous() for t in (local_bias, pooled_bias, tokens, token_bias))
@@ -438,11 +430,10 @@ def _foveal_backward(
     given = (*tensors, *tables, lse, delta, logits, weights, factors, shares[0], shares[1], d_bias)
     for launch in launches:
         launch(*given)
-    d_pooled = shares.sum(1).to(q.dtype)
     by_place = (logits.sum((0, 3), dtype=torch.float32), factors.sum((0, 3), dtype=torch.float32))
     d_tokens = (factors @ u).sum(0, dtype=torch.float32).transpose(1, 2)
     return (
-        *(dq, du, dk, dv, d_pooled[0].clone(), d_pooled[1].clone(), by_place[0].to(local_bias.dtype), d_bias),
+        *(dq, du, dk, dv, *(share.sum(0).to(q.dtype) for share in shares), by_place[0].to(local_bias.dtype), d_bias),
         d_tokens.to(tokens.dtype).contiguous(),
         by_place[1].unsqueeze(1).to(token_bias.dtype),
     )
@@ -451,7 +442,7 @@ def _foveal_backward(
 @_foveal_backward.register_fake
 def _(q: Tensor, u: Tensor, k: Tensor, v: Tensor, pooled_k: Tensor, pooled_v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     tables = (t.new_empty(t.shape) for t in rest[:4])
-    return *(_empty(q) for _ in range(4)), pooled_k.new_empty(pooled_k.shape), pooled_v.new_empty(pooled_v.shape), *tables
+    return *(heads_last(q) for _ in range(4)), pooled_k.new_empty(pooled_k.shape), pooled_v.new_empty(pooled_v.shape), *tables
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

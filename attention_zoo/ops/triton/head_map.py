@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_zoo.ops._operators import operator
-from attention_zoo.ops.triton._common import LOG2E, ceil_div, last_contiguous, power_of_2, precision, tile
+from attention_zoo.ops.triton._common import LOG2E, ceil_div, heads_last, last_contiguous, power_of_2, precision, tile
 from attention_zoo.ops.triton._launch import Launch, Place, settled
 
 __all__ = ["allocate_heads", "attend_by_map", "copy_heads", "evolve_heads", "read_allocation"]
@@ -235,11 +235,6 @@ def _step(head_map: Tensor) -> int:
     return head_map.stride(0) if head_map.ndim == 2 else 0
 
 
-def _merged(like: Tensor, heads: int, channels: int) -> Tensor:
-    """(B, heads, N, channels), laid out with heads next to channels as projections read and write them."""
-    return like.new_empty((like.shape[0], like.shape[2], heads, channels)).transpose(1, 2)
-
-
 # --- the allocation --------------------------------------------------------------------------------------------------------------
 
 
@@ -367,7 +362,7 @@ def evolve_heads(
 def _attend(q: Tensor, k: Tensor, v: Tensor, head_map: Tensor, scale: float) -> Tensor:
     q, k, v = (last_contiguous(t) for t in (q, k, v))
     (batch, heads, queries, dim), dim_v = q.shape, v.shape[-1]
-    out, bd, bdv = _merged(q, heads, dim_v), tile(dim, 256), tile(dim_v, 256)
+    out, bd, bdv = heads_last(q, dim_v, heads), tile(dim, 256), tile(dim_v, 256)
     bm, bn = tile(queries), 64 if max(bd, bdv) <= 128 and q.element_size() == 2 and k.shape[2] > 512 else 32
     _attend_kernel[(ceil_div(queries, bm), batch * heads)](
         q, k, v, head_map, out, scale * LOG2E, *_strides(q, k, v), _step(head_map), *_strides(out), heads, queries, k.shape[2],
@@ -382,7 +377,7 @@ _attend_by_map = operator("attend_by_map")(_attend)
 
 @_attend_by_map.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, head_map: Tensor, scale: float) -> Tensor:
-    return _merged(q, q.shape[1], v.shape[-1])
+    return heads_last(q, v.shape[-1])
 
 
 def attend_by_map(q: Tensor, k: Tensor, v: Tensor, head_map: Tensor, scale: float) -> Tensor:
@@ -413,7 +408,7 @@ def _copies(k: Tensor, v: Tensor, head_map: Tensor) -> tuple[Tensor, Tensor]:
 def _add_up(dk: Tensor, dv: Tensor, head_map: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
     dk, dv = last_contiguous(dk), last_contiguous(dv)
     length = dk.shape[2]
-    out_k, out_v = _merged(dk, kv_heads, dk.shape[3]), _merged(dv, kv_heads, dv.shape[3])
+    out_k, out_v = heads_last(dk, heads=kv_heads), heads_last(dv, heads=kv_heads)
     if out_k.numel() and out_v.numel():
         _reduce_kernel[(ceil_div(length, 32), dk.shape[0] * kv_heads)](
             dk, dv, head_map, out_k, out_v, *_strides(dk, dv), _step(head_map), *_strides(out_k, out_v),
@@ -429,7 +424,7 @@ _add_up_heads = operator("add_up_heads")(_add_up)
 
 @_add_up_heads.register_fake
 def _(dk: Tensor, dv: Tensor, head_map: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
-    return _merged(dk, kv_heads, dk.shape[3]), _merged(dv, kv_heads, dv.shape[3])
+    return heads_last(dk, heads=kv_heads), heads_last(dv, heads=kv_heads)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -19,13 +19,12 @@ from torch import Tensor
 from attention_zoo.ops import _cudnn
 from attention_zoo.ops._operators import operator
 from attention_zoo.ops._split import lie_in_one
-from attention_zoo.ops.triton._common import LOG2E, ceil_div, last_contiguous, per_logit, precision, read_lse, tile
+from attention_zoo.ops.triton._common import LOG2E, ceil_div, heads_last, last_contiguous, per_logit, precision, read_lse, tile
 from attention_zoo.ops.triton._launch import Launch, Place, Tiled, launch_all, settled
 from attention_zoo.ops.triton._streams import two_streams
 from attention_zoo.ops.triton.mixture_rows import (
     count_kernel,
     empty_slopes,
-    heads_last,
     list_kernel,
     mixing,
     spread_kernel,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_zoo.ops._operators import operator
-from attention_zoo.ops.triton._common import ceil_div, last_contiguous, tile
+from attention_zoo.ops.triton._common import ceil_div, heads_last, last_contiguous, tile
 from attention_zoo.ops.triton._launch import Launch, Place, settled
 from attention_zoo.ops.triton.mixture_gates import among_best, softmax, softmax_gradient
 
@@ -173,8 +173,7 @@ def _gradient_launch(
 
 @norm_gates_backward.register_fake
 def _(dgates: Any, dscores: Any, q: Tensor, scores: Tensor, chosen: Tensor, norms: Tensor) -> Tensor:
-    batch, heads, tokens, dim = q.shape
-    return q.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+    return heads_last(q)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_zoo.ops._operators import operator
-from attention_zoo.ops.triton._common import ceil_div, last_contiguous, tile
+from attention_zoo.ops.triton._common import ceil_div, heads_last, last_contiguous, tile
 from attention_zoo.ops.triton._launch import Launch, Place, launch_all, settled
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "gate_heads_triton",
     "gate_rows",
     "gate_rows_backward",
-    "heads_last",
     "join_heads",
     "list_kernel",
     "mixing",
@@ -225,12 +224,6 @@ def tokens_to_a_tile(tokens: int, dim: int) -> tuple[int, int]:
     """For what only moves rows: how many tokens a program has, and how many programs a head."""
     size = 2048 // tile(dim, 256)
     return size, ceil_div(tokens, size)
-
-
-def heads_last(x: Tensor, channels: int | None = None) -> Tensor:
-    """Of the shape of x (B, H, N, D), or with so many channels, and heads next to channels in memory."""
-    batch, heads, tokens, dim = x.shape
-    return x.new_empty((batch, tokens, heads, dim if channels is None else channels)).permute(0, 2, 1, 3)
 
 
 def mixing(

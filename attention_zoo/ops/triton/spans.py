@@ -17,7 +17,18 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_zoo.ops._operators import operator
-from attention_zoo.ops.triton._common import LN2, LOG2E, ceil_div, conclude, last_contiguous, per_logit, precision, read_lse, tile
+from attention_zoo.ops.triton._common import (
+    LN2,
+    LOG2E,
+    ceil_div,
+    conclude,
+    heads_last,
+    last_contiguous,
+    per_logit,
+    precision,
+    read_lse,
+    tile,
+)
 
 __all__ = ["span_attention_triton"]
 
@@ -394,12 +405,6 @@ def _rows(like: Tensor, number: int, channels: int, dtype: torch.dtype | None = 
     return like.new_empty((*like.shape[:2], number, channels), dtype=dtype)
 
 
-def _merged(like: Tensor, channels: int) -> Tensor:
-    """(B, H, N, channels), laid out with heads next to channels as projections read them."""
-    batch, heads, length = like.shape[:3]
-    return like.new_empty((batch, length, heads, channels)).transpose(1, 2)
-
-
 def _strides(*tensors: Tensor) -> list[int]:
     return [stride for t in tensors for stride in t.stride()[:3]]
 
@@ -446,7 +451,7 @@ def _span_forward(
     q, k, v = (last_contiguous(t) for t in (q, k, v))
     pool_q, pool_k = (t if pool is None else last_contiguous(pool) for t, pool in ((q, pool_q), (k, pool_k)))
     (batch, heads, length, dim), dim_v = q.shape, v.shape[-1]
-    out, lse, kept = _merged(q, dim_v), q.new_empty((batch, heads, length), dtype=torch.float32), _keep(q, v)
+    out, lse, kept = heads_last(q, dim_v), q.new_empty((batch, heads, length), dtype=torch.float32), _keep(q, v)
     if not out.numel():
         return out, lse, *kept
     slot_q, slot_k, slot_v, slot_lse, outer_q, outer_k, outer_v, outer_lse, arg_q, arg_k = kept
@@ -474,7 +479,7 @@ def _span_forward(
 def _(
     q: Tensor, k: Tensor, v: Tensor, pool_q: Tensor | None, pool_k: Tensor | None, own: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _merged(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32), *_keep(q, v)
+    return heads_last(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32), *_keep(q, v)
 
 
 @operator("span_backward")
@@ -521,8 +526,8 @@ def _span_backward(
 
 
 def _gradients(q: Tensor, k: Tensor, v: Tensor, pool_q: Tensor | None, pool_k: Tensor | None) -> tuple[Tensor, ...]:
-    pools = (q.new_empty(0) if pool is None else _merged(pool, pool.shape[-1]) for pool in (pool_q, pool_k))
-    return *(_merged(t, t.shape[-1]) for t in (q, k, v)), *pools
+    pools = (q.new_empty(0) if pool is None else heads_last(pool) for pool in (pool_q, pool_k))
+    return *(heads_last(t) for t in (q, k, v)), *pools
 
 
 @_span_backward.register_fake
