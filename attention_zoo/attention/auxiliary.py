@@ -4,10 +4,15 @@ Reentrant gradient checkpointing runs a layer without a graph first, and once mo
 arrived. A loss that a layer keeps beside its output is therefore a constant when the training loss is put together, and its graph
 appears too late. Both ends are joined by hand: `auxiliary_loss` notes the gradient that such a loss gets, and the layer's second
 run hands it on, at its output.
+
+A loss that is kept also keeps its graph, and so the nodes that add up gradients of the parameters, which remember the stream that
+they were made on: a CUDA graph cannot be captured on another stream while they are alive. A layer therefore keeps the number alone
+once the loss has had its gradient, and lets go of a loss that never got one when its next forward begins.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -29,10 +34,7 @@ class AuxiliaryLossModule(AttentionModule):
     _noted: Tensor | None = None  # gradient of the training loss by `aux_loss`, for the second run
 
     def _forget_auxiliary_loss(self) -> None:
-        """Let go of the last forward's loss, and so of its graph, whose leaves still know the stream that they were used on.
-
-        A CUDA graph cannot be captured on another stream while they are alive.
-        """
+        """Let go of the last forward's loss, and so of its graph."""
         self.aux_loss = None
 
     def _keep_auxiliary_loss(self, loss: Tensor | None, output: Tensor) -> Tensor:
@@ -43,6 +45,7 @@ class AuxiliaryLossModule(AttentionModule):
         if not torch.is_grad_enabled():
             self._is_cut = True
             return output
+        _release_when_done(self, self.aux_loss)
         if not self._is_cut:
             return output
         self._is_cut = False
@@ -55,7 +58,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     A mechanism keeps its loss as `aux_loss` in training mode (None otherwise). Multiply by the paper's weight and add it to the
     task's loss: `loss + 0.01 * auxiliary_loss(model)`.
 
-    Returns: a scalar on the layers' device, differentiable.
+    Returns: a scalar on the layers' device, differentiable until the losses have had their gradients, a number from then on.
     """
     losses = [_joined(module) for module in model.modules() if isinstance(getattr(module, "aux_loss", None), Tensor)]
     if losses:  # at least float32, on the first one's device: a model may be spread over several
@@ -95,6 +98,20 @@ def add_auxiliary_loss(
         items = num_items_in_batch.to(loss.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
         share = counted.ne(ignore_index).sum().to(loss.device) / items
     return loss + coefficient * share * auxiliary_loss(model).to(loss.device)
+
+
+def _release_when_done(module: AuxiliaryLossModule, loss: Tensor) -> None:
+    """Once `loss` has had its gradient, `module` keeps it without its graph."""
+    if torch.compiler.is_compiling() or not loss.requires_grad:
+        return
+    at_module, at_loss = weakref.ref(module), weakref.ref(loss)
+
+    def release(_: Tensor) -> None:
+        keeper = at_module()
+        if keeper is not None and keeper.aux_loss is not None and keeper.aux_loss is at_loss():
+            keeper.aux_loss = keeper.aux_loss.detach()
+
+    loss.register_hook(release)
 
 
 def _compares_with_the_next(model: Any) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attention_zoo import ops
+from attention_zoo.attention.auxiliary import AuxiliaryLossModule, auxiliary_loss
 from attention_zoo.benchmarks.roofline import FORWARD, TRAIN, Peaks, Work
 from attention_zoo.benchmarks.timing import Clock, captured, estimate_ms, interleaved_ms, peak_mib, synchronize, time_call
 from attention_zoo.registry import create_attention
@@ -303,9 +304,13 @@ def normal(*shape: int, device: str, dtype: torch.dtype, seed: int = 0) -> Tenso
 
 
 def module_task(module: nn.Module, x: Tensor, wrap: Wrap, **inputs: Any) -> Task:
-    """A module's forward in evaluation mode without gradients, and forward and backward in training mode, to input and weights."""
+    """A module's forward in evaluation mode without gradients, and forward and backward in training mode, to input and weights.
+
+    Auxiliary losses have their gradients too, with the weight of Mixture-of-Head's paper.
+    """
     x = x.detach().requires_grad_(x.is_floating_point())
     leaves = tuple(t for t in (x, *module.parameters()) if t.requires_grad)
+    has_losses = any(isinstance(part, AuxiliaryLossModule) for part in module.modules())
     call = wrap(module)
 
     def forward() -> None:
@@ -316,11 +321,16 @@ def module_task(module: nn.Module, x: Tensor, wrap: Wrap, **inputs: Any) -> Task
 
     with torch.no_grad():
         gradient = torch.randn_like(module.eval()(x, **inputs))
+    loss_weight = torch.full((), 0.01, device=x.device)
 
     def train() -> None:
         if not module.training:
             module.train()
-        torch.autograd.grad(call(x, **inputs), leaves, gradient, allow_unused=True)
+        ends, gradients = [call(x, **inputs)], [gradient]
+        if has_losses:
+            ends.append(auxiliary_loss(module))
+            gradients.append(loss_weight)
+        torch.autograd.grad(ends, leaves, gradients, allow_unused=True)
 
     return Task(forward, train)
 

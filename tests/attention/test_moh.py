@@ -457,6 +457,38 @@ def test_loss_is_there_in_training_only(router: str) -> None:
 
 
 @pytest.mark.parametrize("router", ["linear", "query_norm"])
+def test_no_graph_outlives_the_backward_pass(router: str) -> None:
+    """Of a model in several layers, whose next forward would meet nodes that remember another stream."""
+    model = nn.Sequential(*(build(i, dim=8, num_heads=4, router=router) for i in range(3))).train()
+    for part in model:
+        part.requires_grad_()
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+
+    def nodes() -> list[Any]:
+        return [p.expand_as(p).grad_fn.next_functions[0][0] for p in model.parameters()]
+
+    out = model(x)
+    value = az.auxiliary_loss(model).item()
+    for node in nodes():
+        node.metadata["seen"] = True
+    aux = az.auxiliary_loss(model)
+    (out.sum() + aux).backward()
+    del out, aux, node
+    assert not any(node.metadata for node in nodes())
+    assert az.auxiliary_loss(model).item() == value
+    assert not az.auxiliary_loss(model).requires_grad
+
+
+def test_a_loss_that_waits_for_its_gradient_keeps_its_graph() -> None:
+    module = build(dim=8, num_heads=4).train()
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    together = torch.autograd.grad(module(x).sum() + az.auxiliary_loss(module), module.router.weight)[0]
+    of_task = torch.autograd.grad(module(x).sum(), module.router.weight, retain_graph=True)[0]
+    of_loss = torch.autograd.grad(az.auxiliary_loss(module), module.router.weight)[0]
+    torch.testing.assert_close(of_task + of_loss, together)
+
+
+@pytest.mark.parametrize("router", ["linear", "query_norm"])
 def test_layers_that_share_all_heads_have_no_loss(router: str) -> None:
     module = build(dim=8, num_heads=4, shared_heads=4, router=router).train()
     module(torch.randn(2, 3, 8, dtype=torch.float64))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import kernel_case as kernels
 import pytest
 import timm
 import torch
@@ -68,30 +69,11 @@ def test_layers_take_kernels_on_cuda(name: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", KERNELS)
 def test_layers_as_graphed_callables(name: str) -> None:
-    """Forward and backward replayed as CUDA graphs, after eager calls on another stream, give what those gave."""
     options = KERNELS[name][1] | ({"window_size": (16, 16)} if name == "agent" else {})
     layer = az.create_attention(name, 64, 4, **options, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(2, 256, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     grid = {"grid_size": (16, 16)} if attention_info(name).spatial else {}
-
-    class Fixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.layer(x, **grid)
-
-    def run(function: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        out = function(x)
-        # detached: a capture cannot wait for the stream of nodes that an earlier graph keeps alive
-        return tuple(t.detach().clone() for t in (out, *torch.autograd.grad(out.float().square().sum(), (x, *layer.parameters()))))
-
-    module = Fixed()
-    want, other = run(module, x), torch.randn_like(x).requires_grad_()
-    graphed = torch.cuda.make_graphed_callables(module, (other.detach().clone().requires_grad_(),), allow_unused_input=True)
-    for got, expected in zip(run(graphed, x), want, strict=True):  # cuDNN adds up gradients in any order
-        assert (got - expected).float().norm() <= 1e-2 * expected.float().norm()
+    kernels.check_graphed_callable(layer, x, **grid)
 
 
 def test_what_has_kernels_says_so() -> None:

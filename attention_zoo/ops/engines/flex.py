@@ -21,7 +21,8 @@ __all__ = ["FlexEngine"]
 
 _BLOCK = 128
 _MOST_KINDS = 256
-_DENSE_LIMIT = 2**26  # entries of the (N_q, N_k) map above which it must not be formed to find the empty blocks
+
+_Ends = tuple[Tensor, Tensor]
 
 
 class FlexEngine(Engine):
@@ -122,10 +123,12 @@ def _entry(table: Tensor, *index: Tensor) -> Tensor:
     return table[tuple(at if size > 1 else torch.zeros_like(at) for size, at in zip(table.shape, index, strict=True))]
 
 
+# Which blocks a call leaves out is found from the ends of each block. torch's own `create_block_mask` forms the map of queries and
+# keys for it, or compiles a kernel that runs over all of it.
 def _block_mask(q: Tensor, problem: Problem) -> Any:
     left, right = problem.window
     if problem.packed:
-        return _make_block_mask(_packed_mask_mod(problem), problem.num_queries, problem.num_keys, q.device)
+        return _packed_block_mask(problem)
     if left is None and right is None:
         return None
     make = _window_block_mask if torch.compiler.is_compiling() else _cached_window_block_mask
@@ -133,43 +136,19 @@ def _block_mask(q: Tensor, problem: Problem) -> Any:
 
 
 def _window_block_mask(left: int | None, right: int | None, num_queries: int, num_keys: int, device: torch.device) -> Any:
-    """From the bounds of each block, without the map, which torch's own `create_block_mask` forms or compiles a kernel for."""
-    from torch.nn.attention.flex_attention import BlockMask
-
     offset, bounds = num_keys - num_queries, _bounds(left, right, device)
     offset_there = torch.full((), offset, device=device)
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return _within(j - i - offset_there, *bounds)
 
-    (first_i, last_i), (first_j, last_j) = (_block_ends(length, device) for length in (num_queries, num_keys))
-    nearest, farthest = first_j - last_i[:, None] - offset, last_j - first_i[:, None] - offset  # of keys from queries
-    full = (last_i - first_i == _BLOCK - 1)[:, None] & (last_j - first_j == _BLOCK - 1)
-    some = torch.ones_like(full)
-    if left is not None:
-        some, full = some & (farthest >= -left), full & (nearest >= -left)
-    if right is not None:
-        some, full = some & (nearest <= right), full & (farthest <= right)
-    of_both = (*_listed(some & ~full), *_listed(full))
-    return BlockMask.from_kv_blocks(*of_both, BLOCK_SIZE=_BLOCK, mask_mod=mask_mod, seq_lengths=(num_queries, num_keys))
+    queries, keys = (_block_ends(torch.arange(length, device=device)) for length in (num_queries, num_keys))
+    some, full = _blocks_within(left, right, (queries[0] + offset, queries[1] + offset), keys)
+    return _listed_blocks(some, full, mask_mod, num_queries, num_keys)
 
 
-def _block_ends(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The first and the last place of each block."""
-    first = torch.arange(0, length, _BLOCK, device=device)
-    return first, (first + _BLOCK - 1).clamp(max=length - 1)
-
-
-def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row the number of its blocks, and the columns, those first: (1, 1, R) and (1, 1, R, C)."""
-    columns = torch.argsort(blocks.to(torch.int32), dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32)[None, None], columns.to(torch.int32)[None, None].contiguous()
-
-
-_cached_window_block_mask = lru_cache(maxsize=64)(_window_block_mask)
-
-
-def _packed_mask_mod(problem: Problem) -> Callable[..., Tensor]:
+def _packed_block_mask(problem: Problem) -> Any:
+    """Blocks that lie in several sequences and share one count as attended in part, even where the window leaves all of it out."""
     assert problem.cu_seqlens_q is not None
     assert problem.cu_seqlens_k is not None
     query_sequence, query_position = packed_positions(problem.cu_seqlens_q, problem.num_queries)
@@ -180,7 +159,46 @@ def _packed_mask_mod(problem: Problem) -> Callable[..., Tensor]:
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (query_sequence[i] == key_sequence[j]) & _within(key_position[j] - query_position[i], *bounds)
 
-    return mask_mod
+    (first_q, last_q), (first_k, last_k) = _block_ends(query_sequence), _block_ends(key_sequence)
+    share_some = (first_q[:, None] <= last_k) & (first_k <= last_q[:, None])
+    share_one = share_some & (first_q == last_q)[:, None] & (first_k == last_k)
+    some, full = _blocks_within(*problem.window, _block_ends(query_position), _block_ends(key_position))
+    return _listed_blocks(share_some & (some | ~share_one), share_one & full, mask_mod, problem.num_queries, problem.num_keys)
+
+
+def _blocks_within(left: int | None, right: int | None, queries: _Ends, keys: _Ends) -> tuple[Tensor, Tensor]:
+    """Which blocks, of places that follow one another from the first to the last, lie within the window in part, and as a whole."""
+    nearest, farthest = keys[0] - queries[1][:, None], keys[1] - queries[0][:, None]  # of keys from queries
+    some = full = nearest == nearest
+    if left is not None:
+        some, full = some & (farthest >= -left), full & (nearest >= -left)
+    if right is not None:
+        some, full = some & (nearest <= right), full & (farthest <= right)
+    return some, full
+
+
+def _block_ends(places: Tensor) -> _Ends:
+    """What the first and the last token of each block have in `places`."""
+    return places[::_BLOCK], torch.cat((places[_BLOCK - 1 :: _BLOCK], places[-1:]))[: -(-len(places) // _BLOCK)]
+
+
+def _listed_blocks(some: Tensor, full: Tensor, mask_mod: Callable[..., Tensor], num_queries: int, num_keys: int) -> Any:
+    """torch's form of a mask whose blocks (R, C) are attended in part, and as a whole; the last of R and C may not be filled."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    filled = [torch.arange(_BLOCK, length + _BLOCK, _BLOCK, device=full.device) <= length for length in (num_queries, num_keys)]
+    full = full & filled[0][:, None] & filled[1]
+    of_both = (*_listed(some & ~full), *_listed(full))
+    return BlockMask.from_kv_blocks(*of_both, BLOCK_SIZE=_BLOCK, mask_mod=mask_mod, seq_lengths=(num_queries, num_keys))
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row the number of its blocks, and the columns, those first: (1, 1, R) and (1, 1, R, C)."""
+    columns = torch.argsort(blocks.to(torch.int32), dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[None, None], columns.to(torch.int32)[None, None].contiguous()
+
+
+_cached_window_block_mask = lru_cache(maxsize=64)(_window_block_mask)
 
 
 def _bounds(left: int | None, right: int | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
@@ -198,12 +216,3 @@ def _within(distance: Tensor, left: Tensor | None, right: Tensor | None) -> Tens
     if right is not None:
         inside = inside & (distance <= right)
     return inside
-
-
-def _make_block_mask(mask_mod: Callable[..., Tensor], num_queries: int, num_keys: int, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    make: Callable[..., Any] = create_block_mask
-    if not torch.compiler.is_compiling() and device.type == "cuda" and num_queries * num_keys > _DENSE_LIMIT:
-        make = _compiled(create_block_mask)
-    return make(mask_mod, None, None, num_queries, num_keys, device=device, BLOCK_SIZE=_BLOCK)
