@@ -194,8 +194,8 @@ def check_graphed_callable(layer: nn.Module, x: Tensor, **inputs: Any) -> None:
 
     module = Fixed()
     want = run(module, x)
-    # A capture cannot wait for the stream of nodes that are still alive. The last one of a backward is held by autograd's thread until
-    # Python lets that thread go on.
+    # A capture cannot wait for the stream of nodes that are still alive. The last one of a backward is held by autograd's thread
+    # until Python lets that thread go on.
     torch.cuda.synchronize()
     time.sleep(0.1)
     graphed = torch.cuda.make_graphed_callables(module, (torch.randn_like(x).requires_grad_(),), allow_unused_input=True)
