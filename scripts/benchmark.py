@@ -4,6 +4,7 @@
     python scripts/benchmark.py mechanisms --dry-run    # what would run: FLOPs, bytes, the roofline's bound
     python scripts/benchmark.py decode                  # without a GPU: float32, small sizes
     python scripts/benchmark.py table docs/performance.md docs/results/papers_h200.json    # tables and pictures of earlier runs
+    python scripts/benchmark.py join docs/results/papers_h200.json new.json    # rows of `--only` in place of earlier ones
 
 Suites: `engines` (plain attention), `mechanisms` (each one over lengths), `models` (against timm's and Hugging Face's), `papers`
 (their settings and claims), `decode` (one token against a long context). The code stands in `attention_zoo.benchmarks`.
@@ -98,6 +99,10 @@ def _command(suite: str) -> Callable[..., None]:
         else:
             same = ("--scale", scale, "--only", only, "--budget", str(budget), "--dtype", dtype)
             compile_first(suite, workers, same, compile_seconds)
+            if suite == "engines":  # a few kernels at a time; torch 2.11's compile workers, idle for long, did not always answer
+                from torch._inductor import config
+
+                config.compile_threads = 1
             clock = Clock(seconds, most=5 if scale == "quick" else 50)
             extras = measure_extras(suite, scale, device, numbers, only)
             run(suite, chosen, device, numbers, scale=scale, clock=clock, budget=budget, out=out, extras=extras)
@@ -207,6 +212,15 @@ def show_plan(suite: str, cases: list[Case], device: str) -> None:
         ]
         table.add_row(case.group, case.setting, ", ".join(case.contenders), *(columns or ("not counted", "", "")))
     console.print(table)
+
+
+@app.command()
+def join(results: Path, later: list[Path]) -> None:
+    """Put rows of later runs, of some settings, into the file of an earlier one, in place of its own."""
+    found = report.read(results)
+    for path in later:
+        found = report.joined(found, report.read(path))
+    report.write(found, results)
 
 
 @app.command()

@@ -38,7 +38,8 @@ if [ "$part" != tests ]; then
         exit 2
     fi
     printf '%s\0' tests/ops/test_triton*.py | xargs -0 -P "$workers" -I{} bash -c 'check_memory {}' || failed=1
-    # Layers that are one node of autograd launch kernels that are no operators.
-    printf '%s\0' tests/ops/test_triton_{stripes,halo,launch}.py | xargs -0 -P "$workers" -I{} bash -c 'check_memory {} test' || failed=1
+    # Layers that are one node of autograd launch kernels that are no operators. Their CUDA graphs are left out: while a backward is
+    # captured torch 2.11 has the default stream wait, which CUDA refuses under the sanitizer, and not elsewhere.
+    printf '%s\0' tests/ops/test_triton_{stripes,halo,launch}.py | xargs -0 -P "$workers" -I{} bash -c 'check_memory {} "test and not graph"' || failed=1
 fi
 exit $failed

@@ -25,6 +25,7 @@ __all__ = [
     "by_group",
     "exponent",
     "fits",
+    "joined",
     "milliseconds",
     "put_results",
     "ratio",
@@ -65,6 +66,35 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(results, dict) or not {"suite", "where", "rows"} <= set(results):
         raise ValueError(f"{path} holds no results of a benchmark")
     return results
+
+
+def joined(results: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Results with the rows of a later run of some settings in place of their own, or by size among those of their group.
+
+    Such rows know their date.
+
+    Raises:
+        ValueError: the runs are of other suites, devices, versions of torch, dtypes or scales.
+    """
+    for name, one, other in (
+        ("suite", results["suite"], later["suite"]),
+        *((name, results["where"][name], later["where"][name]) for name in ("device", "torch")),
+        *((name, results.get(name), later.get(name)) for name in ("dtype", "scale")),
+    ):
+        if one != other:
+            raise ValueError(f"rows of one table are of one {name}: {one} and {other}")
+    rows = list(results["rows"])
+    for row in later["rows"]:
+        dated = {**row, "date": later["where"]["date"]}
+        same = next((i for i, r in enumerate(rows) if (r["group"], r["setting"]) == (row["group"], row["setting"])), None)
+        if same is not None:
+            rows[same] = dated
+            continue
+        group = [i for i, r in enumerate(rows) if r["group"] == row["group"]]
+        smaller = [i + 1 for i in group if rows[i]["size"] <= row["size"]]
+        rows.insert(smaller[-1] if smaller else group[0] if group else len(rows), dated)
+    more = {name: {**results[name], **later.get(name, {})} for name in ("explain",) if name in results}
+    return {**results, **more, "rows": rows}
 
 
 # ---- what rows say
@@ -156,7 +186,8 @@ def render(results: Mapping[str, Any], stem: str = "") -> str:
     """The Markdown of a suite's results: where they are from, their tables, and the pictures `stem_*.png` beside the JSON."""
     device, rows = results["where"], results["rows"]
     peaks = results.get("peaks")
-    head = f"{device['device']}, torch {device['torch']}, {device['date'][:10]}"
+    days = sorted({date[:10] for date in (device["date"], *(row["date"] for row in rows if "date" in row))})
+    head = f"{device['device']}, torch {device['torch']}, {' and '.join(days)}"
     if peaks:
         head += f"; roofline: {peaks['flops'] / 1e12:.4g} TFLOP/s, {peaks['bandwidth'] / 1e12:.3g} TB/s ({peaks['source']})"
     body = _RENDERERS[results["suite"]](rows, results)

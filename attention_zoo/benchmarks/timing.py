@@ -119,8 +119,6 @@ def host_microseconds(run: Call, calls: int) -> float:
 
 def captured(run: Call) -> Callable[[], None]:
     """The call as a CUDA graph, after three calls on a stream of its own, to compile and to allocate."""
-    torch.cuda.synchronize()
-    time.sleep(0.02)  # autograd's thread lets go of the last backward's nodes, which know the stream of before, when Python lets it
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -191,6 +191,26 @@ def test_results_without_peaks_have_no_roofline(tmp_path: Path) -> None:
     assert plots.draw(found, tmp_path / "r") == ["ratios"]
 
 
+def test_rows_of_a_later_run_take_the_place_of_earlier_ones() -> None:
+    earlier = results("papers", [row(setting="a"), row(setting="b"), row(group="other", setting="a")])
+    new = [row(setting="b", size=3), row(setting="c"), row(setting="d", size=2), row(group="new", setting="e")]
+    later = results("papers", new, where={**WHERE, "date": "2026-02-03T03:04:05+00:00"})
+    found = report.joined(earlier, later)
+    assert [(r["setting"], r["size"], r.get("date", "")[:10]) for r in found["rows"]] == [
+        ("d", 2, "2026-02-03"),
+        ("a", 64, ""),
+        ("b", 3, "2026-02-03"),
+        ("c", 64, "2026-02-03"),
+        ("a", 64, ""),
+        ("e", 64, "2026-02-03"),
+    ]
+    assert report.render(found).startswith("a device, torch 2.0, 2026-01-02 and 2026-02-03")
+    assert len(earlier["rows"]) == 3
+    for changes in ({"scale": "small"}, {"where": {**WHERE, "torch": "2.1"}}):
+        with pytest.raises(ValueError, match=r"of one (scale|torch)"):
+            report.joined(earlier, {**later, **changes})
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text(json.dumps({"rows": []}))

@@ -50,10 +50,10 @@ def test_explain_is_data_and_a_table_and_runs_nothing() -> None:
     assert set(reports) == set(ENGINES)
     assert reports["reference"].serves
     assert not reports["triton"].serves
-    assert "no kernel of ours serves plain attention" in str(explanation)
+    assert "has no mask or bias tensor, causality" in str(explanation)
     assert str(explanation).splitlines()[1].startswith("->  torch")
     assert az.explain(Q, Q, Q, softcap=1.0).chosen == "reference"
-    assert az.explain(Q, Q, Q, backend="triton").chosen is None
+    assert az.explain(Q, Q, Q, is_causal=True, backend="triton").chosen is None
     with pytest.raises(TypeError, match="softcup"):
         az.explain(Q, Q, Q, softcup=1.0)
     with pytest.raises(ValueError, match="softcap must be positive"):
@@ -92,7 +92,7 @@ def test_use_backend_nests_restores_and_yields_to_the_call() -> None:
         with az.use_backend("auto"):
             assert chosen() == "torch"
         with az.use_backend("triton"), pytest.raises(ops.BackendError):
-            ops.attention(Q, Q, Q)
+            ops.attention(Q, Q, Q, is_causal=True)
     assert chosen() == "torch"
 
 
@@ -131,7 +131,7 @@ def test_compiled_code_follows_use_backend() -> None:
         assert len(runs) == 1
     with az.use_backend("reference"):
         torch.testing.assert_close(compiled(Q), expected)
-    with az.use_backend("triton"), pytest.raises(Exception, match=r"(?s)BackendError|Unsupported|cannot serve"):
+    with az.use_backend("flash"), pytest.raises(Exception, match=r"(?s)BackendError|Unsupported|cannot serve"):
         compiled(Q)
     torch.testing.assert_close(compiled(Q), expected)
 

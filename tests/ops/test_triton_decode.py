@@ -235,7 +235,7 @@ def test_the_engine_of_a_single_query(value_dim: int) -> None:
     for reason, changes in {
         "log-normaliser": {"return_lse": True},
         "mask": {"window_size": (3, 0)},
-        "single query": {"q": q.expand(-1, -1, 2, -1)},
+        "of a single query": {"q": q.expand(-1, -1, 2, -1)},
         "backward": {"q": q.clone().requires_grad_()},
         "float64": {"q": q.double(), "k": k.double(), "v": v.double()},
         "256": {"v": v.repeat(1, 1, 1, 257)},

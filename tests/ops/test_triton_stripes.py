@@ -77,8 +77,8 @@ def test_what_is_not_one_node(use_agents: bool) -> None:
         with ops.use_backend("triton"):
             try:
                 out = layer(x, **{"grid_size": grid, **options})
-            except ops.BackendError as error:  # no kernel of ours serves plain attention
-                if "plain attention" in str(error):
+            except ops.BackendError as error:  # of plain attention our kernels serve little
+                if "no kernel of ours" in str(error) or "no mask or bias tensor" in str(error):
                     return False
                 raise
         return type(out.grad_fn).__name__ == "_LayerBackward"

@@ -66,7 +66,17 @@ def _means_of(x: Tensor, *, window_size: int, **options: Any) -> Tensor:
     return torch.cat([0.5 * same.flatten(1, 2), means], 1)
 
 
-MAKERS: dict[str, Callable[[], Case]] = {"windows": windows, "hilo": hilo, "means": means}
+def short(batch: int = 3, heads: int = 2, length: int = 7, dim: int = 8, value_dim: int = 16, scale: float = 0.3) -> Case:
+    """Plain attention within few tokens, which the engine of our kernels serves as a map of one window."""
+    tensors = {
+        "q": torch.randn(batch, length, heads, dim).transpose(1, 2),
+        "k": torch.randn(batch, heads, length, dim),
+        "v": torch.randn(batch, length, heads, value_dim).transpose(1, 2),
+    }
+    return Case(ops.attention, tensors, {"scale": scale})
+
+
+MAKERS: dict[str, Callable[[], Case]] = {"windows": windows, "hilo": hilo, "means": means, "short": short}
 
 
 @FEW
@@ -76,6 +86,15 @@ MAKERS: dict[str, Callable[[], Case]] = {"windows": windows, "hilo": hilo, "mean
 )  # fmt: skip
 def test_window_attention(dims: tuple[int, int], **sizes: Any) -> None:
     kernels.check_against_plain_code(windows(dim=dims[0], value_dim=dims[1], **sizes))
+
+
+@FEW
+@given(
+    batch=st.integers(1, 2 * LARGER), heads=st.integers(1, 3), length=st.integers(2, 64),
+    dims=st.sampled_from([(8, 16), (16, 16), (20, 40), (40, 24)]),
+)  # fmt: skip
+def test_attention_of_short_sequences(dims: tuple[int, int], **sizes: Any) -> None:
+    kernels.check_against_plain_code(short(dim=dims[0], value_dim=dims[1], **sizes))
 
 
 @FEW
@@ -101,6 +120,7 @@ LARGE: dict[str, Callable[[], Case]] = {
     "biases summed over tiles": lambda: windows(3, 1, 16, 8, side=4, bias=2, masked=False),
     "a share of the queries": lambda: hilo(1, (1, 1), 14, 10, keys=20),
     "many keys": lambda: hilo(1, (1, 1), 12, 12, keys=150, dim=40),
+    "several sequences in a tile": lambda: short(17, 1, 5),
 }
 
 
@@ -109,7 +129,8 @@ def test_several_tiles(make: Callable[[], Case]) -> None:
     kernels.check_against_plain_code(make())
 
 
-@kernels.each_check(MAKERS)
+# Empty calls of plain attention go to the reference, and nowhere else.
+@kernels.each_check(MAKERS, empty_batch={name: make for name, make in MAKERS.items() if name != "short"})
 def test_checks(check: Callable[[Case], None], make: Callable[[], Case]) -> None:
     check(make())
 
@@ -132,6 +153,33 @@ def test_what_the_kernel_of_windows_refuses(changes: dict[str, Any], options: di
     with pytest.raises(ops.BackendError, match=match):
         ops.window_attention(**tensors, **case.settings, **options, backend="triton")
     ops.window_attention(**tensors, **case.settings, **options)  # "auto" goes another way
+
+
+@pytest.mark.parametrize(
+    ("length", "changes", "match"),
+    [
+        (65, {}, "64 tokens"),
+        (7, {"is_causal": True}, "causality"),
+        (7, {"window_size": 3}, "window"),
+        (7, {"bias": torch.zeros(7, 7)}, "bias"),
+        (7, {"k": torch.randn(3, 1, 7, 8), "v": torch.randn(3, 1, 7, 16)}, "shared heads"),
+        (7, {"v": torch.randn(3, 2, 7, 130)}, "128 channels"),
+        (7, {"k": torch.randn(3, 2, 6, 8), "v": torch.randn(3, 2, 6, 16)}, "64 tokens"),
+    ],
+    ids=["length", "causal", "window", "bias", "shared heads", "channels", "other keys"],
+)
+def test_which_short_sequences_the_engine_refuses(length: int, changes: dict[str, Any], match: str) -> None:
+    case = short(length=length)
+    call = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in {**case.tensors, **changes}.items()}
+    with pytest.raises(ops.BackendError, match=match):
+        ops.attention(**call, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [3, 70_000])
+def test_short_sequences_beyond_a_grid(batch: int) -> None:
+    case = short(batch, 1, 4)
+    kernels.check_against_plain_code(case)
 
 
 def test_what_the_kernels_of_hilo_refuse() -> None:
@@ -273,6 +321,9 @@ PAPERS: dict[str, Callable[[], Case]] = {
     "swin": lambda: windows(2, 3, 28, 28, side=7, dim=32, value_dim=32, bias=2),
     "large windows": lambda: windows(1, 2, 24, 32, side=8, dim=80, value_dim=80),
     "means": lambda: means(4, 14, 14, channels=768),
+    "windows of a swin": lambda: short(64, 4, 49, 32, 32),
+    "64 tokens": lambda: short(8, 2, 64, 128, 128),
+    "few tokens, wide": lambda: short(9, 2, 33, 256, 256),
 }
 
 

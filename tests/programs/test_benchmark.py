@@ -119,6 +119,20 @@ def test_tables_of_earlier_runs(program: Any, tmp_path: Path) -> None:
     assert page.read_text(encoding="utf-8") == text
 
 
+def test_rows_of_a_later_run(program: Any, tmp_path: Path) -> None:
+    kept, later = RESULTS / "papers_h200.json", report.read(RESULTS / "papers_h200.json")
+    first = later["rows"][0]["setting"]
+    later["rows"] = [{**later["rows"][0], "seconds": -1.0}]
+    copy = tmp_path / "kept.json"
+    copy.write_text(kept.read_text(encoding="utf-8"), encoding="utf-8")
+    report.write(later, tmp_path / "later.json")
+    invoke(program, "join", str(copy), str(tmp_path / "later.json"))
+    found, before = report.read(copy)["rows"], report.read(kept)["rows"]
+    assert [row["setting"] for row in found] == [row["setting"] for row in before]
+    assert (found[0]["setting"], found[0]["seconds"]) == (first, -1.0)
+    assert found[1:] == before[1:]
+
+
 def test_the_page_shows_the_results_that_are_kept() -> None:
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert "<!-- papers: results/" in page

@@ -33,6 +33,7 @@ __all__ = [
 HALF = (torch.float16, torch.bfloat16)
 GRID_LIMIT = 65_535  # of a CUDA grid's second and third dimension, over which the libraries' kernels spread samples and heads
 _FEW_KEYS, _FEW_KEYS_FORWARD = 256, 1024  # with gradients and without: up to there torch's kernels are faster than flash-attn 4
+_SHORT = 64  # tokens of a sequence whose whole map a program of ours holds
 _LARGE_MAP = 2**24  # entries of the (B, H, N_q, N_k) map from which compiling a kernel is cheaper than forming it
 
 
@@ -46,7 +47,7 @@ class Signature(NamedTuple):
         mask: "" none, "bool" or "float".
         packed: "" no, "self" (queries and keys share their offsets), "cross".
         grad: q, k or v needs a gradient; map_grad: the bias or a float mask does.
-        empty: a size is 0; few_keys: so few that the flash libraries lose to torch.
+        empty: a size is 0; few_keys: so few that the flash libraries lose to torch; short: as many queries, at most 64 of them.
         large: the (B, H, N_q, N_k) map is too large to form lightly.
     """
 
@@ -69,6 +70,7 @@ class Signature(NamedTuple):
     map_grad: bool
     empty: bool
     few_keys: bool
+    short: bool
     large: bool
 
     @property
@@ -124,6 +126,7 @@ def describe(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Signature:
         map_grad,
         True if size == 0 or q_shape[3] == 0 or v.shape[3] == 0 else False,  # noqa: SIM210
         True if num_keys <= (_FEW_KEYS if grad else _FEW_KEYS_FORWARD) else False,  # noqa: SIM210
+        True if lengths == "equal" and not packed and num_keys <= _SHORT else False,  # noqa: SIM210
         True if size >= _LARGE_MAP else False,  # noqa: SIM210
     )
 

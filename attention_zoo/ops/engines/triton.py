@@ -1,4 +1,7 @@
-"""Our own kernels. They exist for what no library computes, or none well: of plain attention a single query without gradients."""
+"""Our own kernels. They exist for what no library computes, or none well.
+
+Of plain attention that is a single query without gradients, and many sequences of few tokens: windows.
+"""
 
 from __future__ import annotations
 
@@ -23,23 +26,35 @@ class TritonEngine(Engine):
 
     def can_run(self, signature: Signature) -> str | None:
         s = signature
-        if s.lengths != "one":
-            return "no kernel of ours serves plain attention but of a single query to more keys: the libraries' are better at it"
-        if s.grad or s.map_grad:
-            return "has no backward"
-        if s.mapped or s.left or s.softcap or s.dropout or s.packed:
-            return "has no mask or bias tensor, window, softcap, dropout or packing"
+        one = s.lengths == "one"
+        if not one and not s.short:
+            return "no kernel of ours serves plain attention but of a single query to more keys, and within 64 tokens"
+        if one and (s.grad or s.map_grad):
+            return "has no backward for a single query"
+        if s.mapped or s.left or (s.right and not one) or s.softcap or s.dropout or s.packed:
+            return "has no mask or bias tensor, causality or window of several queries, softcap, dropout or packing"
         if s.lse:
             return "returns no log-normaliser"
         if s.empty:
             return "empty sizes are left to the reference"
         if s.dtype not in (*HALF, torch.float32):
             return f"serves float16, bfloat16 and float32 only, not {s.dtype}"
-        if s.head_dim > 256 or s.value_dim > 256:
-            return "heads of more than 256 channels"
+        most = 256 if one or s.half else 128
+        if s.head_dim > most or s.value_dim > most:
+            return f"heads of more than {most} channels"
+        if s.grouped and not one:
+            return "has no shared heads for several queries"
         return unusable(s.device)
 
+    def largest_batch(self, num_heads: int) -> int:
+        """Samples are in the first dimension of the grid, which has no such limit."""
+        return 2**31 - 1
+
     def run(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
+        if problem.num_queries > 1:
+            from attention_zoo.ops.triton.windows import short_attention_triton
+
+            return short_attention_triton(q, k, v, scale=problem.scale), None
         from attention_zoo.ops.triton.decode import decode_attention
 
         return decode_attention(q, k, v, is_causal=False, scale=problem.scale), None

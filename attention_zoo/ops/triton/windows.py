@@ -18,7 +18,7 @@ from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import LOG2E, ceil_div, last_contiguous, per_logit, precision, tile
 from attention_zoo.ops.triton._launch import Launch, Place, settled
 
-__all__ = ["Windows", "backward_launch", "forward_launch", "window_attention_triton"]
+__all__ = ["Windows", "backward_launch", "forward_launch", "short_attention_triton", "window_attention_triton"]
 
 _PROGRAMS = 1024  # that sum up gradients of a bias, each over its windows
 
@@ -231,10 +231,10 @@ def _backward_of(
     return backward_launch(call, q, k, v, Place(7), grad, dq, dk, dv, Place(8) if call.groups else None)
 
 
-def _call(q: Tensor, v: Tensor, bias: Tensor | None, side: int, scale: float, masked: bool) -> Windows:
+def _call(q: Tensor, v: Tensor, bias: Tensor | None, rows: int, columns: int, scale: float, masked: bool) -> Windows:
     (batch, heads, height, width, channels), groups = q.shape, 0 if bias is None else bias.shape[0]
     sizes = batch, heads, height, width, channels, v.shape[4]
-    return Windows(*sizes, groups, (side, side), scale, masked, q.element_size(), precision(q))
+    return Windows(*sizes, groups, (rows, columns), scale, masked, q.element_size(), precision(q))
 
 
 def _empty(like: Tensor, channels: int) -> Tensor:
@@ -244,30 +244,32 @@ def _empty(like: Tensor, channels: int) -> Tensor:
 
 
 @operator("window_forward")
-def _window_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, side: int, scale: float, masked: bool) -> Tensor:
+def _window_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: int, columns: int, scale: float, masked: bool
+) -> Tensor:
     out = _empty(q, v.shape[-1])
     if out.numel():
         tensors = last_contiguous(q), last_contiguous(k), last_contiguous(v), out
-        strides, call = tuple(t.stride() for t in tensors), _call(q, v, bias, side, scale, masked)
+        strides, call = tuple(t.stride() for t in tensors), _call(q, v, bias, rows, columns, scale, masked)
         launch = _forward_of(call, strides, q.dtype, None if bias is None else bias.dtype, q.device)
         launch(*tensors, q if bias is None else bias)
     return out
 
 
 @_window_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, bias: Any, side: int, scale: float, masked: bool) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Any, *_: Any) -> Tensor:
     return _empty(q, v.shape[-1])
 
 
 @operator("window_backward")
 def _window_backward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, grad: Tensor, side: int, scale: float, masked: bool
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, grad: Tensor, rows: int, columns: int, scale: float, masked: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = _empty(q, q.shape[-1]), _empty(k, k.shape[-1]), _empty(v, v.shape[-1])
     dbias = q.new_zeros(() if bias is None else bias.shape, dtype=torch.float32)
     if grad.numel():
         tensors = last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(grad), dq, dk, dv
-        strides, call = tuple(t.stride() for t in tensors), _call(q, v, bias, side, scale, masked)
+        strides, call = tuple(t.stride() for t in tensors), _call(q, v, bias, rows, columns, scale, masked)
         launch, shape = _backward_of(call, strides, q.dtype, None if bias is None else bias.dtype, q.device)
         if bias is None:
             launch(*tensors, q)
@@ -279,9 +281,7 @@ def _window_backward(
 
 
 @_window_backward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, bias: Any, grad: Tensor, side: int, scale: float, masked: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Any, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dbias = q.new_empty(() if bias is None else bias.shape, dtype=torch.float32)
     return _empty(q, q.shape[-1]), _empty(k, k.shape[-1]), _empty(v, v.shape[-1]), dbias
 
@@ -294,7 +294,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     q, k, v, bias = ctx.saved_tensors
     dq, dk, dv, dbias = _window_backward(q, k, v, bias, grad, *ctx.settings)
-    return dq, dk, dv, None if bias is None else dbias.to(bias.dtype), None, None, None
+    return dq, dk, dv, None if bias is None else dbias.to(bias.dtype), None, None, None, None
 
 
 _window_forward.register_autograd(_backward, setup_context=_setup)
@@ -304,5 +304,12 @@ def window_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, window_size: int, scale: float, mask_padding: bool
 ) -> Tensor:
     """Outputs (B, heads, H, W, D_v) of tensors as `ops.window_attention` has checked them; bias (n, heads, s^2, s^2) or None."""
-    result: Tensor = _window_forward(q, k, v, None if bias is None else bias.contiguous(), window_size, scale, mask_padding)
+    by_group, sides = None if bias is None else bias.contiguous(), (window_size, window_size)
+    result: Tensor = _window_forward(q, k, v, by_group, *sides, scale, mask_padding)
     return result
+
+
+def short_attention_triton(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+    """Plain attention (B, heads, N, D_v) of short sequences (B, heads, N, D): each is the one window of a map of one row."""
+    result: Tensor = _window_forward(q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), None, 1, q.shape[2], scale, False)
+    return result.squeeze(2)
