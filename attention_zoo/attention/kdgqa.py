@@ -46,8 +46,8 @@ PAPER: dict[str, Any] = {
     "patterns": PATTERNS,
     "kv_cache": True,
     "cost": "O(N^2 d H)",
-    "engines": ("flash", "torch", "xformers", "flex"),
 }
+_ENGINES = ("triton", "flash", "torch", "xformers", "flex")
 
 ALLOC_SCOPES = ("batch", "sample", "frozen")
 KINDS = ("diff", "ema")
@@ -87,7 +87,7 @@ class _AllocatedAttention(GroupedQueryAttention):
         self.last_allocation = None
 
 
-@register_attention("kdgqa", batch_coupled=True, causal_options={"alloc_scope": "frozen"}, **PAPER)
+@register_attention("kdgqa", batch_coupled=True, causal_options={"alloc_scope": "frozen"}, engines=_ENGINES, **PAPER)
 class KeyDrivenGroupedQueryAttention(_AllocatedAttention):
     """Key-driven grouped-query attention: query heads go to key/value heads in proportion to the norms of their keys.
 
@@ -224,7 +224,7 @@ class KeyDrivenGroupedQueryAttention(_AllocatedAttention):
         return f"{super().extra_repr()}, alloc_scope={self.alloc_scope!r}"
 
 
-@register_attention("dgqa", batch_coupled=True, causal_options={"eval_update": False}, **PAPER)
+@register_attention("dgqa", batch_coupled=True, causal_options={"eval_update": False}, engines=_ENGINES, **PAPER)
 class DynamicGroupedQueryAttention(_AllocatedAttention):
     """Dynamic key-distributed grouped-query attention: query heads follow the evolution of the key norms in training.
 

@@ -75,7 +75,7 @@ class LocalPositionEncoding(nn.Conv2d):
     spatial=True,
     prefix_tokens=True,
     cost="O(N^2 C + N s^2 C)",
-    engines=("flash", "torch", "xformers", "flex"),
+    engines=("flash", "torch", "xformers", "flex", "triton"),
 )
 class LepeAttention(AttentionModule):
     """LePE attention: multi-head attention over the whole grid, plus a depthwise convolution of the input or the values.

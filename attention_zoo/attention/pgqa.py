@@ -27,7 +27,9 @@ __all__ = ["PerturbedGroupedQueryAttention", "perturb", "perturbed_attention"]
 NOISE_MODES = ("always", "train", "never")
 
 
-@register_attention("pgqa", stochastic=True, causal_options={"noise_mode": "never"}, **PAPER)
+@register_attention(
+    "pgqa", stochastic=True, causal_options={"noise_mode": "never"}, engines=("flash", "torch", "xformers", "flex"), **PAPER
+)
 class PerturbedGroupedQueryAttention(GroupedQueryAttention):
     """Perturbed grouped-query attention: from each head's output, noise with the output's own mean and deviation is subtracted.
 

@@ -30,10 +30,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "diff": {"num_heads": 6},
     "gda": {"num_heads": 6},
 }
-WITH_KERNELS = (  # the plain code is measured too
-    *("agent", "agent_cswin", "bra", "cca", "combiner", "dgqa", "diff", "gda", "halo", "hilo", "kdgqa", "lepe_attention", "moh"),
-    "moh_transnext_aggregated",
-)
 _ON_REFERENCE = ("combiner",)  # needs log-normalisers, which torch's own attention does not return
 
 
@@ -73,7 +69,7 @@ def _case(info: AttentionInfo, causal: bool, side: int, scale: str) -> Case:
         "dense": Contender(dense, dense_ways(), shared=f"dense {tokens} {causal}"),
         "compiled": compiled(ours, backend),
     }
-    if info.name in WITH_KERNELS:
+    if "triton" in info.engines:  # ours may run on our kernels
         contenders["plain"] = plain(ours, backend, optional=True)
     return Case(
         f"{info.name}, causal" if causal else info.name,
