@@ -134,11 +134,6 @@ class _TransNeXtHeads(MixtureOfHeads):
             f"routed_topk={self.routed_topk}, pretrain_resolution={self.pretrain_resolution}"
         )
 
-    def _queries(self, q: Tensor, scale: float | Tensor) -> Tensor:
-        """(L2(q) + E) * softplus(temperature) * scale of the normalised queries (B, h, N, d)."""
-        temperature = F.softplus(self.temperature.to(q.dtype))
-        return (q + self.query_embedding.to(q.dtype)) * temperature * scale
-
     def _position_bias(self, x: Tensor, grid: Grid, key_grid: Grid) -> Tensor:
         """(h, H * W, Hk * Wk): the MLP of every relative position that occurs, put where it occurs."""
         positions = _per_geometry(_positions, _cached_positions, x, grid, key_grid, self.pretrain_resolution or grid)
@@ -150,7 +145,7 @@ class _TransNeXtHeads(MixtureOfHeads):
 
     def _mix(self, heads: Tensor, gates: Tensor) -> Tensor:
         """Heads' outputs (B, h, N, d), weighted by gates (B, N, h), through the output projection."""
-        return self.proj_drop(self.proj(merge_heads(heads * gates.transpose(1, 2).unsqueeze(-1).to(heads.dtype))))
+        return self.proj_drop(self.proj(merge_heads(ops.gate_heads(heads, gates.transpose(1, 2)))))
 
 
 @register_attention(
@@ -162,7 +157,7 @@ class _TransNeXtHeads(MixtureOfHeads):
     patterns={"noncausal_self"},
     spatial=True,
     cost="O(N^2 C)",
-    engines=("torch", "xformers", "flex"),
+    engines=("torch", "xformers", "flex", "triton"),
     silent_parameters=("cpb_fc2.bias",),
 )
 class MoHTransNeXtGlobal(_TransNeXtHeads):
@@ -232,12 +227,13 @@ class MoHTransNeXtGlobal(_TransNeXtHeads):
         self._forget_auxiliary_loss()
         check_tokens(x, self.dim)
         grid = check_grid(x, grid_size)
-        q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
         gates, scores, chosen = self._route_linearly(x)
-        queries = self._queries(_normalise(q), math.log(x.shape[1])).to(v.dtype)
+        queries, _ = ops.cosine_queries(q, self.query_embedding, self.temperature, math.log(x.shape[1]))
         bias = self._position_bias(x, grid, grid)[None]
         drop = self.attn_drop if self.training else 0.0
-        heads = ops.attention(queries, _normalise(k).to(v.dtype), v, bias=bias, scale=1.0, dropout_p=drop)
+        keys, values = ops.unit_heads(k, self.num_heads), split_heads(v, self.num_heads)
+        heads = ops.attention(queries, keys, values, bias=bias, scale=1.0, dropout_p=drop)
         assert isinstance(heads, Tensor)  # no log-normaliser was asked for
         heads = self._keep_statistics(heads, scores, chosen)
         return self._mix(heads, gates)
@@ -365,14 +361,14 @@ class MoHTransNeXtAggregated(_TransNeXtHeads):
         check_tokens(x, self.dim)
         grid = check_grid(x, grid_size)
         pool = self.pool_grid(grid)
-        q = _normalise(split_heads(self.q(x), self.num_heads))
         k, v = self._keys_and_values(x)
         pooled_k, pooled_v = self._keys_and_values(self._pool(x, grid, pool))
         gates, scores, chosen = self._route_linearly(x)
         place = _per_geometry(_neighbourhood, _cached_neighbourhood, x, grid, self.window_size, pool[0] * pool[1])
+        queries, directions = ops.cosine_queries(self.q(x), self.query_embedding, self.temperature, place.scale)
         heads = ops.foveal_attention(
-            self._queries(q, place.scale),
-            q,
+            queries,
+            directions,
             k,
             v,
             pooled_k,
@@ -397,8 +393,8 @@ class MoHTransNeXtAggregated(_TransNeXtHeads):
 
     def _keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """L2(k) and v, each (B, h, N, d)."""
-        k, v = (split_heads(t, self.num_heads) for t in self.kv(x).chunk(2, dim=-1))
-        return _normalise(k).to(v.dtype), v
+        k, v = self.kv(x).chunk(2, dim=-1)
+        return ops.unit_heads(k, self.num_heads), split_heads(v, self.num_heads)
 
     def extra_repr(self) -> str:
         coarse = f"pool_size={self.pool_size}" if self.pool_size is not None else f"sr_ratio={self.sr_ratio}"
@@ -413,11 +409,6 @@ def _as_grid(name: str, value: int | Sequence[int] | None) -> Grid | None:
     if len(sides) != 2 or min(sides) < 1:
         raise ValueError(f"{name} must be (H, W), both at least 1, or one number for both; got {value}")
     return sides[0], sides[1]
-
-
-def _normalise(x: Tensor) -> Tensor:
-    """Each head's vector over its length, in float32 at least."""
-    return F.normalize(x.to(work_dtype(x)), dim=-1)
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

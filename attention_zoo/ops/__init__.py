@@ -5,6 +5,7 @@ from attention_zoo.ops._split import split_channels
 from attention_zoo.ops._tap import is_observed, observe
 from attention_zoo.ops.agent import agent_attention, grid_bias, pool_tokens, resize_grid
 from attention_zoo.ops.attention import attention, attention_weights, merge_attention
+from attention_zoo.ops.cosine import cosine_queries, unit_heads
 from attention_zoo.ops.depthwise import depthwise_conv2d
 from attention_zoo.ops.differential import differential_attention, subtract_noise
 from attention_zoo.ops.dispatch import BACKENDS, BackendError, backends, explain, use_backend
@@ -24,6 +25,7 @@ __all__ = [
     "attention_by_head_map",
     "attention_weights",
     "backends",
+    "cosine_queries",
     "depthwise_conv2d",
     "differential_attention",
     "explain",
@@ -45,6 +47,7 @@ __all__ = [
     "span_attention",
     "split_channels",
     "subtract_noise",
+    "unit_heads",
     "use_backend",
     "window_attention",
 ]

@@ -25,7 +25,8 @@ KERNELS: dict[str, tuple[set[str], dict[str, Any]]] = {
     "halo": ({"halo_forward"}, {"block_size": 8, "halo_size": 3}),
     "hilo": ({"hilo_forward"}, {}),
     "moh": ({"mixture_forward"}, {"shared_heads": 1, "routed_topk": 1}),
-    "moh_transnext_aggregated": ({"foveal_forward"}, {}),
+    "moh_transnext_aggregated": ({"foveal_forward", "cosine_heads"}, {}),
+    "moh_transnext_global": ({"cosine_heads"}, {}),
 }
 SPATIAL_MODELS = {
     "agent_deit_t": "agents_read_forward",
