@@ -27,7 +27,9 @@ _PROGRAMS = 512  # that share out the tokens, where gradients are added up
 @triton.jit
 def _read(X, t, h, c, there, sxb, sxn, N, D: tl.constexpr, UNIT: tl.constexpr):
     """Heads of tokens in float32, one over their lengths, and whether a length is not too short to have a gradient."""
-    at = (t // N * sxb + t % N * sxn)[:, None, None] * UNIT + (h * D)[None, :, None] + c[None, None, :]
+    at = (
+        ((t // N).to(tl.int64) * sxb + (t % N).to(tl.int64) * sxn)[:, None, None] * UNIT + (h * D)[None, :, None] + c[None, None, :]
+    )
     x = tl.load(X + at, mask=there, other=0.0).to(tl.float32)
     length = tl.sqrt_rn(tl.sum(x * x, 2))
     return x, 1.0 / tl.maximum(length, 1e-12), length >= 1e-12
@@ -57,13 +59,13 @@ def _forward_kernel(
     BT: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Strides are counted in UNITs, which the kernel knows to divide them: loads are as wide then as where they are known."""
-    t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
     h, c = tl.arange(0, BH), tl.arange(0, BD)
     wide = (h < H)[:, None] & (c < D)[None, :]
     there = (t < TOKENS)[:, None, None] & wide[None, :, :]
     x, inverse, _ = _read(X, t, h, c, there, sxb, sxn, N, D, UNIT)
     unit = x * inverse[:, :, None]
-    to = (t * H * D)[:, None, None] + (h * D)[None, :, None] + c[None, None, :]
+    to = (t.to(tl.int64) * (H * D))[:, None, None] + (h * D)[None, :, None] + c[None, None, :]
     tl.store(Units + to, unit.to(Units.dtype.element_ty), mask=there)
     if QUERIES:
         embedding = tl.load(Embedding + (h * D)[:, None] + c[None, :], mask=wide, other=0.0).to(tl.float32)
@@ -80,7 +82,7 @@ def _backward_kernel(
     HAS_DUNITS: tl.constexpr, HAS_DQUERIES: tl.constexpr, HAS_SCALES: tl.constexpr,
     BT: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     h, c = tl.arange(0, BH), tl.arange(0, BD)
     wide = (h < H)[:, None] & (c < D)[None, :]
     if HAS_DQUERIES:
@@ -95,10 +97,14 @@ def _backward_kernel(
         unit = x * inverse[:, :, None]
         slope = tl.zeros([BT, BH, BD], tl.float32)
         if HAS_DUNITS:
-            at = ((t // N * sub + t % N * sun)[:, None, None] + (h * suh)[None, :, None]) * UNIT + c[None, None, :]
+            at = (((t // N).to(tl.int64) * sub + (t % N).to(tl.int64) * sun)[:, None, None] + (h * suh)[None, :, None]) * UNIT + c[
+                None, None, :
+            ]
             slope += tl.load(DUnits + at, mask=there, other=0.0).to(tl.float32)
         if HAS_DQUERIES:
-            at = ((t // N * sqb + t % N * sqn)[:, None, None] + (h * sqh)[None, :, None]) * UNIT + c[None, None, :]
+            at = (((t // N).to(tl.int64) * sqb + (t % N).to(tl.int64) * sqn)[:, None, None] + (h * sqh)[None, :, None]) * UNIT + c[
+                None, None, :
+            ]
             grad = tl.load(DQueries + at, mask=there, other=0.0).to(tl.float32)
             grad *= _scales(Scales, t, scale, N, TOKENS, HAS_SCALES)[:, None, None]
             of_softplus += tl.sum(tl.sum(grad * (unit + embedding[None, :, :]), 2), 0)
@@ -107,10 +113,10 @@ def _backward_kernel(
             slope += grad
         along = tl.where(is_long, tl.sum(unit * slope, 2), 0.0)
         dx = (slope - unit * along[:, :, None]) * inverse[:, :, None]
-        to = (t * H * D)[:, None, None] + (h * D)[None, :, None] + c[None, None, :]
+        to = (t.to(tl.int64) * (H * D))[:, None, None] + (h * D)[None, :, None] + c[None, None, :]
         tl.store(DX + to, dx.to(DX.dtype.element_ty), mask=there)
     if HAS_DQUERIES:
-        to = DTables + pid * (H * D + H)  # of the embedding, then of the temperature
+        to = DTables + pid.to(tl.int64) * (H * D + H)  # of the embedding, then of the temperature
         tl.store(to + (h * D)[:, None] + c[None, :], of_embedding, mask=wide)
         tl.store(to + H * D + h, of_softplus / (1.0 + tl.exp(-temperature)), mask=h < H)
 

@@ -34,18 +34,18 @@ def _norm_gates_kernel(
     Q, Gates, Scores, Chosen, Norms, sqb, sqh, sqn, N, ROWS, D, R, S, K, DEGREES, eps,
     SCORED: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * BT
+    first = tl.program_id(0) * BT  # int32: to divide 64 bits takes a hundred instructions
     pair = tl.arange(0, BT * BE)
     row, head = first + pair // BE, pair % BE
     there = (row < ROWS) & (head < R)
-    at = Q + (row // N) * sqb + (S + head) * sqh + (row % N) * sqn
+    at = Q + (row // N).to(tl.int64) * sqb + (S + head) * sqh + (row % N).to(tl.int64) * sqn
     squares = tl.zeros([BT * BE], tl.float32)
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)
         q = tl.load(at[:, None] + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
         squares += tl.sum(q * q, 1)
     norms = tl.reshape(tl.sqrt_rn(squares), (BT, BE))
-    n, e, f = first + tl.arange(0, BT), tl.arange(0, BE), tl.arange(0, BS)
+    n, e, f = (first + tl.arange(0, BT)).to(tl.int64), tl.arange(0, BE), tl.arange(0, BS)
     ones = tl.full([BT, BS], 1.0, tl.float32)
     valid = (e < R)[None, :]
     here = (n < ROWS)[:, None] & valid
@@ -65,8 +65,8 @@ def _norm_gradient_kernel(
     HAS_DGATES: tl.constexpr, HAS_DSCORES: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """DQ (B, N, H, D), of all heads; the gradient of a gate goes straight through to the score of a chosen head."""
-    first = tl.program_id(0).to(tl.int64) * BT
-    n, h = first + tl.arange(0, BT), tl.arange(0, BH)
+    first = tl.program_id(0) * BT
+    n, h = (first + tl.arange(0, BT)).to(tl.int64), tl.arange(0, BH)
     valid = ((h >= S) & (h < S + R))[None, :]
     here = (n < ROWS)[:, None] & valid
     at = n[:, None] * R + (h - S)[None, :]
@@ -86,8 +86,8 @@ def _norm_gradient_kernel(
     pair = tl.arange(0, BT * BH)
     row, head = first + pair // BH, pair % BH
     real = (row < ROWS) & (head < S + R)
-    at = Q + (row // N) * sqb + head * sqh + (row % N) * sqn
-    to = DQ + (row * (S + R) + head) * D
+    at = Q + (row // N).to(tl.int64) * sqb + head * sqh + (row % N).to(tl.int64) * sqn
+    to = DQ + (row.to(tl.int64) * (S + R) + head) * D
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)
         inside = (d < D)[None, :]

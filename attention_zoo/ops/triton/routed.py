@@ -38,9 +38,12 @@ __all__ = ["RoutedCall", "Tiling", "backward_launches", "forward_launch", "route
 
 @triton.jit
 def _place(region, t, HEIGHT, WIDTH, COLUMNS):
-    """Row and column of a region's token on the map that regions of HEIGHT x WIDTH tokens tile, COLUMNS side by side."""
+    """Row and column of a region's token on the map that regions of HEIGHT x WIDTH tokens tile, COLUMNS side by side.
+
+    From int32, since a division of 64 bits is a hundred instructions; int64, to be multiplied by strides.
+    """
     line, y = region // COLUMNS, t // WIDTH
-    return line * HEIGHT + y, (region - line * COLUMNS) * WIDTH + t - y * WIDTH
+    return (line * HEIGHT + y).to(tl.int64), ((region - line * COLUMNS) * WIDTH + t - y * WIDTH).to(tl.int64)
 
 
 @triton.jit
@@ -58,7 +61,7 @@ def _forward_kernel(
     b, h = (bh // H).to(tl.int64), bh % H
     hk = h // GROUP
     rows, d, dv = portion * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BDV)
-    y, x = _place(r.to(tl.int64), rows, QH, QW, QC)
+    y, x = _place(r, rows, QH, QW, QC)
     at = Q + b * sqb + h * sqh + y[:, None] * sqy + x[:, None] * sqx + d[None, :]
     q = tl.load(at, mask=(rows < NQ)[:, None] & (d < D)[None, :], other=0.0)
     K += b * skb + hk * skh
@@ -73,7 +76,7 @@ def _forward_kernel(
         inside = slot < NUM * NK
         j = slot // NK
         t = slot - j * NK
-        region = tl.load(Routes + j, mask=inside, other=0)
+        region = tl.load(Routes + j, mask=inside, other=0).to(tl.int32)
         ky, kx = _place(region, t, KH, KW, KC)
         k = tl.load(K + ky[None, :] * sky + kx[None, :] * skx + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
         logits = tl.dot(q, k, input_precision=PRECISION) * scale
@@ -111,7 +114,7 @@ def _query_gradient_kernel(
     rows, d, dv = portion * BM + tl.arange(0, BM), tl.arange(0, BD), tl.arange(0, BDV)
     real = rows < NQ
     wanted, wanted_v = real[:, None] & (d < D)[None, :], real[:, None] & (dv < DV)[None, :]
-    y, x = _place(r.to(tl.int64), rows, QH, QW, QC)
+    y, x = _place(r, rows, QH, QW, QC)
     q = tl.load(Q + b * sqb + h * sqh + y[:, None] * sqy + x[:, None] * sqx + d[None, :], mask=wanted, other=0.0)
     out = tl.load(Out + b * sob + h * soh + y[:, None] * soy + x[:, None] * sox + dv[None, :], mask=wanted_v, other=0.0)
     grad = tl.load(DOut + b * sgb + h * sgh + y[:, None] * sgy + x[:, None] * sgx + dv[None, :], mask=wanted_v, other=0.0)
@@ -128,7 +131,7 @@ def _query_gradient_kernel(
         inside = slot < NUM * NK
         j = slot // NK
         t = slot - j * NK
-        region = tl.load(Routes + j, mask=inside, other=0)
+        region = tl.load(Routes + j, mask=inside, other=0).to(tl.int32)
         ky, kx = _place(region, t, KH, KW, KC)
         k = tl.load(K + ky[:, None] * sky + kx[:, None] * skx + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
         v = tl.load(V + ky[None, :] * svy + kx[None, :] * svx + dv[:, None], mask=inside[None, :] & (dv < DV)[:, None], other=0.0)
@@ -220,7 +223,7 @@ def _key_gradient_kernel(
     keys, d, dv = portion * BN + tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BDV)
     real = keys < NK
     wanted, wanted_v = real[:, None] & (d < D)[None, :], real[:, None] & (dv < DV)[None, :]
-    ky, kx = _place(wide, keys, KH, KW, KC)
+    ky, kx = _place(region, keys, KH, KW, KC)
     k = tl.load(K + b * skb + hk * skh + ky[:, None] * sky + kx[:, None] * skx + d[None, :], mask=wanted, other=0.0)
     v = tl.load(V + b * svb + hk * svh + ky[:, None] * svy + kx[:, None] * svx + dv[None, :], mask=wanted_v, other=0.0)
     seen = real
@@ -240,7 +243,7 @@ def _key_gradient_kernel(
             inside = slot < count * NQ
             e = slot // NQ
             t = slot - e * NQ
-            source = tl.load(Order + e, mask=inside, other=0).to(tl.int64)
+            source = tl.load(Order + e, mask=inside, other=0).to(tl.int32)
             r = source // NUM
             y, x = _place(r, t, QH, QW, QC)
             q = tl.load(
@@ -300,7 +303,7 @@ def _add_parts_kernel(
         sums = Sums + (((b * PARTS + part + c) * HK + hk) * NK + keys[:, None]) * (D + DV)
         dk += tl.load(sums + d[None, :], mask=wanted, other=0.0)
         dv_sum += tl.load(sums + D + dv[None, :], mask=wanted_v, other=0.0)
-    ky, kx = _place(region.to(tl.int64), keys, KH, KW, KC)
+    ky, kx = _place(region, keys, KH, KW, KC)
     at = DK + b * sdkb + hk * sdkh + ky[:, None] * sdky + kx[:, None] * sdkx + d[None, :]
     at_v = DV_ + b * sdvb + hk * sdvh + ky[:, None] * sdvy + kx[:, None] * sdvx + dv[None, :]
     tl.store(at, dk.to(DK.dtype.element_ty), mask=wanted)
@@ -364,6 +367,12 @@ class RoutedCall(NamedTuple):
         flags = {"HAS_W": self.has_weights, "HAS_MASK": self.mask_stride is not None, "PRECISION": self.precision}
         return {**flags, "BD": tile(self.dim, 256), "BDV": tile(self.dim_v, 256), "num_warps": 4}
 
+    def query_tiles(self) -> dict[str, Any]:
+        """Of programs that have queries of a region: each warp finds the places of all keys by itself, so few for few queries."""
+        rows, keys, constants = tile(self.of_q.tokens), self.topk * self.of_k.tokens, self.constants()
+        warps = min(4, max(1, rows * max(constants["BD"], constants["BDV"], 64) // 1024))
+        return {**constants, "BM": rows, "BN": tile(keys), "num_warps": warps, "num_stages": 1 if keys <= 64 else 3}
+
 
 # Launches, for tensors numbered as here. Places of queries, keys, values and the like have strides by (B, H, Y, X).
 _Q, _K, _V, _ROUTES, _WEIGHTS, _MASK, _OUT, _LSE, _GRAD, _DLSE, _DQ, _DK, _DV, _ORDER, _ORDERED, _TABLES, _FLOATS, _DWEIGHTS = (
@@ -373,15 +382,15 @@ _Q, _K, _V, _ROUTES, _WEIGHTS, _MASK, _OUT, _LSE, _GRAD, _DLSE, _DQ, _DK, _DV, _
 
 @settled
 def forward_launch(call: RoutedCall, q: Place, k: Place, v: Place, out: Place) -> Launch:
-    bm, bn = tile(call.of_q.tokens), tile(call.topk * call.of_k.tokens)
-    tiles = ceil_div(call.of_q.tokens, bm)
+    constants = call.query_tiles()
+    tiles = ceil_div(call.of_q.tokens, constants["BM"])
     numbers = (
         call.scale * LOG2E, *q.strides, *k.strides, *v.strides, *out.strides, call.mask_stride or 0,
         call.heads, call.heads // call.kv_heads, call.of_q.number, *call.sizes(), tiles, *call.of_q[:3], *call.of_k[:3],
     )  # fmt: skip
     places = q, k, v, Place(_ROUTES), Place(_WEIGHTS), Place(_MASK), out, Place(_LSE)
     grid = call.of_q.number * tiles, call.batch * call.heads
-    return Launch(_forward_kernel, grid, places, numbers, {**call.constants(), "BM": bm, "BN": bn})
+    return Launch(_forward_kernel, grid, places, numbers, constants)
 
 
 class Backward(NamedTuple):
@@ -404,8 +413,8 @@ def backward_launches(
     group, tilings, common = call.heads // call.kv_heads, (*call.of_q[:3], *call.of_k[:3]), call.constants()
     lse, routes, weights, mask = Place(_LSE), Place(_ROUTES), Place(_WEIGHTS), Place(_MASK)
     scale, mask_stride = call.scale * LOG2E, call.mask_stride or 0
-    bm = tile(nq)
-    tiles = ceil_div(nq, bm)
+    of_queries = call.query_tiles()
+    tiles = ceil_div(nq, of_queries["BM"])
     delta, deltas = Place(_FLOATS), call.batch * call.heads * regions * nq
     strides = (s for place in (q, k, v, out, grad, dq) for s in place.strides)
     first = Launch(
@@ -413,11 +422,14 @@ def backward_launches(
         (regions * tiles, call.batch * call.heads),
         (q, k, v, routes, weights, mask, out, lse, grad, Place(_DLSE), delta, dq, Place(_DWEIGHTS)),
         (scale, *strides, mask_stride, call.heads, group, regions, *call.sizes(), tiles, *tilings),
-        {**common, "HAS_DW": wants_weights, "HAS_DLSE": has_dlse, "BM": bm, "BN": tile(num * nk)},
+        {**of_queries, "HAS_DW": wants_weights, "HAS_DLSE": has_dlse},
     )
 
     plan = _Plan.of(call.batch, regions * num, key_regions)
-    bn = tile(nk)
+    bn, slots = tile(nk), tile(nq * num)
+    few = bn == 16 and call.dim <= 64  # keys, for which one warp is enough
+    of_keys = {"BM": slots, "BN": bn, "num_warps": 1 if few else 2 if call.dim <= 64 else 4}
+    of_keys["num_stages"] = 1 if plan.chunk * nq <= 2 * slots else 2
     key_tiles, sums = ceil_div(nk, bn), Place(_FLOATS, deltas)
     strides = (s for place in (q, k, v, grad, dk, dv) for s in place.strides)
     keys = Launch(
@@ -428,7 +440,7 @@ def backward_launches(
             scale, *strides, mask_stride, call.heads, group, regions, key_regions, *call.sizes(), key_tiles,
             plan.items, plan.parts, plan.chunk, *tilings,
         ),
-        {**common, "BM": tile(nq * num), "BN": bn, "num_warps": 2 if call.dim <= 64 else 4, "num_stages": 2},
+        {**common, **of_keys},
     )  # fmt: skip
     add = Launch(
         _add_parts_kernel,
