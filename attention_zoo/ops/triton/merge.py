@@ -52,11 +52,11 @@ def _merge_kernel(
     HEADS, SEGMENTS, WIDTH, D,
     COUNT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    portion, bh = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    b, h, d = bh // HEADS, bh % HEADS, tl.arange(0, BD)
-    r = portion * BM + tl.arange(0, BM)
-    real, s, w = r < SEGMENTS * WIDTH, r // WIDTH, r % WIDTH
-    wanted, place = real[:, None] & (d < D)[None, :], bh * SEGMENTS * WIDTH + r
+    bh, d = tl.program_id(1), tl.arange(0, BD)
+    b, h = (bh // HEADS).to(tl.int64), (bh % HEADS).to(tl.int64)
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    real, s, w = r < SEGMENTS * WIDTH, (r // WIDTH).to(tl.int64), (r % WIDTH).to(tl.int64)
+    wanted, place = real[:, None] & (d < D)[None, :], bh.to(tl.int64) * SEGMENTS * WIDTH + r
     highest = tl.full([BM], float("-inf"), tl.float32)
     highest = tl.maximum(highest, tl.load(L0 + place, mask=real, other=float("-inf")))
     if COUNT > 1:
@@ -112,11 +112,11 @@ def _merge_gradient_kernel(
     HEADS, SEGMENTS, WIDTH, D,
     HAS_DLSE: tl.constexpr, COUNT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    portion, bh = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    b, h, d = bh // HEADS, bh % HEADS, tl.arange(0, BD)
-    r = portion * BM + tl.arange(0, BM)
-    real, s, w = r < SEGMENTS * WIDTH, r // WIDTH, r % WIDTH
-    wanted, place = real[:, None] & (d < D)[None, :], bh * SEGMENTS * WIDTH + r
+    bh, d = tl.program_id(1), tl.arange(0, BD)
+    b, h = (bh // HEADS).to(tl.int64), (bh % HEADS).to(tl.int64)
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    real, s, w = r < SEGMENTS * WIDTH, (r // WIDTH).to(tl.int64), (r % WIDTH).to(tl.int64)
+    wanted, place = real[:, None] & (d < D)[None, :], bh.to(tl.int64) * SEGMENTS * WIDTH + r
     out = tl.load(_rows(Out, b, h, s, w, sob, soh, sos, sow, d), mask=wanted, other=0.0).to(tl.float32)
     grad = tl.load(_rows(DOut, b, h, s, w, sgb, sgh, sgs, sgw, d), mask=wanted, other=0.0).to(tl.float32)
     lse = tl.load(Lse + place, mask=real, other=0.0)

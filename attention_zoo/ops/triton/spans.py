@@ -89,7 +89,7 @@ def _pool_kernel(
     Q, K, SlotQ, SlotK, ChunkQ, ChunkK, sqb, sqh, sqn, skb, skh, skn, HEADS, LENGTH, CHUNKS, D, C: tl.constexpr, BD: tl.constexpr
 ):
     chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, h = bh // HEADS, bh % HEADS
+    b, h = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
     _grow(Q + b * sqb + h * sqh, SlotQ, ChunkQ, bh, chunk, LENGTH, CHUNKS, D, sqn, C, BD)
     _grow(K + b * skb + h * skh, SlotK, ChunkK, bh, chunk, LENGTH, CHUNKS, D, skn, C, BD)
 
@@ -128,7 +128,7 @@ def _value_kernel(
 ):  # fmt: skip
     """Values of the spans of a chunk, and what it gives to those of the outer slots that it belongs to."""
     chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, h = bh // HEADS, bh % HEADS
+    b, h = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
     n, d, dv = chunk * C + tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BDV)
     real, cd, cdv = n < LENGTH, (d < D)[None, :], (dv < DV)[None, :]
     k = tl.load(K + b * skb + h * skh + n[:, None] * skn + d[None, :], mask=real[:, None] & cd, other=0.0)
@@ -191,7 +191,7 @@ def _attend_kernel(
     OWN: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, h = bh // HEADS, bh % HEADS
+    b, h = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
     n, d, dv = chunk * C + tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BDV)
     real, cd, cdv = n < LENGTH, (d < D)[None, :], (dv < DV)[None, :]
     q = tl.load(Q + b * sqb + h * sqh + n[:, None] * sqn + d[None, :], mask=real[:, None] & cd, other=0.0)
@@ -238,7 +238,7 @@ def _query_gradient_kernel(
     Of a query's own token the weight and the gradient of the logit are kept for the kernel of the tokens.
     """
     chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, h = bh // HEADS, bh % HEADS
+    b, h = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
     n, d, dv = chunk * C + tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BDV)
     real, cd, cdv = n < LENGTH, (d < D)[None, :], (dv < DV)[None, :]
     wanted, wanted_v = real[:, None] & cd, real[:, None] & cdv
@@ -315,7 +315,7 @@ def _token_gradient_kernel(
 ):  # fmt: skip
     """Gradients of the tokens of a chunk through the values of spans, and directly; of the pooled queries of its slots."""
     chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, h = bh // HEADS, bh % HEADS
+    b, h = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
     n, d, dv = chunk * C + tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BDV)
     real, cd, cdv = n < LENGTH, (d < D)[None, :], (dv < DV)[None, :]
     wanted, wanted_v = real[:, None] & cd, real[:, None] & cdv
@@ -370,7 +370,7 @@ def _spread_kernel(
 ):  # fmt: skip
     """Gradients of pools go to the tokens that are the largest, the first of equal ones. ADD: to what is there."""
     chunk, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    b, h = bh // HEADS, bh % HEADS
+    b, h = (tl.program_id(1) // HEADS).to(tl.int64), (tl.program_id(1) % HEADS).to(tl.int64)
     j, d = tl.arange(0, C), tl.arange(0, BD)
     n = chunk * C + j
     real, cd = n < LENGTH, (d < D)[None, :]
