@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_zoo.ops._operators import operator
-from attention_zoo.ops.triton._common import ceil_div, last_contiguous, tile
+from attention_zoo.ops.triton._common import ceil_div, last_contiguous, power_of_2, tile
 from attention_zoo.ops.triton._launch import Launch, Place, settled
 
 __all__ = ["pool_gradient_launch", "pool_launch", "pool_tokens_triton"]
@@ -89,10 +89,13 @@ def _pool_of(
 
 def pool_launch(batch: int, channels: int, size: tuple[int, int], bins: tuple[int, int], x: Place, out: Place) -> Launch:
     """Of tokens by (B, H W), channels side by side, into (B, a b, C)."""
-    bc = tile(channels)
+    rows, columns = (side // of if not side % of else ceil_div(side, of) + 1 for side, of in zip(size, bins, strict=True))
+    bt = min(64, power_of_2(rows * columns))  # small bins have small tiles, and few warps
+    bc = tile(channels, 128 if bt <= 16 else 64)
     tiles = ceil_div(channels, bc)
     numbers = *x.strides, *size, *bins, channels, tiles
-    return Launch(_pool_kernel, (batch * bins[0] * bins[1] * tiles,), (x, out), numbers, {"BT": 64, "BC": bc, "num_warps": 4})
+    constants = {"BT": bt, "BC": bc, "num_warps": max(1, min(4, bt * bc // 1024))}
+    return Launch(_pool_kernel, (batch * bins[0] * bins[1] * tiles,), (x, out), numbers, constants)
 
 
 @_pool_forward.register_fake
