@@ -20,7 +20,6 @@ from attention_zoo.ops.triton.column_sums import column_sums
 
 __all__ = ["cosine_queries_triton", "unit_heads_triton"]
 
-_EPS = 1e-12  # of a length
 _PROGRAMS = 512  # that share out the tokens, where gradients are added up
 
 

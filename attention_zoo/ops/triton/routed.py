@@ -371,7 +371,7 @@ class RoutedCall(NamedTuple):
         """Of programs that have queries of a region: each warp finds the places of all keys by itself, so few for few queries."""
         rows, keys, constants = tile(self.of_q.tokens), self.topk * self.of_k.tokens, self.constants()
         warps = min(4, max(1, rows * max(constants["BD"], constants["BDV"], 64) // 1024))
-        return {**constants, "BM": rows, "BN": tile(keys), "num_warps": warps, "num_stages": 1 if keys <= 64 else 3}
+        return {**constants, "BM": rows, "BN": tile(keys), "num_warps": warps, "num_stages": 1 if keys <= tile(keys) else 3}
 
 
 # Launches, for tensors numbered as here. Places of queries, keys, values and the like have strides by (B, H, Y, X).
