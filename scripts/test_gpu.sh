@@ -15,16 +15,15 @@ if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
     exit 2
 fi
 failed=0
-pytest=("$PYTHON" -m pytest -o addopts= --import-mode importlib -m "not slow" -q -p no:cacheprovider)
+export PYTEST_ADDOPTS='-o addopts= --import-mode importlib -m "not slow" -q -p no:cacheprovider'  # of every run below
 
 if [ "$part" != memory ]; then
-    "${pytest[@]}" -n "$workers" --timeout 150 tests/ops tests/attention/test_gpu.py tests/benchmarks/test_timing.py || failed=1
+    "$PYTHON" -m pytest -n "$workers" --timeout 150 tests/ops tests/attention/test_gpu.py tests/benchmarks/test_timing.py || failed=1
 fi
 
 check_memory() {
     local log
-    log=$("$sanitizer" --tool memcheck --error-exitcode 77 --target-processes all "$PYTHON" -m pytest -o addopts= --import-mode importlib \
-        -m "not slow" -q -p no:cacheprovider -k "${2:-registration}" "$1" 2>&1)
+    log=$("$sanitizer" --tool memcheck --error-exitcode 77 --target-processes all "$PYTHON" -m pytest -k "${2:-registration}" "$1" 2>&1)
     local code=$?
     [ $code -eq 5 ] && echo "$1: no test of this kind" && return 0
     echo "$1: $(grep -E 'passed|failed' <<<"$log" | tail -1) $(grep 'ERROR SUMMARY' <<<"$log" | tail -1)"

@@ -107,9 +107,9 @@ def _release_when_done(module: AuxiliaryLossModule, loss: Tensor) -> None:
     at_module, at_loss = weakref.ref(module), weakref.ref(loss)
 
     def release(_: Tensor) -> None:
-        keeper = at_module()
-        if keeper is not None and keeper.aux_loss is not None and keeper.aux_loss is at_loss():
-            keeper.aux_loss = keeper.aux_loss.detach()
+        keeper, kept = at_module(), at_loss()
+        if keeper is not None and kept is not None and keeper.aux_loss is kept:
+            keeper.aux_loss = kept.detach()
 
     loss.register_hook(release)
 

@@ -93,7 +93,7 @@ def joined(results: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, An
         group = [i for i, r in enumerate(rows) if r["group"] == row["group"]]
         smaller = [i + 1 for i in group if rows[i]["size"] <= row["size"]]
         rows.insert(smaller[-1] if smaller else group[0] if group else len(rows), dated)
-    more = {name: {**results[name], **later.get(name, {})} for name in ("explain",) if name in results}
+    more = {"explain": {**results["explain"], **later.get("explain", {})}} if "explain" in results else {}
     return {**results, **more, "rows": rows}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from attention_zoo.ops.dispatch import BackendError, EngineReport, Explanation, wanted_backend
 from attention_zoo.ops.engines.base import unusable
 
-__all__ = ["Lazy", "use_kernel"]
+__all__ = ["Lazy", "power_of_2", "use_kernel"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_CHANNELS = 256
@@ -30,6 +30,11 @@ class Lazy:
         found = getattr(importlib.import_module(self.__name__), name)
         setattr(self, name, found)
         return found
+
+
+def power_of_2(length: int) -> int:
+    """The smallest power of two that is not below `length`: what sides of the kernels' tiles are."""
+    return 1 << max(length - 1, 0).bit_length()
 
 
 def use_kernel(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attention_zoo.ops._autocast import no_autocast
-from attention_zoo.ops._kernels import use_kernel
+from attention_zoo.ops._kernels import power_of_2, use_kernel
 from attention_zoo.ops._tap import tapped
 from attention_zoo.ops.attention import attention, attention_weights
 from attention_zoo.ops.dispatch import follow_autocast
@@ -87,14 +87,9 @@ def _plain(*args: Tensor, **kwargs: Any) -> Tensor:
 
 def too_many_agents(number: int, dim: int) -> str | None:
     """Why so many agents, of so many channels, do not fit into a tile of the kernels; None if they do."""
-    if number > _MOST_AGENTS or _side(number) * _side(dim) > _LARGEST_TILE:
+    if number > _MOST_AGENTS or power_of_2(number) * power_of_2(dim) > _LARGEST_TILE:
         return f"{number} agents of {dim} channels: the kernel is for up to {_MOST_AGENTS} of 128, or 64 of 256"
     return None
-
-
-def _side(length: int) -> int:
-    """Of a tile: the next power of 2."""
-    return 1 << max(length - 1, 0).bit_length()
 
 
 def _attention_weights(*args: Tensor, attn_mask: Tensor | None = None, rows: Tensor | None = None, **kwargs: Any) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from attention_zoo.ops._kernels import use_kernel
+from attention_zoo.ops._kernels import power_of_2, use_kernel
 
 __all__ = ["cosine_queries", "unit_heads"]
 
@@ -87,5 +87,6 @@ def _check(x: Tensor, num_heads: int) -> None:
 def _missing(x: Tensor, num_heads: int) -> str | None:
     """Why the kernels do not serve tokens like these; None if they do."""
     channels = x.shape[2] // num_heads
-    size = (1 << max(num_heads - 1, 0).bit_length()) * (1 << max(channels - 1, 0).bit_length())
-    return f"tokens of more than {_LARGEST_TOKEN} channels: {num_heads} heads of {channels}" if size > _LARGEST_TOKEN else None
+    if power_of_2(num_heads) * power_of_2(channels) > _LARGEST_TOKEN:
+        return f"tokens of more than {_LARGEST_TOKEN} channels: {num_heads} heads of {channels}"
+    return None

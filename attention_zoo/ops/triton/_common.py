@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attention_zoo.ops._kernels import power_of_2
+
 __all__ = [
     "LN2",
     "LOG2E",
@@ -26,6 +28,7 @@ __all__ = [
     "read_lse",
     "stride_unit",
     "tile",
+    "warps",
 ]
 
 LOG2E = math.log2(math.e)  # the kernels' softmax is one of base 2
@@ -40,11 +43,6 @@ def tile(length: int, most: int = 64) -> int:
 # On the host: Triton's own `next_power_of_2` and `cdiv` take some 15 microseconds a call, more than half of a launch.
 
 
-def power_of_2(length: int) -> int:
-    """The smallest power of two that is not below `length`."""
-    return 1 << max(length - 1, 0).bit_length()
-
-
 def ceil_div(length: int, size: int) -> int:
     """How many tiles of `size` cover `length`."""
     return -(-length // size)
@@ -53,6 +51,11 @@ def ceil_div(length: int, size: int) -> int:
 def precision(x: Tensor) -> str:
     """Of products of tensors like `x`: float32 is multiplied as such unless PyTorch is told that TF32 will do."""
     return "ieee" if x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+
+
+def warps(numbers: int, each: int = 1024) -> int:
+    """For a tile of so many numbers, a power of two: one for every `each` of them, 1 to 4."""
+    return max(1, min(4, numbers // each))
 
 
 def last_contiguous(x: Tensor) -> Tensor:

@@ -24,11 +24,21 @@ _PROGRAMS = 512  # that share out the tokens, where gradients are added up
 
 
 @triton.jit
+def _starts(t, N, sb, sn):
+    """Where tokens begin: sb lies between two samples of N tokens, sn between two tokens."""
+    return ((t // N).to(tl.int64) * sb + (t % N).to(tl.int64) * sn)[:, None, None]
+
+
+@triton.jit
+def _room(t, h, c, H: tl.constexpr, D: tl.constexpr):
+    """Places in (tokens, H, D), side by side."""
+    return (t.to(tl.int64) * (H * D))[:, None, None] + (h * D)[None, :, None] + c[None, None, :]
+
+
+@triton.jit
 def _read(X, t, h, c, there, sxb, sxn, N, D: tl.constexpr, UNIT: tl.constexpr):
     """Heads of tokens in float32, one over their lengths, and whether a length is not too short to have a gradient."""
-    at = (
-        ((t // N).to(tl.int64) * sxb + (t % N).to(tl.int64) * sxn)[:, None, None] * UNIT + (h * D)[None, :, None] + c[None, None, :]
-    )
+    at = _starts(t, N, sxb, sxn) * UNIT + (h * D)[None, :, None] + c[None, None, :]
     x = tl.load(X + at, mask=there, other=0.0).to(tl.float32)
     length = tl.sqrt_rn(tl.sum(x * x, 2))
     return x, 1.0 / tl.maximum(length, 1e-12), length >= 1e-12
@@ -64,7 +74,7 @@ def _forward_kernel(
     there = (t < TOKENS)[:, None, None] & wide[None, :, :]
     x, inverse, _ = _read(X, t, h, c, there, sxb, sxn, N, D, UNIT)
     unit = x * inverse[:, :, None]
-    to = (t.to(tl.int64) * (H * D))[:, None, None] + (h * D)[None, :, None] + c[None, None, :]
+    to = _room(t, h, c, H, D)
     tl.store(Units + to, unit.to(Units.dtype.element_ty), mask=there)
     if QUERIES:
         embedding = tl.load(Embedding + (h * D)[:, None] + c[None, :], mask=wide, other=0.0).to(tl.float32)
@@ -96,14 +106,10 @@ def _backward_kernel(
         unit = x * inverse[:, :, None]
         slope = tl.zeros([BT, BH, BD], tl.float32)
         if HAS_DUNITS:
-            at = (((t // N).to(tl.int64) * sub + (t % N).to(tl.int64) * sun)[:, None, None] + (h * suh)[None, :, None]) * UNIT + c[
-                None, None, :
-            ]
+            at = (_starts(t, N, sub, sun) + (h * suh)[None, :, None]) * UNIT + c[None, None, :]
             slope += tl.load(DUnits + at, mask=there, other=0.0).to(tl.float32)
         if HAS_DQUERIES:
-            at = (((t // N).to(tl.int64) * sqb + (t % N).to(tl.int64) * sqn)[:, None, None] + (h * sqh)[None, :, None]) * UNIT + c[
-                None, None, :
-            ]
+            at = (_starts(t, N, sqb, sqn) + (h * sqh)[None, :, None]) * UNIT + c[None, None, :]
             grad = tl.load(DQueries + at, mask=there, other=0.0).to(tl.float32)
             grad *= _scales(Scales, t, scale, N, TOKENS, HAS_SCALES)[:, None, None]
             of_softplus += tl.sum(tl.sum(grad * (unit + embedding[None, :, :]), 2), 0)
@@ -112,8 +118,7 @@ def _backward_kernel(
             slope += grad
         along = tl.where(is_long, tl.sum(unit * slope, 2), 0.0)
         dx = (slope - unit * along[:, :, None]) * inverse[:, :, None]
-        to = (t.to(tl.int64) * (H * D))[:, None, None] + (h * D)[None, :, None] + c[None, None, :]
-        tl.store(DX + to, dx.to(DX.dtype.element_ty), mask=there)
+        tl.store(DX + _room(t, h, c, H, D), dx.to(DX.dtype.element_ty), mask=there)
     if HAS_DQUERIES:
         to = DTables + pid.to(tl.int64) * (H * D + H)  # of the embedding, then of the temperature
         tl.store(to + (h * D)[:, None] + c[None, :], of_embedding, mask=wide)

@@ -222,10 +222,6 @@ def _evolve_kernel(
     _store_map(Allocation, Map, allocation, KV_HEADS, HEADS, BG, BH)
 
 
-def _power(n: int) -> int:
-    return power_of_2(max(n, 1))
-
-
 def _strides(*tensors: Tensor) -> list[int]:
     return [stride for t in tensors for stride in t.stride()[:3]]
 
@@ -241,7 +237,7 @@ def _step(head_map: Tensor) -> int:
 def _sum_squares(k: Tensor) -> Tensor:
     """Of the keys of each sample and head, (B G, parts); what a kernel of one program reads at once."""
     k = last_contiguous(k)
-    (batch, kv_heads, keys, dim), channels = k.shape, _power(k.shape[3])
+    (batch, kv_heads, keys, dim), channels = k.shape, power_of_2(k.shape[3])
     rows = 256
     while ceil_div(keys, rows) > 64:
         rows *= 2
@@ -251,16 +247,16 @@ def _sum_squares(k: Tensor) -> Tensor:
     squares = k.new_empty((batch * kv_heads, parts), dtype=torch.float32)
     _norm_kernel[(parts, batch * kv_heads)](
         k, squares, *_strides(k), kv_heads, keys, dim, rows,
-        BN=min(_power(min(keys, rows)), max(16, 8192 // channels)), BD=channels, num_warps=4,
+        BN=min(power_of_2(min(keys, rows)), max(16, 8192 // channels)), BD=channels, num_warps=4,
     )  # fmt: skip
     return squares
 
 
 def _tiles(squares: Tensor, samples: int, kv_heads: int, num_heads: int) -> dict[str, int]:
     """Of the kernels that share out heads. A single warp: what it adds up goes through no memory."""
-    groups, parts = _power(kv_heads), _power(squares.shape[1])
-    at_once = min(_power(samples), max(1, 2048 // (groups * parts)))
-    return {"TURNS": (kv_heads + 1) // 2, "BB": at_once, "BG": groups, "BP": parts, "BH": _power(num_heads), "num_warps": 1}
+    groups, parts = power_of_2(kv_heads), power_of_2(squares.shape[1])
+    at_once = min(power_of_2(samples), max(1, 2048 // (groups * parts)))
+    return {"TURNS": (kv_heads + 1) // 2, "BB": at_once, "BG": groups, "BP": parts, "BH": power_of_2(num_heads), "num_warps": 1}
 
 
 def _allocate(k: Tensor, num_heads: int, each: bool) -> tuple[Tensor, Tensor]:
@@ -300,7 +296,7 @@ def _read(stored: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
 
 @settled
 def _reading(kv_heads: int, num_heads: int, device: torch.device) -> Launch:
-    constants = {"BG": _power(kv_heads), "BH": _power(num_heads), "num_warps": 1}
+    constants = {"BG": power_of_2(kv_heads), "BH": power_of_2(num_heads), "num_warps": 1}
     return Launch(_read_kernel, (1,), (Place(0), Place(1), Place(2)), (kv_heads, num_heads), constants)
 
 
@@ -395,7 +391,7 @@ def _copy(k: Tensor, v: Tensor, head_map: Tensor) -> tuple[Tensor, Tensor]:
     if out_k.numel() and out_v.numel():
         _expand_kernel[(ceil_div(length, 64), k.shape[0] * heads)](
             k, v, head_map, out_k, out_v, *_strides(k, v), _step(head_map), *_strides(out_k, out_v),
-            heads, length, k.shape[3], v.shape[3], BN=64, BD=_power(k.shape[3]), BDV=_power(v.shape[3]),
+            heads, length, k.shape[3], v.shape[3], BN=64, BD=power_of_2(k.shape[3]), BDV=power_of_2(v.shape[3]),
         )  # fmt: skip
     return out_k, out_v
 
@@ -412,7 +408,8 @@ def _add_up(dk: Tensor, dv: Tensor, head_map: Tensor, kv_heads: int) -> tuple[Te
     if out_k.numel() and out_v.numel():
         _reduce_kernel[(ceil_div(length, 32), dk.shape[0] * kv_heads)](
             dk, dv, head_map, out_k, out_v, *_strides(dk, dv), _step(head_map), *_strides(out_k, out_v),
-            kv_heads, length, dk.shape[3], dv.shape[3], HEADS=dk.shape[1], BN=32, BD=_power(dk.shape[3]), BDV=_power(dv.shape[3]),
+            kv_heads, length, dk.shape[3], dv.shape[3],
+            HEADS=dk.shape[1], BN=32, BD=power_of_2(dk.shape[3]), BDV=power_of_2(dv.shape[3]),
         )  # fmt: skip
     return out_k, out_v
 

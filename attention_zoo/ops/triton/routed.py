@@ -30,6 +30,7 @@ from attention_zoo.ops.triton._common import (
     prepare_gradient,
     read_lse,
     tile,
+    warps,
 )
 from attention_zoo.ops.triton._launch import Launch, Place, launch_all, settled
 
@@ -365,13 +366,18 @@ class RoutedCall(NamedTuple):
 
     def constants(self) -> dict[str, Any]:
         flags = {"HAS_W": self.has_weights, "HAS_MASK": self.mask_stride is not None, "PRECISION": self.precision}
-        return {**flags, "BD": tile(self.dim, 256), "BDV": tile(self.dim_v, 256), "num_warps": 4}
+        return {**flags, "BD": tile(self.dim, 256), "BDV": tile(self.dim_v, 256)}
 
     def query_tiles(self) -> dict[str, Any]:
         """Of programs that have queries of a region: each warp finds the places of all keys by itself, so few for few queries."""
         rows, keys, constants = tile(self.of_q.tokens), self.topk * self.of_k.tokens, self.constants()
-        warps = min(4, max(1, rows * max(constants["BD"], constants["BDV"], 64) // 1024))
-        return {**constants, "BM": rows, "BN": tile(keys), "num_warps": warps, "num_stages": 1 if keys <= tile(keys) else 3}
+        return {
+            **constants,
+            "BM": rows,
+            "BN": tile(keys),
+            "num_warps": warps(rows * max(constants["BD"], constants["BDV"], 64)),
+            "num_stages": 1 if keys <= tile(keys) else 3,
+        }
 
 
 # Launches, for tensors numbered as here. Places of queries, keys, values and the like have strides by (B, H, Y, X).
@@ -427,9 +433,7 @@ def backward_launches(
 
     plan = _Plan.of(call.batch, regions * num, key_regions)
     bn, slots = tile(nk), tile(nq * num)
-    few = bn == 16 and call.dim <= 64  # keys, for which one warp is enough
-    of_keys = {"BM": slots, "BN": bn, "num_warps": 1 if few else 2 if call.dim <= 64 else 4}
-    of_keys["num_stages"] = 1 if plan.chunk * nq <= 2 * slots else 2
+    settings = {"num_warps": 4 if call.dim > 64 else 1 if bn == 16 else 2, "num_stages": 1 if plan.chunk * nq <= 2 * slots else 2}
     key_tiles, sums = ceil_div(nk, bn), Place(_FLOATS, deltas)
     strides = (s for place in (q, k, v, grad, dk, dv) for s in place.strides)
     keys = Launch(
@@ -440,7 +444,7 @@ def backward_launches(
             scale, *strides, mask_stride, call.heads, group, regions, key_regions, *call.sizes(), key_tiles,
             plan.items, plan.parts, plan.chunk, *tilings,
         ),
-        {**common, **of_keys},
+        {**common, "BM": slots, "BN": bn, **settings},
     )  # fmt: skip
     add = Launch(
         _add_parts_kernel,

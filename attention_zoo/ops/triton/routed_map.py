@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_zoo.ops._operators import operator
-from attention_zoo.ops.triton._common import ceil_div, last_contiguous, power_of_2, precision, tile
+from attention_zoo.ops.triton._common import ceil_div, last_contiguous, power_of_2, precision, tile, warps
 from attention_zoo.ops.triton._launch import Launch, Place, launch_all, settled
 from attention_zoo.ops.triton.routed import Backward, RoutedCall, Tiling, backward_launches, forward_launch, run_backward
 
@@ -98,7 +98,7 @@ def _best_launches(
     bc, bn = tile(channels, 128), min(16, power_of_2(regions.tokens))
     numbers = *strides[:3], regions.tokens, channels, regions.number, *regions[:3]
     grid = batch * regions.number, ceil_div(channels, bc)
-    constants = {"BN": bn, "BC": bc, "num_warps": max(1, min(4, bn * bc // 512))}
+    constants = {"BN": bn, "BC": bc, "num_warps": warps(bn * bc, 512)}
     first = Launch(_region_means_kernel, grid, (Place(0), Place(1)), numbers, constants)
     constants = {"BM": 16, "BR": tile(regions.number, 1 << 30), **(_FEW_REGIONS if regions.number <= 256 else _MANY_REGIONS)}
     grid, places = (ceil_div(regions.number, 16), batch), (Place(1), Place(2), Place(3))

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_zoo.ops._operators import operator
-from attention_zoo.ops.triton._common import ceil_div, last_contiguous, power_of_2, tile
+from attention_zoo.ops.triton._common import ceil_div, last_contiguous, power_of_2, tile, warps
 from attention_zoo.ops.triton._launch import Launch, Place, settled
 
 __all__ = ["pool_gradient_launch", "pool_launch", "pool_tokens_triton"]
@@ -94,7 +94,7 @@ def pool_launch(batch: int, channels: int, size: tuple[int, int], bins: tuple[in
     bc = tile(channels, 128 if bt <= 16 else 64)
     tiles = ceil_div(channels, bc)
     numbers = *x.strides, *size, *bins, channels, tiles
-    constants = {"BT": bt, "BC": bc, "num_warps": max(1, min(4, bt * bc // 1024))}
+    constants = {"BT": bt, "BC": bc, "num_warps": warps(bt * bc)}
     return Launch(_pool_kernel, (batch * bins[0] * bins[1] * tiles,), (x, out), numbers, constants)
 
 
