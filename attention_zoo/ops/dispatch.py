@@ -102,12 +102,25 @@ def _preference(s: Signature) -> tuple[str, ...]:
     if s.packed:  # a block mask has to be made for flex, and the whole map for torch
         return ("flash4", "flash3", "flash2", "xformers", "flex", "torch", "reference")
     # values of another width: cuDNN makes a plan for every new number of keys, and the others do not split keys between programs
-    ours = ("triton",) if s.lengths == "one" and s.head_dim != s.value_dim else ()
+    ours = ("triton",) if (s.lengths == "one" and s.head_dim != s.value_dim) or _is_many_short(s) else ()
     if _torch_is_fused(s):
         # torch's flash kernel is flash-attn 2; from Hopper on cuDNN is faster than it, for few keys than all others
         return (*ours, "torch", "reference") if s.few_keys else (*ours, "flash4", "flash3", "torch", "reference")
     flex = ("flex",) if s.large else ()
     return (*ours, "flash4", "flash3", "flash2", "xformers", *flex, "torch", "reference")
+
+
+def _is_many_short(s: Signature) -> bool:
+    """Whether our kernel of short sequences is ahead of torch's: on the device it is nearly always, and with gradients behind it
+    from Python, where they are few."""
+    dim = max(s.head_dim, s.value_dim)
+    if not s.short or not s.half or s.watched:
+        return False
+    if s.short * dim > 64 * 128 and compute_capability(s.device) != 90:  # other GPUs may not have the room
+        return False
+    if s.short == 64:
+        return s.many or not s.grad
+    return s.many and dim <= (128 if s.grad else 32)
 
 
 def _torch_is_fused(s: Signature) -> bool:

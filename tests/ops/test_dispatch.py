@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import attention_zoo as az
 from attention_zoo import ops
@@ -168,6 +170,19 @@ def test_more_keys_are_few_where_nothing_learns(length: int, grad: bool, few: bo
         ({"few_keys": True, "left": True}, "flash4"),
         ({"few_keys": True, "packed": "self"}, "flash4"),
         ({"few_keys": True, "softcap": True}, "flash4"),
+        ({"few_keys": True, "short": 64}, "triton"),
+        ({"few_keys": True, "short": 64, "grad": True}, "torch"),
+        ({"few_keys": True, "short": 64, "grad": True, "many": True}, "triton"),
+        ({"few_keys": True, "short": 64, "head_dim": 256, "many": True}, "triton"),
+        ({"few_keys": True, "short": 64, "dtype": torch.float32, "many": True}, "torch"),
+        ({"few_keys": True, "short": 64, "watched": True, "many": True}, "torch"),
+        ({"few_keys": True, "short": 64, "bias": True, "many": True}, "torch"),
+        ({"few_keys": True, "short": 64, "right": True, "zero_right": True, "many": True}, "torch"),
+        ({"few_keys": True, "short": 64, "grouped": True, "many": True}, "torch"),
+        ({"few_keys": True, "short": 128, "many": True}, "torch"),
+        ({"few_keys": True, "short": 128, "head_dim": 32, "value_dim": 32, "many": True}, "triton"),
+        ({"few_keys": True, "short": 128, "head_dim": 128, "grad": True, "many": True}, "triton"),
+        ({"few_keys": True, "short": 128, "head_dim": 128, "grad": True}, "torch"),
         ({"softcap": True}, "flash4"),
         ({"lengths": "one"}, "flash4"),
         ({"lengths": "one", "value_dim": 128}, "triton"),
@@ -198,6 +213,44 @@ def test_preference_on_hopper(monkeypatch: pytest.MonkeyPatch, changes: dict, fi
     signature = call_class(**changes)
     serving = [n for n in _preference(signature) if n not in ("flash3", "flash2") and ENGINES[n].can_run(signature) is None]
     assert serving[0] == first
+
+
+def test_what_needs_much_room_of_a_multiprocessor_stays_with_torch_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attention_zoo.ops.dispatch.compute_capability", lambda _: 89)
+    many = {"short": 64, "few_keys": True, "many": True}
+    assert _preference(call_class(**many, head_dim=128))[0] == "triton"
+    assert _preference(call_class(**many, head_dim=256))[0] == "torch"
+
+
+@pytest.mark.parametrize(
+    ("length", "keys", "short"), [(1, 1, 64), (64, 64, 64), (65, 65, 128), (128, 128, 128), (129, 129, 0), (64, 63, 0), (1, 2, 0)]
+)
+def test_short_sequences(length: int, keys: int, short: int) -> None:
+    q, k = torch.empty(1024, 4, length, 8), torch.empty(1024, 4, keys, 8)
+    found = describe(q, k, k, make_problem(q, k, k))
+    assert (found.short, found.many) == (short, True)
+    assert not describe(q[1:], k[1:], k[1:], make_problem(q[1:], k[1:], k[1:])).many
+    packed = torch.tensor([0, length], dtype=torch.int32)
+    row = torch.empty(1, 1, length, 8)
+    assert describe(row, row, row, make_problem(row, row, row, cu_seqlens=packed)).short == 0
+
+
+def test_who_looks_on_gets_operators_of_torch() -> None:
+    class Named(Tensor):
+        pass
+
+    def watched(x: Tensor) -> bool:
+        return describe(x, x, x, make_problem(x, x, x)).watched
+
+    seen: list[bool] = []
+    x = torch.empty(2, 1, 4, 8)
+    assert not watched(x)
+    assert not watched(torch.nn.Parameter(x))
+    assert watched(x.as_subclass(Named))
+    with FlopCounterMode(display=False):
+        assert watched(x)
+    torch.func.vmap(lambda row: seen.append(watched(row)) or row)(x[None])
+    assert seen == [True]
 
 
 @pytest.mark.parametrize(

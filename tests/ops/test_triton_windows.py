@@ -67,7 +67,7 @@ def _means_of(x: Tensor, *, window_size: int, **options: Any) -> Tensor:
 
 
 def short(batch: int = 3, heads: int = 2, length: int = 7, dim: int = 8, value_dim: int = 16, scale: float = 0.3) -> Case:
-    """Plain attention within few tokens, which the engine of our kernels serves as a map of one window."""
+    """Plain attention within few tokens, which the engine of our kernels serves as maps of one window each."""
     tensors = {
         "q": torch.randn(batch, length, heads, dim).transpose(1, 2),
         "k": torch.randn(batch, heads, length, dim),
@@ -90,8 +90,8 @@ def test_window_attention(dims: tuple[int, int], **sizes: Any) -> None:
 
 @FEW
 @given(
-    batch=st.integers(1, 2 * LARGER), heads=st.integers(1, 3), length=st.integers(2, 64),
-    dims=st.sampled_from([(8, 16), (16, 16), (20, 40), (40, 24)]),
+    batch=st.integers(1, 2 * LARGER), heads=st.integers(1, 3), length=st.integers(2, 128),
+    dims=st.sampled_from([(8, 16), (16, 16), (20, 32), (32, 24)]),
 )  # fmt: skip
 def test_attention_of_short_sequences(dims: tuple[int, int], **sizes: Any) -> None:
     kernels.check_against_plain_code(short(dim=dims[0], value_dim=dims[1], **sizes))
@@ -158,15 +158,16 @@ def test_what_the_kernel_of_windows_refuses(changes: dict[str, Any], options: di
 @pytest.mark.parametrize(
     ("length", "changes", "match"),
     [
-        (65, {}, "64 tokens"),
+        (129, {}, "128 tokens"),
         (7, {"is_causal": True}, "causality"),
         (7, {"window_size": 3}, "window"),
         (7, {"bias": torch.zeros(7, 7)}, "bias"),
         (7, {"k": torch.randn(3, 1, 7, 8), "v": torch.randn(3, 1, 7, 16)}, "shared heads"),
         (7, {"v": torch.randn(3, 2, 7, 130)}, "128 channels"),
-        (7, {"k": torch.randn(3, 2, 6, 8), "v": torch.randn(3, 2, 6, 16)}, "64 tokens"),
+        (7, {"k": torch.randn(3, 2, 6, 8), "v": torch.randn(3, 2, 6, 16)}, "128 tokens"),
+        (65, {"v": torch.randn(3, 2, 65, 40)}, "32 channels"),
     ],
-    ids=["length", "causal", "window", "bias", "shared heads", "channels", "other keys"],
+    ids=["length", "causal", "window", "bias", "shared heads", "channels", "other keys", "channels of more"],
 )
 def test_which_short_sequences_the_engine_refuses(length: int, changes: dict[str, Any], match: str) -> None:
     case = short(length=length)
@@ -324,6 +325,8 @@ PAPERS: dict[str, Callable[[], Case]] = {
     "windows of a swin": lambda: short(64, 4, 49, 32, 32),
     "64 tokens": lambda: short(8, 2, 64, 128, 128),
     "few tokens, wide": lambda: short(9, 2, 33, 256, 256),
+    "100 tokens": lambda: short(5, 3, 100, 64, 64),
+    "128 tokens": lambda: short(3, 2, 128, 128, 128),
 }
 
 

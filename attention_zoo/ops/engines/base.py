@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from attention_zoo.ops._operators import stands_alone
 from attention_zoo.ops._problem import Problem
 from attention_zoo.ops._reference import visible
 
@@ -33,7 +34,8 @@ __all__ = [
 HALF = (torch.float16, torch.bfloat16)
 GRID_LIMIT = 65_535  # of a CUDA grid's second and third dimension, over which the libraries' kernels spread samples and heads
 _FEW_KEYS, _FEW_KEYS_FORWARD = 256, 1024  # with gradients and without: up to there torch's kernels are faster than flash-attn 4
-_SHORT = 64  # tokens of a sequence whose whole map a program of ours holds
+_SHORT = (64, 128)  # sides of the tiles in which a program of ours holds the whole map of a sequence
+_MANY = 4096  # sequences times heads from which the kernels of forward and backward take longer than Python does
 _LARGE_MAP = 2**24  # entries of the (B, H, N_q, N_k) map from which compiling a kernel is cheaper than forming it
 
 
@@ -47,8 +49,11 @@ class Signature(NamedTuple):
         mask: "" none, "bool" or "float".
         packed: "" no, "self" (queries and keys share their offsets), "cross".
         grad: q, k or v needs a gradient; map_grad: the bias or a float mask does.
-        empty: a size is 0; few_keys: so few that the flash libraries lose to torch; short: as many queries, at most 64 of them.
-        large: the (B, H, N_q, N_k) map is too large to form lightly.
+        empty: a size is 0; few_keys: so few that the flash libraries lose to torch; large: the (B, H, N_q, N_k) map is too
+            large to form lightly.
+        short: side of the tile, 64 or 128, that holds the map of as many queries as keys; 0: it is larger. many: such sequences,
+            counted with their heads.
+        watched: a transform, a mode or a class of tensors looks on, which knows torch's operators and may not know ours.
     """
 
     device: torch.device
@@ -70,8 +75,10 @@ class Signature(NamedTuple):
     map_grad: bool
     empty: bool
     few_keys: bool
-    short: bool
+    short: int
+    many: bool
     large: bool
+    watched: bool
 
     @property
     def windowed(self) -> bool:
@@ -126,8 +133,10 @@ def describe(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Signature:
         map_grad,
         True if size == 0 or q_shape[3] == 0 or v.shape[3] == 0 else False,  # noqa: SIM210
         True if num_keys <= (_FEW_KEYS if grad else _FEW_KEYS_FORWARD) else False,  # noqa: SIM210
-        True if lengths == "equal" and not packed and num_keys <= _SHORT else False,  # noqa: SIM210
+        next((side for side in _SHORT if num_keys <= side), 0) if lengths == "equal" and not packed else 0,
+        True if q_shape[0] * q_shape[1] >= _MANY else False,  # noqa: SIM210
         True if size >= _LARGE_MAP else False,  # noqa: SIM210
+        not (torch.compiler.is_compiling() or stands_alone(q)),
     )
 
 

@@ -14,6 +14,10 @@ from attention_zoo.ops.engines.base import HALF, Engine, Signature, unusable
 __all__ = ["TritonEngine"]
 
 
+# Of a head, by the side of a tile and whether it is in half precision: what a multiprocessor has room for.
+_MOST_CHANNELS = {(64, True): 256, (64, False): 128, (128, True): 128, (128, False): 32}
+
+
 class TritonEngine(Engine):
     name = group = "triton"
     package = "triton"
@@ -28,7 +32,7 @@ class TritonEngine(Engine):
         s = signature
         one = s.lengths == "one"
         if not one and not s.short:
-            return "no kernel of ours serves plain attention but of a single query to more keys, and within 64 tokens"
+            return "no kernel of ours serves plain attention but of a single query to more keys, and within 128 tokens"
         if one and (s.grad or s.map_grad):
             return "has no backward for a single query"
         if s.mapped or s.left or (s.right and not one) or s.softcap or s.dropout or s.packed:
@@ -39,9 +43,9 @@ class TritonEngine(Engine):
             return "empty sizes are left to the reference"
         if s.dtype not in (*HALF, torch.float32):
             return f"serves float16, bfloat16 and float32 only, not {s.dtype}"
-        most = 256 if one or s.half else 128
+        most = 256 if one else _MOST_CHANNELS[s.short, s.half]
         if s.head_dim > most or s.value_dim > most:
-            return f"heads of more than {most} channels"
+            return f"heads of more than {most} channels, for so many tokens"
         if s.grouped and not one:
             return "has no shared heads for several queries"
         return unusable(s.device)
@@ -52,7 +56,7 @@ class TritonEngine(Engine):
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
         if problem.num_queries > 1:
-            from attention_zoo.ops.triton.windows import short_attention_triton
+            from attention_zoo.ops.triton.short import short_attention_triton
 
             return short_attention_triton(q, k, v, scale=problem.scale), None
         from attention_zoo.ops.triton.decode import decode_attention

@@ -35,18 +35,23 @@ __all__ = ["decode_attention", "decode_difference"]
 
 @triton.jit(
     do_not_specialize=[
-        "sqb", "sqh", "sqn", "snb", "snh", "snn", "skb", "skh", "skn", "slb", "slh", "sln", "svb", "svh", "svn", "sab", "smb",
-        "KEYS", "CHUNK", "PARTS",
+        "sqb", "sqh", "sqn", "snb", "snh", "snn", "skb", "skh", "skn", "slb", "slh", "sln", "svb", "svh", "svn",
+        "sob", "soh", "son", "sab", "smb", "KEYS", "CHUNK", "PARTS",
     ]
 )  # fmt: skip
 def _portion_kernel(
     Q, NoiseQ, K, NoiseK, V, Map, Mask, Part, PartLse,
-    scale, sqb, sqh, sqn, snb, snh, snn, skb, skh, skn, slb, slh, sln, svb, svh, svn, sab, smb, KEYS, CHUNK, PARTS,
+    scale, sqb, sqh, sqn, snb, snh, snn, skb, skh, skn, slb, slh, sln, svb, svh, svn, sob, soh, son, sab, smb,
+    KEYS, CHUNK, PARTS,
     KV_HEADS: tl.constexpr, SHARE: tl.constexpr, NOISE_SHARE: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, MAPPED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, UNIT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr, BLOCKS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
-    """Strides are counted in UNITs, which the kernel knows to divide them: loads are as wide then as where they are known."""
+    """Strides are counted in UNITs, which the kernel knows to divide them: loads are as wide then as where they are known.
+
+    A portion of the WHOLE keys is the output itself, where strides sob, soh and son say.
+    """
     pid = tl.program_id(0)
     block, part, g = pid % BLOCKS, pid // BLOCKS % PARTS, (pid // BLOCKS // PARTS % KV_HEADS).to(tl.int64)
     b = (pid // BLOCKS // PARTS // KV_HEADS).to(tl.int64)
@@ -100,10 +105,14 @@ def _portion_kernel(
         v = tl.load(V + n[:, None] * value_step + dv[None, :], mask=there[:, None] & (dv < DV)[None, :], other=0.0)
         acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     out, lse = conclude(acc, highest, total)
-    heads = SHARE if MAPPED else KV_HEADS * (SHARE + NOISE_SHARE)
-    place = ((b * heads + h) * QUERIES + query) * PARTS + part
-    tl.store(Part + place[:, None] * DV + dv[None, :], out, mask=real[:, None] & (dv < DV)[None, :])
-    tl.store(PartLse + place, lse, mask=real)
+    if WHOLE:
+        at = Part + (b * sob + h * soh + query * son)[:, None] + dv[None, :]
+        tl.store(at, out.to(Part.dtype.element_ty), mask=real[:, None] & (dv < DV)[None, :])
+    else:
+        heads = SHARE if MAPPED else KV_HEADS * (SHARE + NOISE_SHARE)
+        place = ((b * heads + h) * QUERIES + query) * PARTS + part
+        tl.store(Part + place[:, None] * DV + dv[None, :], out, mask=real[:, None] & (dv < DV)[None, :])
+        tl.store(PartLse + place, lse, mask=real)
 
 
 @triton.jit(do_not_specialize=["sfb", "sfh", "sfn", "sob", "soh", "son", "PARTS"])
@@ -152,9 +161,12 @@ def _difference_launch(device: torch.device, dtypes: tuple[torch.dtype, ...], **
 
 def _attend(
     q: Tensor, noise_q: Tensor | None, k: Tensor, noise_k: Tensor | None, v: Tensor, head_map: Tensor | None,
-    key_mask: Tensor | None, is_causal: bool, scale: float,
+    key_mask: Tensor | None, is_causal: bool, scale: float, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Outputs (B, heads, N_q, parts, D_v) of each portion of the keys, noise heads behind signal heads, and log-normalisers."""
+    """Outputs (B, heads, N_q, parts, D_v) of each portion of the keys, noise heads behind signal heads, and log-normalisers.
+
+    If there is one portion only, its outputs are `out`, which is what comes back then.
+    """
     (batch, heads, queries, dim), (kv_heads, keys, dim_v) = q.shape, v.shape[1:]
     noises = 0 if noise_q is None else noise_q.shape[1]
     q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
@@ -166,8 +178,11 @@ def _attend(
     blocks = ceil_div(rows, height)
     chunk = portion(q.device, (batch * kv_heads * blocks, keys))
     parts = ceil_div(keys, chunk)
-    part = q.new_empty((batch, heads + noises, queries, parts, dim_v), dtype=torch.float32)
-    part_lse = q.new_empty((batch, heads + noises, queries, parts), dtype=torch.float32)
+    if whole := parts == 1 and out is not None:
+        part = part_lse = out
+    else:
+        part = q.new_empty((batch, heads + noises, queries, parts, dim_v), dtype=torch.float32)
+        part_lse = q.new_empty((batch, heads + noises, queries, parts), dtype=torch.float32)
     if not part.numel():
         return part, part_lse
     head_map = head_map if head_map is None or head_map.stride(-1) == 1 else head_map.contiguous()
@@ -177,12 +192,13 @@ def _attend(
     launch = _portions_launch(
         q.device, q.dtype, KV_HEADS=kv_heads, SHARE=share, NOISE_SHARE=noise_share, QUERIES=queries, D=dim, DV=dim_v,
         MAPPED=head_map is not None, MASKED=key_mask is not None, CAUSAL=is_causal and queries > 1, UNIT=unit,
-        PRECISION=precision(q), BLOCKS=blocks, BM=height,
+        PRECISION=precision(q), WHOLE=whole, BLOCKS=blocks, BM=height,
     )  # fmt: skip
     launch(
         batch * kv_heads * parts * blocks,
         (q, noise_q, k, noise_k, v, q if head_map is None else head_map, q if key_mask is None else key_mask, part, part_lse),
-        (scale * LOG2E, *[step // unit for step in strides], _step(head_map), _step(key_mask), keys, chunk, parts),
+        (scale * LOG2E, *[step // unit for step in strides], *part.stride()[:3], _step(head_map), _step(key_mask),
+         keys, chunk, parts),
     )  # fmt: skip
     return part, part_lse
 
@@ -199,7 +215,9 @@ def _decode_attention(
     out = heads_last(q, v.shape[3])
     if not out.numel():
         return out
-    part, part_lse = _attend(q, None, k, None, v, head_map, key_mask, is_causal, scale)
+    part, part_lse = _attend(q, None, k, None, v, head_map, key_mask, is_causal, scale, out)
+    if part is out:
+        return out
     launch = _merge_launch(q.device, q.dtype, HEADS=q.shape[1], QUERIES=q.shape[2], DV=v.shape[3])
     launch(q.shape[0] * q.shape[1] * q.shape[2], (part, part_lse, out, part_lse), (*out.stride()[:3], part.shape[3]))
     return out

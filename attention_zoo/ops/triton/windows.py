@@ -18,7 +18,7 @@ from attention_zoo.ops._operators import operator
 from attention_zoo.ops.triton._common import LOG2E, ceil_div, last_contiguous, per_logit, precision, tile
 from attention_zoo.ops.triton._launch import Launch, Place, settled
 
-__all__ = ["Windows", "backward_launch", "forward_launch", "short_attention_triton", "window_attention_triton"]
+__all__ = ["Windows", "backward_launch", "forward_launch", "window_attention_triton"]
 
 _PROGRAMS = 1024  # that sum up gradients of a bias, each over its windows
 
@@ -139,7 +139,7 @@ def _tiling(cells: int, row_bytes: int) -> dict[str, int]:
     rows = tile(cells, 128)
     while rows < 64 and 2 * rows * row_bytes <= 8192:
         rows *= 2
-    return {"BM": rows, "num_warps": 4 if rows < 128 and rows * row_bytes <= 8192 else 8}  # 128 x 128 logits are many registers
+    return {"BM": rows, "num_warps": 4 if rows < 128 and rows * row_bytes <= 16384 else 8}  # 128 x 128 logits are many registers
 
 
 class Windows(NamedTuple):
@@ -266,7 +266,8 @@ def _window_backward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, grad: Tensor, rows: int, columns: int, scale: float, masked: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = _empty(q, q.shape[-1]), _empty(k, k.shape[-1]), _empty(v, v.shape[-1])
-    dbias = q.new_zeros(() if bias is None else bias.shape, dtype=torch.float32)
+    # without a bias nobody reads it: not worth a kernel that fills it
+    dbias = q.new_empty((), dtype=torch.float32) if bias is None else q.new_zeros(bias.shape, dtype=torch.float32)
     if grad.numel():
         tensors = last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(grad), dq, dk, dv
         strides, call = tuple(t.stride() for t in tensors), _call(q, v, bias, rows, columns, scale, masked)
@@ -307,9 +308,3 @@ def window_attention_triton(
     by_group, sides = None if bias is None else bias.contiguous(), (window_size, window_size)
     result: Tensor = _window_forward(q, k, v, by_group, *sides, scale, mask_padding)
     return result
-
-
-def short_attention_triton(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-    """Plain attention (B, heads, N, D_v) of short sequences (B, heads, N, D): each is the one window of a map of one row."""
-    result: Tensor = _window_forward(q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), None, 1, q.shape[2], scale, False)
-    return result.squeeze(2)
