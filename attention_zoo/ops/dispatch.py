@@ -101,21 +101,28 @@ def _preference(s: Signature) -> tuple[str, ...]:
         return ("torch", "reference")
     if s.packed:  # a block mask has to be made for flex, and the whole map for torch
         return ("flash4", "flash3", "flash2", "xformers", "flex", "torch", "reference")
-    # values of another width: cuDNN makes a plan for every new number of keys, and the others do not split keys between programs
-    ours = ("triton",) if (s.lengths == "one" and s.head_dim != s.value_dim) or _is_many_short(s) else ()
+    ours = ("triton",) if _is_ours(s) else ()
     if _torch_is_fused(s):
-        # torch's flash kernel is flash-attn 2; from Hopper on cuDNN is faster than it, for few keys than all others
-        return (*ours, "torch", "reference") if s.few_keys else (*ours, "flash4", "flash3", "torch", "reference")
+        # torch's flash kernel is flash-attn 2; from Hopper on cuDNN is faster than it, for few keys than all others. Few queries
+        # leave most of a GPU idle where keys are not split between programs, as torch does
+        few = s.few_keys or s.lengths in ("one", "few")
+        return (*ours, "torch", "reference") if few else (*ours, "flash4", "flash3", "torch", "reference")
     flex = ("flex",) if s.large else ()
     return (*ours, "flash4", "flash3", "flash2", "xformers", *flex, "torch", "reference")
 
 
-def _is_many_short(s: Signature) -> bool:
-    """Whether our kernel of short sequences is ahead of torch's: on the device it is nearly always, and with gradients behind it
-    from Python, where they are few."""
-    dim = max(s.head_dim, s.value_dim)
+def _is_ours(s: Signature) -> bool:
+    """Whether our kernel of few queries, or that of few tokens, is ahead of all others.
+
+    On the device it nearly always is. But from Python torch's kernels are called in less time than ours, so that a call has to be
+    larger than that; unless torch has no kernel for it, or cuDNN, which makes a plan for every new number of keys.
+    """
+    if s.lengths in ("one", "few"):
+        wide, causal = s.head_dim != s.value_dim, s.right and s.lengths == "few"
+        return wide or (s.half and not s.watched and (s.heavy or causal))
     if not s.short or not s.half or s.watched:
         return False
+    dim = max(s.head_dim, s.value_dim)
     if s.short * dim > 64 * 128 and compute_capability(s.device) != 90:  # other GPUs may not have the room
         return False
     if s.short == 64:

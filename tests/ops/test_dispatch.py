@@ -52,7 +52,7 @@ def test_explain_is_data_and_a_table_and_runs_nothing() -> None:
     assert set(reports) == set(ENGINES)
     assert reports["reference"].serves
     assert not reports["triton"].serves
-    assert "has no mask or bias tensor, causality" in str(explanation)
+    assert "has no causality within few tokens" in str(explanation)
     assert str(explanation).splitlines()[1].startswith("->  torch")
     assert az.explain(Q, Q, Q, softcap=1.0).chosen == "reference"
     assert az.explain(Q, Q, Q, is_causal=True, backend="triton").chosen is None
@@ -184,7 +184,21 @@ def test_more_keys_are_few_where_nothing_learns(length: int, grad: bool, few: bo
         ({"few_keys": True, "short": 128, "head_dim": 128, "grad": True, "many": True}, "triton"),
         ({"few_keys": True, "short": 128, "head_dim": 128, "grad": True}, "torch"),
         ({"softcap": True}, "flash4"),
-        ({"lengths": "one"}, "flash4"),
+        ({"lengths": "one"}, "torch"),
+        ({"lengths": "one", "heavy": True}, "triton"),
+        ({"lengths": "one", "heavy": True, "right": True, "zero_right": True}, "triton"),
+        ({"lengths": "one", "heavy": True, "grouped": True}, "triton"),
+        ({"lengths": "one", "heavy": True, "mask": "bool"}, "torch"),
+        ({"lengths": "one", "heavy": True, "watched": True}, "torch"),
+        ({"lengths": "one", "heavy": True, "dtype": torch.float32}, "torch"),
+        ({"lengths": "one", "heavy": True, "grad": True}, "torch"),
+        ({"lengths": "one", "left": True}, "flash4"),
+        ({"lengths": "few"}, "torch"),
+        ({"lengths": "few", "heavy": True}, "triton"),
+        ({"lengths": "few", "right": True, "zero_right": True}, "triton"),
+        ({"lengths": "few", "right": True, "zero_right": True, "grad": True}, "flash4"),
+        ({"lengths": "few", "right": True, "left": True}, "flash4"),
+        ({"lengths": "fewer", "right": True, "zero_right": True}, "flash4"),
         ({"lengths": "one", "value_dim": 128}, "triton"),
         ({"lengths": "one", "value_dim": 128, "grouped": True}, "triton"),
         ({"lengths": "one", "value_dim": 128, "grad": True}, "torch"),
@@ -233,6 +247,35 @@ def test_short_sequences(length: int, keys: int, short: int) -> None:
     packed = torch.tensor([0, length], dtype=torch.int32)
     row = torch.empty(1, 1, length, 8)
     assert describe(row, row, row, make_problem(row, row, row, cu_seqlens=packed)).short == 0
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "lengths"),
+    [
+        (1, 1, "equal"),
+        (1, 2, "one"),
+        (2, 3, "few"),
+        (8, 9, "few"),
+        (8, 8, "equal"),
+        (9, 10, "fewer"),
+        (2, 1, "more"),
+        (9, 8, "more"),
+    ],
+)
+def test_how_lengths_compare(queries: int, keys: int, lengths: str) -> None:
+    q, k = torch.empty(1, 1, queries, 8), torch.empty(1, 1, keys, 8)
+    assert describe(q, k, k, make_problem(q, k, k)).lengths == lengths
+
+
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "keys", "queries", "heavy"),
+    [(16, 8, 4096, 1, True), (16, 8, 4095, 1, True), (8, 8, 8191, 1, False), (8, 8, 8192, 4, True), (8, 8, 8192, 9, False),
+     (16, 8, 2048, 1, True), (16, 8, 2047, 1, False), (1, 1, 2**19, 1, True)],
+)  # fmt: skip
+def test_what_takes_longer_to_read_than_to_call(batch: int, kv_heads: int, keys: int, queries: int, heavy: bool) -> None:
+    q = torch.empty(batch, 2 * kv_heads, queries, 128, device="meta", dtype=torch.bfloat16)
+    k = torch.empty(batch, kv_heads, keys, 128, device="meta", dtype=torch.bfloat16)
+    assert describe(q, k, k, make_problem(q, k, k)).heavy is heavy
 
 
 def test_who_looks_on_gets_operators_of_torch() -> None:

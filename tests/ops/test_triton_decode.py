@@ -29,7 +29,8 @@ MANY = 4099 if DEVICE == "cuda" else 150  # keys of several programs
 @pytest.fixture(autouse=True)
 def _short_portions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter is one processor, which would have all the keys in one program."""
-    monkeypatch.setattr("attention_zoo.ops.triton._portions._MOST", 128)
+    if DEVICE == "cpu":
+        monkeypatch.setattr("attention_zoo.ops.triton.decode.processors", lambda _: 8)
 
 
 def heads(batch: int, number: int, length: int, dim: int) -> Tensor:
@@ -224,8 +225,16 @@ def test_who_is_sent_there(make: Callable[[], Case]) -> None:
         assert "decode_difference" not in found("auto")
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("queries", [1, 3, 8])
+def test_few_queries_by_name(queries: int, is_causal: bool) -> None:
+    q, k, v = (t.to(DEVICE) for t in list(one_map(queries=queries, keys=MANY).tensors.values())[:3])
+    got = ops.attention(q, k, v, is_causal=is_causal, backend="triton")
+    torch.testing.assert_close(got, ops.attention(q, k, v, is_causal=is_causal, backend="reference"), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("value_dim", [8, 16])
-def test_the_engine_of_a_single_query(value_dim: int) -> None:
+def test_the_engine_of_few_queries(value_dim: int) -> None:
     """Named it serves any; asked for by nobody it comes first where values have another width than keys."""
     q, k, v = (t.to(DEVICE) for t in list(one_map(value_dim=value_dim).tensors.values())[:3])
     explanation = ops.explain(q, k, v, backend="triton")
@@ -235,7 +244,8 @@ def test_the_engine_of_a_single_query(value_dim: int) -> None:
     for reason, changes in {
         "log-normaliser": {"return_lse": True},
         "mask": {"window_size": (3, 0)},
-        "of a single query": {"q": q.expand(-1, -1, 2, -1)},
+        "up to 8 queries": {"q": q.expand(-1, -1, 9, -1)},
+        "few queries": {"q": q.expand(-1, -1, 8, -1).clone().requires_grad_()},
         "backward": {"q": q.clone().requires_grad_()},
         "float64": {"q": q.double(), "k": k.double(), "v": v.double()},
         "256": {"v": v.repeat(1, 1, 1, 257)},

@@ -34,8 +34,11 @@ __all__ = [
 HALF = (torch.float16, torch.bfloat16)
 GRID_LIMIT = 65_535  # of a CUDA grid's second and third dimension, over which the libraries' kernels spread samples and heads
 _FEW_KEYS, _FEW_KEYS_FORWARD = 256, 1024  # with gradients and without: up to there torch's kernels are faster than flash-attn 4
+_FEW_QUERIES = 8  # up to there reading the keys is all that takes time
 _SHORT = (64, 128)  # sides of the tiles in which a program of ours holds the whole map of a sequence
 _MANY = 4096  # sequences times heads from which the kernels of forward and backward take longer than Python does
+_HEAVY = 2**28  # bytes of keys and values; half of it where their heads fill a GPU by themselves, so that nothing is merged:
+_MANY_READERS = 96  # so many of them, counted over the samples
 _LARGE_MAP = 2**24  # entries of the (B, H, N_q, N_k) map from which compiling a kernel is cheaper than forming it
 
 
@@ -43,7 +46,7 @@ class Signature(NamedTuple):
     """The class that a call belongs to: all that decides which engine serves it. Calls of one class share one decision.
 
     Attributes:
-        lengths: N_q against N_k: "one" (a single query), "equal", "fewer" or "more" queries than keys.
+        lengths: N_q against N_k: "one" (a single query), "few" (2 to 8) to more keys; else "equal", "fewer" or "more" queries.
         left, right: whether the window is bounded on that side; `right` includes causality.
         zero_right: the right bound is 0, as in causal attention.
         mask: "" none, "bool" or "float".
@@ -53,6 +56,7 @@ class Signature(NamedTuple):
             large to form lightly.
         short: side of the tile, 64 or 128, that holds the map of as many queries as keys; 0: it is larger. many: such sequences,
             counted with their heads.
+        heavy: so few queries read so many keys and values that this takes longer than Python does.
         watched: a transform, a mode or a class of tensors looks on, which knows torch's operators and may not know ours.
     """
 
@@ -78,6 +82,7 @@ class Signature(NamedTuple):
     short: int
     many: bool
     large: bool
+    heavy: bool
     watched: bool
 
     @property
@@ -103,9 +108,7 @@ def describe(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Signature:
     left, right = problem.window
     if problem.cu_seqlens_q is None:
         packed = ""
-        lengths = (
-            "equal" if num_queries == num_keys else "one" if num_queries == 1 else "fewer" if num_queries < num_keys else "more"
-        )
+        lengths = _compare(num_queries, num_keys)
     else:
         packed = "self" if problem.cu_seqlens_q is problem.cu_seqlens_k else "cross"
         lengths = "equal" if packed == "self" else "fewer"
@@ -136,8 +139,22 @@ def describe(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Signature:
         next((side for side in _SHORT if num_keys <= side), 0) if lengths == "equal" and not packed else 0,
         True if q_shape[0] * q_shape[1] >= _MANY else False,  # noqa: SIM210
         True if size >= _LARGE_MAP else False,  # noqa: SIM210
+        True if lengths in ("one", "few") and _is_heavy(k, v) else False,  # noqa: SIM210
         not (torch.compiler.is_compiling() or stands_alone(q)),
     )
+
+
+def _compare(num_queries: int, num_keys: int) -> str:
+    if num_queries == num_keys:
+        return "equal"
+    if num_queries > num_keys:
+        return "more"
+    return "one" if num_queries == 1 else "few" if num_queries <= _FEW_QUERIES else "fewer"
+
+
+def _is_heavy(k: Tensor, v: Tensor) -> bool:
+    size, readers = (k.numel() + v.numel()) * k.element_size(), k.shape[0] * k.shape[1]
+    return size >= _HEAVY or (size >= _HEAVY // 2 and readers >= _MANY_READERS)
 
 
 def is_grouped(q: Tensor, k: Tensor) -> bool:

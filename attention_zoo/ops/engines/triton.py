@@ -1,18 +1,27 @@
 """Our own kernels. They exist for what no library computes, or none well.
 
-Of plain attention that is a single query without gradients, and many sequences of few tokens: windows.
+Of plain attention that is few queries without gradients, and sequences of few tokens, such as windows.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from attention_zoo.ops._lazy import Lazy
 from attention_zoo.ops._problem import Problem
 from attention_zoo.ops.engines.base import HALF, Engine, Signature, unusable
 
 __all__ = ["TritonEngine"]
 
+
+if TYPE_CHECKING:
+    import attention_zoo.ops.triton.decode as few_queries
+    import attention_zoo.ops.triton.short as few_tokens
+else:
+    few_queries, few_tokens = Lazy("attention_zoo.ops.triton.decode"), Lazy("attention_zoo.ops.triton.short")
 
 # Of a head, by the side of a tile and whether it is in half precision: what a multiprocessor has room for.
 _MOST_CHANNELS = {(64, True): 256, (64, False): 128, (128, True): 128, (128, False): 32}
@@ -30,24 +39,27 @@ class TritonEngine(Engine):
 
     def can_run(self, signature: Signature) -> str | None:
         s = signature
-        one = s.lengths == "one"
-        if not one and not s.short:
-            return "no kernel of ours serves plain attention but of a single query to more keys, and within 128 tokens"
-        if one and (s.grad or s.map_grad):
-            return "has no backward for a single query"
-        if s.mapped or s.left or (s.right and not one) or s.softcap or s.dropout or s.packed:
-            return "has no mask or bias tensor, causality or window of several queries, softcap, dropout or packing"
+        few = s.lengths in ("one", "few")
+        if not few and not s.short:
+            return "no kernel of ours serves plain attention but of up to 8 queries to more keys, and within 128 tokens"
+        if few and (s.grad or s.map_grad):
+            return "has no backward for few queries to more keys"
+        windowed = s.left if s.lengths == "one" else s.windowed  # its own position is the last one
+        if s.mapped or windowed or s.softcap or s.dropout or s.packed:
+            return "has no mask or bias tensor, window, softcap, dropout or packing"
+        if s.right and not few:
+            return "has no causality within few tokens"
         if s.lse:
             return "returns no log-normaliser"
         if s.empty:
             return "empty sizes are left to the reference"
         if s.dtype not in (*HALF, torch.float32):
             return f"serves float16, bfloat16 and float32 only, not {s.dtype}"
-        most = 256 if one else _MOST_CHANNELS[s.short, s.half]
+        most = 256 if few else _MOST_CHANNELS[s.short, s.half]
         if s.head_dim > most or s.value_dim > most:
             return f"heads of more than {most} channels, for so many tokens"
-        if s.grouped and not one:
-            return "has no shared heads for several queries"
+        if s.grouped and not few:
+            return "has no shared heads within few tokens"
         return unusable(s.device)
 
     def largest_batch(self, num_heads: int) -> int:
@@ -55,10 +67,7 @@ class TritonEngine(Engine):
         return 2**31 - 1
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
-        if problem.num_queries > 1:
-            from attention_zoo.ops.triton.short import short_attention_triton
-
-            return short_attention_triton(q, k, v, scale=problem.scale), None
-        from attention_zoo.ops.triton.decode import decode_attention
-
-        return decode_attention(q, k, v, is_causal=False, scale=problem.scale), None
+        if problem.num_queries == problem.num_keys:
+            return few_tokens.short_attention_triton(q, k, v, scale=problem.scale), None
+        is_causal = problem.window[1] is not None
+        return few_queries.decode_attention(q, k, v, is_causal=is_causal, scale=problem.scale), None

@@ -77,8 +77,10 @@ def stride_unit(strides: Iterable[int], element_size: int) -> int:
     A kernel that is given strides in such units sees how wide its loads may be. By itself Triton sees multiples of 16 numbers only,
     which heads of 24 channels are not.
     """
-    unit = 16 // element_size
-    return 1 if any(stride % unit for stride in strides) else unit
+    unit, bits = 16 // element_size, 0
+    for stride in strides:
+        bits |= stride
+    return 1 if bits & (unit - 1) else unit
 
 
 @triton.jit

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 from attention_zoo.ops.triton._common import ceil_div
 
-__all__ = ["merge_kernel", "merge_tiles", "merged", "portion"]
+__all__ = ["Split", "merge_kernel", "merge_tiles", "merged", "portion", "processors", "room", "split_keys"]
 
 _PROGRAMS, _LEAST, _MOST = 4, 128, 1024  # for each multiprocessor; keys of a program
 
@@ -65,7 +67,7 @@ def portion(device: torch.device, *rows: tuple[int, int]) -> int:
     As few as all programs run at once, within bounds; not more than 64 portions of a row.
     """
     # as for the next multiple of 64: found once for so many steps that each add a key
-    return _portion(tuple((number, ceil_div(keys, 64) * 64) for number, keys in rows), _PROGRAMS * _processors(device), _MOST)
+    return _portion(tuple((number, ceil_div(keys, 64) * 64) for number, keys in rows), _PROGRAMS * processors(device), _MOST)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -76,7 +78,40 @@ def _portion(rows: tuple[tuple[int, int], ...], programs: int, most: int) -> int
     return chunk
 
 
+class Split(NamedTuple):
+    """How keys are shared out to programs: `chunk` for each, in tiles of 64 KB or of 32, so many `stages` on their way at once."""
+
+    chunk: int
+    large_tiles: bool
+    stages: int
+
+
+def split_keys(rows: int, keys: int, processors: int, room: int) -> Split:
+    """For so many tiles of queries, each with all `keys`, a multiple of 64, to read; `room` in bytes of shared memory.
+
+    Reading is all that takes time, and what is on its way at once decides how fast it is: one program of large tiles fills a
+    multiprocessor, or two of small ones. Not to split at all spares the merging. Programs that come in several waves hide one
+    another's ends where three share a multiprocessor. Measured on an H200 (docs/engines.md).
+    """
+    if rows > processors:
+        return Split(max(keys, 64), False, 3 if rows <= 2 * processors else 2)
+    fills = 3 * rows <= processors or 10 * rows >= 7 * processors  # or else many multiprocessors have nothing to do
+    large = fills and room >= 200 * 1024  # for three tiles
+    parts = (1 if large else 2) * processors // rows
+    chunk = max(64, ceil_div(ceil_div(keys, parts), 64) * 64)
+    return Split(chunk, large and chunk >= 512, 3)
+
+
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; of the interpreter 1."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def room(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; of the interpreter those of a GPU of Hopper's."""
+    if device.type != "cuda":
+        return 232_448
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return driver.active.utils.get_device_properties(index)["max_shared_mem"]  # type: ignore[no-any-return]

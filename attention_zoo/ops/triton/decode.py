@@ -8,7 +8,7 @@ and one product with the values serve both kinds. No gradients.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,20 +28,20 @@ from attention_zoo.ops.triton._common import (
     tile,
 )
 from attention_zoo.ops.triton._launch import VaryingLaunch, settled
-from attention_zoo.ops.triton._portions import merge_kernel, merge_tiles, merged, portion
+from attention_zoo.ops.triton._portions import Split, merge_kernel, merge_tiles, merged, processors, room, split_keys
 
 __all__ = ["decode_attention", "decode_difference"]
 
 
 @triton.jit(
     do_not_specialize=[
-        "sqb", "sqh", "sqn", "snb", "snh", "snn", "skb", "skh", "skn", "slb", "slh", "sln", "svb", "svh", "svn",
+        "sqb", "sqh", "sqn", "skb", "skh", "skn", "svb", "svh", "svn", "snb", "snh", "snn", "slb", "slh", "sln",
         "sob", "soh", "son", "sab", "smb", "KEYS", "CHUNK", "PARTS",
     ]
 )  # fmt: skip
 def _portion_kernel(
-    Q, NoiseQ, K, NoiseK, V, Map, Mask, Part, PartLse,
-    scale, sqb, sqh, sqn, snb, snh, snn, skb, skh, skn, slb, slh, sln, svb, svh, svn, sob, soh, son, sab, smb,
+    Q, K, V, NoiseQ, NoiseK, Map, Mask, Part, PartLse,
+    scale, sqb, sqh, sqn, skb, skh, skn, svb, svh, svn, snb, snh, snn, slb, slh, sln, sob, soh, son, sab, smb,
     KEYS, CHUNK, PARTS,
     KV_HEADS: tl.constexpr, SHARE: tl.constexpr, NOISE_SHARE: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, MAPPED: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, UNIT: tl.constexpr,
@@ -137,16 +137,55 @@ def _difference_kernel(
     tl.store(Out + b * sob + h * soh + query * son + dv, x.to(Out.dtype.element_ty), mask=dv < DV)
 
 
+class _Plan(NamedTuple):
+    """What all calls of a size do, and of up to 63 keys more.
+
+    Attributes:
+        whole, partial: the kernel whose one portion is the output, and the one whose portions are merged.
+        programs: for each portion of `chunk` keys.
+    """
+
+    whole: VaryingLaunch
+    partial: VaryingLaunch
+    programs: int
+    chunk: int
+
+
 @settled
-def _portions_launch(device: torch.device, dtype: torch.dtype, **constants: Any) -> VaryingLaunch:
-    """Tiles for rows, and for the channels of keys and values."""
-    size, paired = dtype.itemsize, constants["NOISE_SHARE"] > 0
-    dim, wide = tile(constants["D"], 256), tile(constants["DV"], 256)
-    side = 64 if size == 2 and ((2 if paired else 1) * dim + wide) * size <= 512 else 32  # 32 KB at a time
-    warps = 8 if constants["BM"] * wide > 8192 else 4
-    stages = 3 if size == 2 and constants["BM"] < 64 else 2
-    tiles = {"BN": side, "BD": dim, "BDV": wide, "num_warps": warps, "num_stages": stages}
-    return VaryingLaunch(_portion_kernel, {**constants, **tiles})
+def _plan(
+    processors: int, device: torch.device, dtype: torch.dtype, precision: str, unit: int, batch: int, kv_heads: int, share: int,
+    noise_share: int, queries: int, keys: int, dim: int, dim_v: int, mapped: bool, masked: bool, causal: bool,
+) -> _Plan:  # fmt: skip
+    rows = (share + noise_share) * queries
+    height = tile(rows, 64 if dtype.itemsize == 2 else 16)
+    blocks = ceil_div(rows, height)
+    programs = batch * kv_heads * blocks
+    split = split_keys(programs, keys, processors, room(device))
+    constants = {
+        "KV_HEADS": kv_heads, "SHARE": share, "NOISE_SHARE": noise_share, "QUERIES": queries, "D": dim, "DV": dim_v,
+        "MAPPED": mapped, "MASKED": masked, "CAUSAL": causal, "UNIT": unit, "PRECISION": precision, "BLOCKS": blocks, "BM": height,
+    }  # fmt: skip
+    constants |= _tiling(height, tile(dim, 256), tile(dim_v, 256), noise_share > 0, dtype.itemsize, split)
+    whole, partial = (_portions_launch(device, dtype, (*constants.items(), ("WHOLE", whole))) for whole in (True, False))
+    return _Plan(whole, partial, programs, split.chunk)
+
+
+def _tiling(height: int, dim: int, dim_v: int, paired: bool, size: int, split: Split) -> dict[str, int]:
+    """How many keys at a time, 32 KB of them or 64, and how many tiles are on their way at once."""
+    each = ((2 if paired else 1) * dim + dim_v) * size
+    reads = size == 2 and height < 64  # or else it computes as well
+    fitting = (64 if reads and split.large_tiles else 32) * 1024 // each
+    side, most = 32, 256 if reads else 64 if size == 2 else 32
+    while 2 * side <= min(fitting, most) and (side < 64 or 8 * side <= split.chunk):  # the last tile is read as a whole
+        side *= 2
+    warps = 8 if height * dim_v > 8192 else 4
+    stages = split.stages if reads else 2
+    return {"BN": side, "BD": dim, "BDV": dim_v, "num_warps": warps, "num_stages": stages}
+
+
+@settled
+def _portions_launch(device: torch.device, dtype: torch.dtype, constants: tuple[tuple[str, Any], ...]) -> VaryingLaunch:
+    return VaryingLaunch(_portion_kernel, dict(constants))
 
 
 @settled
@@ -160,24 +199,25 @@ def _difference_launch(device: torch.device, dtypes: tuple[torch.dtype, ...], **
 
 
 def _attend(
-    q: Tensor, noise_q: Tensor | None, k: Tensor, noise_k: Tensor | None, v: Tensor, head_map: Tensor | None,
-    key_mask: Tensor | None, is_causal: bool, scale: float, out: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, noise: tuple[Tensor, Tensor] | None, head_map: Tensor | None, key_mask: Tensor | None,
+    is_causal: bool, scale: float, out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs (B, heads, N_q, parts, D_v) of each portion of the keys, noise heads behind signal heads, and log-normalisers.
 
     If there is one portion only, its outputs are `out`, which is what comes back then.
     """
     (batch, heads, queries, dim), (kv_heads, keys, dim_v) = q.shape, v.shape[1:]
-    noises = 0 if noise_q is None else noise_q.shape[1]
+    noises = 0 if noise is None else noise[0].shape[1]
     q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
-    noise_q = q if noise_q is None else last_contiguous(noise_q)
-    noise_k = k if noise_k is None else last_contiguous(noise_k)
-    share, noise_share = heads if head_map is not None else heads // kv_heads, noises // kv_heads
-    rows = (share + noise_share) * queries
-    height = tile(rows, 64 if q.element_size() == 2 else 16)
-    blocks = ceil_div(rows, height)
-    chunk = portion(q.device, (batch * kv_heads * blocks, keys))
-    parts = ceil_div(keys, chunk)
+    noise = (q, k) if noise is None else (last_contiguous(noise[0]), last_contiguous(noise[1]))
+    steps = [step for t in (q, k, v, *noise) for step in t.stride()[:3]]
+    unit = stride_unit(steps, q.element_size())
+    share, mapped, masked = heads if head_map is not None else heads // kv_heads, head_map is not None, key_mask is not None
+    plan = _plan(
+        processors(q.device), q.device, q.dtype, precision(q), unit, batch, kv_heads, share, noises // kv_heads, queries,
+        ceil_div(keys, 64) * 64, dim, dim_v, mapped, masked, is_causal and queries > 1,
+    )  # fmt: skip
+    parts = ceil_div(keys, plan.chunk)
     if whole := parts == 1 and out is not None:
         part = part_lse = out
     else:
@@ -187,18 +227,12 @@ def _attend(
         return part, part_lse
     head_map = head_map if head_map is None or head_map.stride(-1) == 1 else head_map.contiguous()
     key_mask = None if key_mask is None else last_contiguous(key_mask).view(torch.uint8)
-    strides = [step for t in (q, noise_q, k, noise_k, v) for step in t.stride()[:3]]
-    unit = stride_unit(strides, q.element_size())
-    launch = _portions_launch(
-        q.device, q.dtype, KV_HEADS=kv_heads, SHARE=share, NOISE_SHARE=noise_share, QUERIES=queries, D=dim, DV=dim_v,
-        MAPPED=head_map is not None, MASKED=key_mask is not None, CAUSAL=is_causal and queries > 1, UNIT=unit,
-        PRECISION=precision(q), WHOLE=whole, BLOCKS=blocks, BM=height,
-    )  # fmt: skip
+    launch = plan.whole if whole else plan.partial
     launch(
-        batch * kv_heads * parts * blocks,
-        (q, noise_q, k, noise_k, v, q if head_map is None else head_map, q if key_mask is None else key_mask, part, part_lse),
-        (scale * LOG2E, *[step // unit for step in strides], *part.stride()[:3], _step(head_map), _step(key_mask),
-         keys, chunk, parts),
+        plan.programs * parts,
+        (q, k, v, *noise, q if head_map is None else head_map, q if key_mask is None else key_mask, part, part_lse),
+        (scale * LOG2E, *[step // unit for step in steps], *part.stride()[:3], _step(head_map), _step(key_mask),
+         keys, plan.chunk, parts),
     )  # fmt: skip
     return part, part_lse
 
@@ -215,7 +249,7 @@ def _decode_attention(
     out = heads_last(q, v.shape[3])
     if not out.numel():
         return out
-    part, part_lse = _attend(q, None, k, None, v, head_map, key_mask, is_causal, scale, out)
+    part, part_lse = _attend(q, k, v, None, head_map, key_mask, is_causal, scale, out)
     if part is out:
         return out
     launch = _merge_launch(q.device, q.dtype, HEADS=q.shape[1], QUERIES=q.shape[2], DV=v.shape[3])
@@ -249,7 +283,7 @@ def _decode_difference(
     if not out.numel():
         return out
     batch, heads, queries, dim_v = out.shape
-    part, part_lse = _attend(q, noise_q, k, noise_k, v, None, key_mask, is_causal, scale)
+    part, part_lse = _attend(q, k, v, (noise_q, noise_k), None, key_mask, is_causal, scale)
     weighted, weight = weight is not None, factor if weight is None else weight
     launch = _difference_launch(
         q.device, (q.dtype, factor.dtype, weight.dtype), HEADS=heads, GROUP=heads // noise_q.shape[1], QUERIES=queries, DV=dim_v,
