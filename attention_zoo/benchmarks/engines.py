@@ -88,6 +88,8 @@ WORKLOADS = (
     Workload("ViT, D 64", batch=64, heads=12, kv_heads=12, num_queries=197, num_keys=197, head_dim=64),
     Workload("windows of 49, D 32", batch=2048, heads=4, kv_heads=4, num_queries=49, num_keys=49, head_dim=32),
     Workload("decode, GQA 32:8, D 128", batch=16, heads=32, kv_heads=8, num_queries=1, is_causal=True, backward=False),
+    Workload("decode, GQA 32:8, D 128", 1, 32, 8, 1, 131_072, is_causal=True, backward=False),
+    Workload("4 queries, GQA 32:8, D 128", 8, 32, 8, 4, 16_384, is_causal=True, backward=False),
 )
 SMALL = (
     *(Workload("self, D 64", 1, 4, 4, n, n, 64) for n in (256, 512, 1024)),
@@ -165,7 +167,7 @@ def _task(workload: Workload, function: Callable[..., Any] | None, backend: str 
 
 
 def raw_call(engine: str, workload: Workload, settings: dict[str, Any]) -> Callable[..., Tensor] | None:
-    """The library's own function, as its documentation says to call it; None where there is no single one."""
+    """The library's own function, as its documentation says to call it; None where there is none. In place of our own: torch's."""
     if engine == "flash4":
         from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
@@ -178,7 +180,7 @@ def raw_call(engine: str, workload: Workload, settings: dict[str, Any]) -> Calla
                 0
             ].transpose(0, 1)[None]
         return lambda q, k, v: flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), **shared)[0].transpose(1, 2)
-    if engine == "torch" and not workload.packed and workload.window_size is None:
+    if engine in ("torch", "triton") and not workload.packed and workload.window_size is None:
         causal = workload.is_causal and workload.num_queries > 1
         gqa = workload.heads != workload.kv_heads
         return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)

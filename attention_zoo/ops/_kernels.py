@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from attention_zoo.ops.dispatch import BackendError, EngineReport, Explanation, wanted_backend
 from attention_zoo.ops.engines.base import unusable
 
-__all__ = ["power_of_2", "use_kernel"]
+__all__ = ["Lazy", "power_of_2", "use_kernel"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_CHANNELS = 256
+
+
+class Lazy:
+    """A module that is imported when it is first asked for something: one of kernels, which needs Triton.
+
+    An `import` in a function takes the host some microseconds each time.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = name
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(importlib.import_module(self.__name__), name)
+        setattr(self, name, found)
+        return found
 
 
 def power_of_2(length: int) -> int:

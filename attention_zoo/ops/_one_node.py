@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from attention_zoo.ops._lazy import Lazy
+from attention_zoo.ops._kernels import Lazy
 from attention_zoo.ops._operators import is_at_hand
 
 if TYPE_CHECKING:

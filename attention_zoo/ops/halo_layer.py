@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from attention_zoo.ops._kernels import use_kernel
-from attention_zoo.ops._lazy import Lazy
+from attention_zoo.ops._kernels import Lazy, use_kernel
 from attention_zoo.ops._one_node import apply_node, bias_gradients, linear_gradients
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from attention_zoo.ops import _fused
-from attention_zoo.ops._kernels import use_kernel
-from attention_zoo.ops._lazy import Lazy
+from attention_zoo.ops._kernels import Lazy, use_kernel
 from attention_zoo.ops._one_node import apply_node, as_rows, bias_gradients, linear_gradients
 from attention_zoo.ops._problem import make_problem
 from attention_zoo.ops.dispatch import select, wanted_backend

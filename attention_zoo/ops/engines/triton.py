@@ -5,23 +5,14 @@ Of plain attention that is few queries without gradients, and sequences of few t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from attention_zoo.ops._lazy import Lazy
 from attention_zoo.ops._problem import Problem
 from attention_zoo.ops.engines.base import HALF, Engine, Signature, unusable
 
 __all__ = ["TritonEngine"]
 
-
-if TYPE_CHECKING:
-    import attention_zoo.ops.triton.decode as few_queries
-    import attention_zoo.ops.triton.short as few_tokens
-else:
-    few_queries, few_tokens = Lazy("attention_zoo.ops.triton.decode"), Lazy("attention_zoo.ops.triton.short")
 
 # Of a head, by the side of a tile and whether it is in half precision: what a multiprocessor has room for.
 _MOST_CHANNELS = {(64, True): 256, (64, False): 128, (128, True): 128, (128, False): 32}
@@ -68,6 +59,9 @@ class TritonEngine(Engine):
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
         if problem.num_queries == problem.num_keys:
-            return few_tokens.short_attention_triton(q, k, v, scale=problem.scale), None
-        is_causal = problem.window[1] is not None
-        return few_queries.decode_attention(q, k, v, is_causal=is_causal, scale=problem.scale), None
+            from attention_zoo.ops.triton.short import short_attention_triton
+
+            return short_attention_triton(q, k, v, scale=problem.scale), None
+        from attention_zoo.ops.triton.decode import decode_attention
+
+        return decode_attention(q, k, v, is_causal=problem.window[1] is not None, scale=problem.scale), None

@@ -90,11 +90,10 @@ def split_keys(rows: int, keys: int, processors: int, room: int) -> Split:
     """For so many tiles of queries, each with all `keys`, a multiple of 64, to read; `room` in bytes of shared memory.
 
     Reading is all that takes time, and what is on its way at once decides how fast it is: one program of large tiles fills a
-    multiprocessor, or two of small ones. Not to split at all spares the merging. Programs that come in several waves hide one
-    another's ends where three share a multiprocessor. Measured on an H200 (docs/engines.md).
+    multiprocessor, or two of small ones. Not to split at all spares the merging. Measured on an H200 (docs/engines.md).
     """
-    if rows > processors:
-        return Split(max(keys, 64), False, 3 if rows <= 2 * processors else 2)
+    if rows > processors:  # in several waves, if they do not all fit: one program a multiprocessor then, of four small tiles
+        return Split(max(keys, 64), False, 3 if rows <= 2 * processors else 4)
     fills = 3 * rows <= processors or 10 * rows >= 7 * processors  # or else many multiprocessors have nothing to do
     large = fills and room >= 200 * 1024  # for three tiles
     parts = (1 if large else 2) * processors // rows
