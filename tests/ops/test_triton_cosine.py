@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_case import DEVICE, FEW, Case
+from torch import Tensor
 
 from attention_zoo import ops
 
