@@ -180,8 +180,9 @@ def raw_call(engine: str, workload: Workload, settings: dict[str, Any]) -> Calla
                 0
             ].transpose(0, 1)[None]
         return lambda q, k, v: flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), **shared)[0].transpose(1, 2)
-    if engine in ("torch", "triton") and not workload.packed and workload.window_size is None:
-        causal = workload.is_causal and workload.num_queries > 1
+    causal = workload.is_causal and workload.num_queries > 1
+    in_line = not causal or workload.num_queries == workload.num_keys  # torch's causality begins at the first key
+    if engine in ("torch", "triton") and not workload.packed and workload.window_size is None and in_line:
         gqa = workload.heads != workload.kv_heads
         return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
     return None
