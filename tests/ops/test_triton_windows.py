@@ -176,6 +176,22 @@ def test_which_short_sequences_the_engine_refuses(length: int, changes: dict[str
         ops.attention(**call, backend="triton")
 
 
+def test_layouts_of_short_sequences() -> None:
+    """Channels that do not lie side by side, heads that are one, values that all tokens share; what comes out has heads next to
+    channels, as projections read them."""
+    q = torch.randn(2, 3, 8, 7, device=DEVICE).transpose(2, 3).requires_grad_()
+    k = torch.randn(2, 1, 7, 8, device=DEVICE).expand(-1, 3, -1, -1).requires_grad_()
+    v = torch.randn(1, 3, 1, 16, device=DEVICE).expand(2, -1, 7, -1).requires_grad_()
+    weights = torch.randn(2, 3, 16, 7, device=DEVICE).transpose(2, 3)
+    found = []
+    for backend in ("triton", "reference"):
+        out = ops.attention(q, k, v, backend=backend)
+        found.append((out, *torch.autograd.grad((out * weights).sum(), (q, k, v))))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+    assert found[0][0].transpose(1, 2).is_contiguous()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch", [3, 70_000])
 def test_short_sequences_beyond_a_grid(batch: int) -> None:

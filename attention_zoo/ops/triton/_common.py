@@ -68,7 +68,8 @@ def heads_last(like: Tensor, channels: int | None = None, heads: int | None = No
     and write them."""
     batch, own_heads, length, own_channels = like.shape
     heads, channels = own_heads if heads is None else heads, own_channels if channels is None else channels
-    return like.new_empty((batch, length, heads, channels)).transpose(1, 2)
+    row = heads * channels
+    return like.new_empty_strided((batch, heads, length, channels), (length * row, channels, row, 1))
 
 
 def stride_unit(strides: Iterable[int], element_size: int) -> int:

@@ -109,7 +109,7 @@ def processors(device: torch.device) -> int:
 
 @functools.cache
 def room(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have; of the interpreter those of a GPU of Hopper's."""
+    """Bytes of shared memory that a program may have; in the interpreter as on Hopper."""
     if device.type != "cuda":
         return 232_448
     index = torch.cuda.current_device() if device.index is None else device.index

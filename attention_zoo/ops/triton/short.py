@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attention_zoo.ops._operators import operator
-from attention_zoo.ops.triton._common import last_contiguous, power_of_2, precision
+from attention_zoo.ops.triton._common import heads_last, last_contiguous, power_of_2, precision
 from attention_zoo.ops.triton._launch import Launch, Place, settled
 from attention_zoo.ops.triton.windows import Windows, backward_launch, forward_launch
 
@@ -45,7 +45,7 @@ def _backward_of(call: tuple[Any, ...], device: torch.device, *strides: _Strides
 
 @operator("short_forward")
 def _short_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    out = torch.empty_like(v)
+    out = heads_last(v)
     if out.numel():
         q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
         call = q.shape, v.shape[3], scale, q.dtype, precision(q)
@@ -55,12 +55,12 @@ def _short_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 @_short_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return torch.empty_like(v)
+    return heads_last(v)
 
 
 @operator("short_backward")
 def _short_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = heads_last(q), heads_last(k), heads_last(v)
     if grad.numel():
         tensors = last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(grad), dq, dk, dv
         call = q.shape, v.shape[3], scale, q.dtype, precision(q)
@@ -70,7 +70,7 @@ def _short_backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float)
 
 @_short_backward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return heads_last(q), heads_last(k), heads_last(v)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
