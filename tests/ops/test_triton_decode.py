@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention_zoo as az
 from attention_zoo import ops
+from attention_zoo.ops.triton._portions import split_keys
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -231,6 +232,19 @@ def test_few_queries_by_name(queries: int, is_causal: bool) -> None:
     q, k, v = (t.to(DEVICE) for t in list(one_map(queries=queries, keys=MANY).tensors.values())[:3])
     got = ops.attention(q, k, v, is_causal=is_causal, backend="triton")
     torch.testing.assert_close(got, ops.attention(q, k, v, is_causal=is_causal, backend="reference"), atol=1e-5, rtol=1e-5)
+
+
+@given(
+    rows=st.integers(1, 2000), keys=st.integers(0, 4000).map(lambda n: 64 * n), room=st.sampled_from([101_376, 166_912, 232_448])
+)
+def test_how_keys_are_split(rows: int, keys: int, room: int) -> None:
+    """Nothing is left out, portions are not empty, and what is on its way fits into a multiprocessor."""
+    split = split_keys(rows, keys, 132, room)
+    parts = -(-keys // split.chunk)
+    assert split.chunk % 64 == 0
+    assert rows > 132 or rows * parts <= 2 * 132
+    assert rows <= 132 or parts <= 1
+    assert (split.stages - 1) * (64 if split.large_tiles else 32) * 1024 + 12 * 1024 <= room
 
 
 @pytest.mark.parametrize("value_dim", [8, 16])

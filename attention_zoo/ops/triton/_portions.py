@@ -89,13 +89,15 @@ class Split(NamedTuple):
 def split_keys(rows: int, keys: int, processors: int, room: int) -> Split:
     """For so many tiles of queries, each with all `keys`, a multiple of 64, to read; `room` in bytes of shared memory.
 
-    Reading is all that takes time, and what is on its way at once decides how fast it is: one program of large tiles fills a
-    multiprocessor, or two of small ones. Not to split at all spares the merging. Measured on an H200 (docs/engines.md).
+    Reading is all that takes time, and what is on its way at once decides how fast it is: all but one of a program's stages. One
+    program of large tiles is enough for a multiprocessor, or two and three of small ones. Not to split at all spares the merging.
+    Measured on an H200 (docs/engines.md).
     """
-    if rows > processors:  # in several waves, if they do not all fit: one program a multiprocessor then, of four small tiles
-        return Split(max(keys, 64), False, 3 if rows <= 2 * processors else 4)
+    roomy = room >= 144 * 1024  # for two large tiles or three small ones, and what else a program holds
+    if rows > processors:  # in several waves, where they do not all run at once
+        return Split(max(keys, 64), False, 4 if roomy and rows > 2 * processors else 3)
     fills = 3 * rows <= processors or 10 * rows >= 7 * processors  # or else many multiprocessors have nothing to do
-    large = fills and room >= 200 * 1024  # for three tiles
+    large = fills and roomy
     parts = (1 if large else 2) * processors // rows
     chunk = max(64, ceil_div(ceil_div(keys, parts), 64) * 64)
     return Split(chunk, large and chunk >= 512, 3)
