@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention_zoo as az
 from attention_zoo import ops
-from attention_zoo.ops.triton._portions import split_keys
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -238,7 +237,9 @@ def test_few_queries_by_name(queries: int, is_causal: bool) -> None:
     rows=st.integers(1, 2000), keys=st.integers(0, 4000).map(lambda n: 64 * n), room=st.sampled_from([101_376, 166_912, 232_448])
 )
 def test_how_keys_are_split(rows: int, keys: int, room: int) -> None:
-    """Nothing is left out, portions are not empty, and what is on its way fits into a multiprocessor."""
+    """Portions are not empty and not more than pay, and what is on its way fits into a multiprocessor."""
+    from attention_zoo.ops.triton._portions import split_keys
+
     split = split_keys(rows, keys, 132, room)
     parts = -(-keys // split.chunk)
     assert split.chunk % 64 == 0
