@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from attention_zoo.ops._tap import is_observed
+from attention_zoo.ops.engines.base import FEW_QUERIES
 
 __all__ = ["is_decode", "mask_of_keys"]
-
-_MOST_QUERIES = 8  # of each head
 
 
 def is_decode(q: Tensor, k: Tensor, attn_mask: Tensor | None, dropout_p: float, *others: Tensor | None) -> bool:
@@ -17,7 +16,7 @@ def is_decode(q: Tensor, k: Tensor, attn_mask: Tensor | None, dropout_p: float, 
 
     They have no gradients, for none of q, k and the `others`, and show nobody their probabilities.
     """
-    few = 0 < q.shape[2] <= _MOST_QUERIES and k.shape[2] > 0 and dropout_p == 0.0
+    few = 0 < q.shape[2] <= FEW_QUERIES and k.shape[2] > 0 and dropout_p == 0.0
     if not few or is_observed() or not (attn_mask is None or _is_of_keys(attn_mask, k)):
         return False
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, *others)))

@@ -105,7 +105,7 @@ def _preference(s: Signature) -> tuple[str, ...]:
     if _torch_is_fused(s):
         # torch's flash kernel is flash-attn 2; from Hopper on cuDNN is faster than it, for few keys than all others. Few queries
         # leave most of a GPU idle where keys are not split between programs, as torch does
-        few = s.few_keys or s.lengths in ("one", "few")
+        few = s.few_keys or s.few_queries
         return (*ours, "torch", "reference") if few else (*ours, "flash4", "flash3", "torch", "reference")
     flex = ("flex",) if s.large else ()
     return (*ours, "flash4", "flash3", "flash2", "xformers", *flex, "torch", "reference")
@@ -117,7 +117,7 @@ def _is_ours(s: Signature) -> bool:
     On the device it nearly always is. But from Python torch's kernels are called in less time than ours, so that a call has to be
     larger than that; unless torch has no kernel for it, or cuDNN, which makes a plan for every new number of keys.
     """
-    if s.lengths in ("one", "few"):
+    if s.few_queries:
         wide, causal = s.head_dim != s.value_dim, s.right and s.lengths == "few"
         return wide or (s.half and not s.watched and (s.heavy or causal))
     if not s.short or not s.half or s.watched:

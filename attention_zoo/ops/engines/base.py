@@ -17,6 +17,7 @@ from attention_zoo.ops._problem import Problem
 from attention_zoo.ops._reference import visible
 
 __all__ = [
+    "FEW_QUERIES",
     "GRID_LIMIT",
     "HALF",
     "Engine",
@@ -34,7 +35,7 @@ __all__ = [
 HALF = (torch.float16, torch.bfloat16)
 GRID_LIMIT = 65_535  # of a CUDA grid's second and third dimension, over which the libraries' kernels spread samples and heads
 _FEW_KEYS, _FEW_KEYS_FORWARD = 256, 1024  # with gradients and without: up to there torch's kernels are faster than flash-attn 4
-_FEW_QUERIES = 8  # up to there reading the keys is all that takes time
+FEW_QUERIES = 8  # of each head: up to there reading the keys is all that takes time
 _SHORT = (64, 128)  # sides of the tiles in which a program of ours holds the whole map of a sequence
 _MANY = 4096  # sequences times heads from which the kernels of forward and backward take longer than Python does
 _HEAVY = 2**28  # bytes of keys and values; half of it where their heads fill a GPU by themselves, so that nothing is merged:
@@ -89,6 +90,11 @@ class Signature(NamedTuple):
     def windowed(self) -> bool:
         """Bounded in a way that is neither full nor plainly causal."""
         return self.left or (self.right and not self.zero_right)
+
+    @property
+    def few_queries(self) -> bool:
+        """At most 8 queries, of more keys."""
+        return self.lengths in ("one", "few")
 
     @property
     def mapped(self) -> bool:
@@ -149,7 +155,7 @@ def _compare(num_queries: int, num_keys: int) -> str:
         return "equal"
     if num_queries > num_keys:
         return "more"
-    return "one" if num_queries == 1 else "few" if num_queries <= _FEW_QUERIES else "fewer"
+    return "one" if num_queries == 1 else "few" if num_queries <= FEW_QUERIES else "fewer"
 
 
 def _is_heavy(k: Tensor, v: Tensor) -> bool:

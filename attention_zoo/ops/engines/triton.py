@@ -30,15 +30,14 @@ class TritonEngine(Engine):
 
     def can_run(self, signature: Signature) -> str | None:
         s = signature
-        few = s.lengths in ("one", "few")
-        if not few and not s.short:
+        if not s.few_queries and not s.short:
             return "no kernel of ours serves plain attention but of up to 8 queries to more keys, and within 128 tokens"
-        if few and (s.grad or s.map_grad):
+        if s.few_queries and (s.grad or s.map_grad):
             return "has no backward for few queries to more keys"
         windowed = s.left if s.lengths == "one" else s.windowed  # its own position is the last one
         if s.mapped or windowed or s.softcap or s.dropout or s.packed:
             return "has no mask or bias tensor, window, softcap, dropout or packing"
-        if s.right and not few:
+        if s.right and not s.few_queries:
             return "has no causality within few tokens"
         if s.lse:
             return "returns no log-normaliser"
@@ -46,10 +45,10 @@ class TritonEngine(Engine):
             return "empty sizes are left to the reference"
         if s.dtype not in (*HALF, torch.float32):
             return f"serves float16, bfloat16 and float32 only, not {s.dtype}"
-        most = 256 if few else _MOST_CHANNELS[s.short, s.half]
+        most = 256 if s.few_queries else _MOST_CHANNELS[s.short, s.half]
         if s.head_dim > most or s.value_dim > most:
             return f"heads of more than {most} channels, for so many tokens"
-        if s.grouped and not few:
+        if s.grouped and not s.few_queries:
             return "has no shared heads within few tokens"
         return unusable(s.device)
 

@@ -64,12 +64,14 @@ def last_contiguous(x: Tensor) -> Tensor:
 
 
 def heads_last(like: Tensor, channels: int | None = None, heads: int | None = None) -> Tensor:
-    """Room of the shape of `like` (B, H, N, D), or for so many channels or heads, with heads next to channels as projections read
-    and write them."""
-    batch, own_heads, length, own_channels = like.shape
+    """Room of the shape of `like`, (B, H, N, D) or (B, H, rows, columns, D), or for so many channels or heads, with heads next to
+    channels as projections read and write them."""
+    batch, own_heads, *rows, length, own_channels = like.shape
     heads, channels = own_heads if heads is None else heads, own_channels if channels is None else channels
-    row = heads * channels
-    return like.new_empty_strided((batch, heads, length, channels), (length * row, channels, row, 1))
+    token = heads * channels
+    row = length * token
+    strides = (rows[0] * row, channels, row, token, 1) if rows else (row, channels, token, 1)
+    return like.new_empty_strided((batch, heads, *rows, length, channels), strides)
 
 
 def stride_unit(strides: Iterable[int], element_size: int) -> int:

@@ -166,8 +166,8 @@ def _plan(
         "MAPPED": mapped, "MASKED": masked, "CAUSAL": causal, "UNIT": unit, "PRECISION": precision, "BLOCKS": blocks, "BM": height,
     }  # fmt: skip
     constants |= _tiling(height, tile(dim, 256), tile(dim_v, 256), noise_share > 0, dtype.itemsize, split)
-    whole, partial = (_portions_launch(device, dtype, (*constants.items(), ("WHOLE", whole))) for whole in (True, False))
-    return _Plan(whole, partial, programs, split.chunk)
+    one, several = (_portions_launch(device, dtype, (*constants.items(), ("WHOLE", whole))) for whole in (True, False))
+    return _Plan(one, several, programs, split.chunk)
 
 
 def _tiling(height: int, dim: int, dim_v: int, paired: bool, size: int, split: Split) -> dict[str, int]:

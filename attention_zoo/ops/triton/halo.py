@@ -22,6 +22,7 @@ from attention_zoo.ops.triton._common import (
     absorb,
     ceil_div,
     conclude,
+    heads_last,
     last_contiguous,
     per_logit,
     precision,
@@ -470,19 +471,13 @@ def _call(
     return Halo(*sizes, *settings, rows is not None, q.element_size(), precision(q))
 
 
-def _empty(like: Tensor, channels: int) -> Tensor:
-    """(B, heads, H, W, channels), laid out with heads next to channels as projections read them."""
-    batch, heads, height, width = like.shape[:4]
-    return like.new_empty((batch, height, width, heads, channels)).permute(0, 3, 1, 2, 4)
-
-
 @operator("halo_forward")
 def _halo_forward(
     q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, columns: Tensor | None,
     block: int, halo: int, stride: int, scale: float, scale_positions: float, masked: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = last_contiguous(q), last_contiguous(k), last_contiguous(v)
-    out, lse = _empty(q, v.shape[-1]), q.new_empty(q.shape[:4], dtype=torch.float32)
+    out, lse = heads_last(q, v.shape[-1]), q.new_empty(q.shape[:4], dtype=torch.float32)
     if out.numel():
         call = _call(q, k, v, rows, block, halo, stride, scale, scale_positions, masked)
         tables = q if rows is None else rows, q if columns is None else columns
@@ -496,7 +491,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, rows: Any, columns: Any,
     block: int, halo: int, stride: int, scale: float, scale_positions: float, masked: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _empty(q, v.shape[-1]), q.new_empty(q.shape[:4], dtype=torch.float32)
+    return heads_last(q, v.shape[-1]), q.new_empty(q.shape[:4], dtype=torch.float32)
 
 
 @operator("halo_backward")
@@ -506,7 +501,7 @@ def _halo_backward(
     block: int, halo: int, stride: int, scale: float, scale_positions: float, masked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, grad = last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(grad)
-    dq, dk, dv = _empty(q, q.shape[-1]), _empty(k, k.shape[-1]), _empty(v, v.shape[-1])
+    dq, dk, dv = heads_last(q), heads_last(k), heads_last(v)
     shape = (2, 2 * (block + 2 * halo) - 1, q.shape[-1]) if rows is not None else (1,)
     if not q.numel():
         return dq, dk, dv, q.new_zeros(shape, dtype=torch.float32)
@@ -528,7 +523,7 @@ def _(
     block: int, halo: int, stride: int, scale: float, scale_positions: float, masked: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tables = (2, 2 * (block + 2 * halo) - 1, q.shape[-1]) if rows is not None else (1,)
-    return _empty(q, q.shape[-1]), _empty(k, k.shape[-1]), _empty(v, v.shape[-1]), q.new_empty(tables, dtype=torch.float32)
+    return heads_last(q), heads_last(k), heads_last(v), q.new_empty(tables, dtype=torch.float32)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

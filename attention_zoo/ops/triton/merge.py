@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_zoo.ops._operators import operator
-from attention_zoo.ops.triton._common import ceil_div, last_contiguous, power_of_2
+from attention_zoo.ops.triton._common import ceil_div, heads_last, last_contiguous, power_of_2
 
 __all__ = ["MOST_PARTS", "merge_attention_triton"]
 
@@ -154,12 +154,6 @@ def _six(tensors: list[Tensor]) -> list[Tensor]:
     return tensors + tensors[:1] * (MOST_PARTS - len(tensors))
 
 
-def _merged(like: Tensor) -> Tensor:
-    """(B, H, S, W, D), laid out with heads next to channels as projections read them."""
-    batch, heads, segments, width, dim = like.shape
-    return like.new_empty((batch, segments, width, heads, dim)).permute(0, 3, 1, 2, 4)
-
-
 def _sizes(out: Tensor) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int]]:
     """Programs, sizes and tiles."""
     batch, heads, segments, width, dim = out.shape
@@ -170,7 +164,7 @@ def _sizes(out: Tensor) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int
 @operator("merge_forward")
 def _merge_forward(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
     outs, lses = _prepare(outs, lses)
-    out, lse = _merged(outs[0]), torch.empty_like(lses[0])
+    out, lse = heads_last(outs[0]), torch.empty_like(lses[0])
     if out.numel():
         grid, sizes, tiles = _sizes(out)
         strides = [stride for t in (*_six(outs), out) for stride in t.stride()[:4]]
@@ -180,7 +174,7 @@ def _merge_forward(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tens
 
 @_merge_forward.register_fake
 def _(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    return _merged(outs[0]), lses[0].new_empty(lses[0].shape)
+    return heads_last(outs[0]), lses[0].new_empty(lses[0].shape)
 
 
 @operator("merge_backward")

@@ -23,6 +23,7 @@ from attention_zoo.ops.triton._common import (
     absorb,
     ceil_div,
     conclude,
+    heads_last,
     last_contiguous,
     per_logit,
     power_of_2,
@@ -486,18 +487,12 @@ def _places(**tensors: Tensor) -> dict[str, Place]:
 _NUMBERS = {"q": _Q, "k": _K, "v": _V, "out": _OUT, "grad": _GRAD, "dq": _DQ, "dk": _DK, "dv": _DV}
 
 
-def _empty_out(q: Tensor, v: Tensor) -> Tensor:
-    """(B, H, R, n, D_v), laid out with heads next to channels as the output projection reads them."""
-    batch, heads, regions, nq = q.shape[:4]
-    return q.new_empty((batch, regions, nq, heads, v.shape[-1])).permute(0, 3, 1, 2, 4)
-
-
 @operator("routed_forward")
 def _routed_forward(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     q, k, v, routes = last_contiguous(q), last_contiguous(k), last_contiguous(v), routes.contiguous()
-    out = _empty_out(q, v)
+    out = heads_last(q, v.shape[-1])
     lse = q.new_empty(q.shape[:4], dtype=torch.float32)
     if out.numel():
         launch = forward_launch(_call_of(q, k, v, routes, weights, mask, scale), **_places(q=q, k=k, v=v, out=out))
@@ -507,7 +502,7 @@ def _routed_forward(
 
 @_routed_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights: Any, mask: Any, scale: float) -> tuple[Tensor, Tensor]:
-    return _empty_out(q, v), q.new_empty(q.shape[:4], dtype=torch.float32)
+    return heads_last(q, v.shape[-1]), q.new_empty(q.shape[:4], dtype=torch.float32)
 
 
 @operator("routed_backward")
@@ -516,7 +511,7 @@ def _routed_backward(
     grad: Tensor, grad_lse: Tensor | None, scale: float, wants_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, grad, routes = last_contiguous(q), last_contiguous(k), last_contiguous(v), last_contiguous(grad), routes.contiguous()
-    dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
+    dq, dk, dv = heads_last(q), heads_last(k), heads_last(v)
     if not (q.numel() and k.numel()):
         dweights = lse.new_zeros(routes.shape if wants_weights else (1,))
         return dq.zero_(), dk.zero_(), dv.zero_(), dweights
@@ -578,19 +573,13 @@ class _Plan(NamedTuple):
         return launches
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    """Of the same shape; (B, H, R, n, D) with heads next to channels."""
-    batch, heads, regions, n, dim = x.shape
-    return x.new_empty((batch, regions, n, heads, dim)).permute(0, 3, 1, 2, 4)
-
-
 @_routed_backward.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, weights: Any, mask: Any, out: Tensor, lse: Tensor,
     grad: Tensor, grad_lse: Any, scale: float, wants_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dweights = q.new_empty(routes.shape if wants_weights else (1,), dtype=torch.float32)
-    return _empty_like(q), _empty_like(k), _empty_like(v), dweights
+    return heads_last(q), heads_last(k), heads_last(v), dweights
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

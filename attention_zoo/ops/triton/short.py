@@ -20,10 +20,10 @@ __all__ = ["short_attention_triton"]
 _Strides = tuple[int, ...]
 
 
-def _call(shape: torch.Size, value_dim: int, scale: float, dtype: torch.dtype, precision: str) -> Windows:
+def _windows(shape: torch.Size, value_dim: int, scale: float, dtype: torch.dtype, products: str) -> Windows:
     batch, heads, length, dim = shape
     columns = power_of_2(length)
-    return Windows(batch, heads, 1, length, dim, value_dim, 0, (1, columns), scale, columns > length, dtype.itemsize, precision)
+    return Windows(batch, heads, 1, length, dim, value_dim, 0, (1, columns), scale, columns > length, dtype.itemsize, products)
 
 
 def _places(strides: tuple[_Strides, ...]) -> list[Place]:
@@ -34,13 +34,13 @@ def _places(strides: tuple[_Strides, ...]) -> list[Place]:
 @settled
 def _forward_of(call: tuple[Any, ...], device: torch.device, *strides: _Strides) -> Launch:
     q, k, v, out = _places(strides)
-    return forward_launch(_call(*call), q, k, v, q, out)
+    return forward_launch(_windows(*call), q, k, v, q, out)
 
 
 @settled
 def _backward_of(call: tuple[Any, ...], device: torch.device, *strides: _Strides) -> Launch:
     q, k, v, grad, dq, dk, dv = _places(strides)
-    return backward_launch(_call(*call), q, k, v, q, grad, dq, dk, dv)[0]
+    return backward_launch(_windows(*call), q, k, v, q, grad, dq, dk, dv)[0]
 
 
 @operator("short_forward")

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from attention_zoo.ops._operators import operator
-from attention_zoo.ops.triton._common import LOG2E, ceil_div, last_contiguous, per_logit, precision, tile
+from attention_zoo.ops.triton._common import LOG2E, ceil_div, heads_last, last_contiguous, per_logit, precision, tile
 from attention_zoo.ops.triton._launch import Launch, Place, settled
 
 __all__ = ["Windows", "backward_launch", "forward_launch", "window_attention_triton"]
@@ -237,17 +237,11 @@ def _call(q: Tensor, v: Tensor, bias: Tensor | None, rows: int, columns: int, sc
     return Windows(*sizes, groups, (rows, columns), scale, masked, q.element_size(), precision(q))
 
 
-def _empty(like: Tensor, channels: int) -> Tensor:
-    """(B, heads, H, W, channels), laid out with heads next to channels as projections read them."""
-    batch, heads, height, width = like.shape[:4]
-    return like.new_empty((batch, height, width, heads, channels)).permute(0, 3, 1, 2, 4)
-
-
 @operator("window_forward")
 def _window_forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: int, columns: int, scale: float, masked: bool
 ) -> Tensor:
-    out = _empty(q, v.shape[-1])
+    out = heads_last(q, v.shape[-1])
     if out.numel():
         tensors = last_contiguous(q), last_contiguous(k), last_contiguous(v), out
         strides, call = tuple(t.stride() for t in tensors), _call(q, v, bias, rows, columns, scale, masked)
@@ -258,14 +252,14 @@ def _window_forward(
 
 @_window_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, bias: Any, *_: Any) -> Tensor:
-    return _empty(q, v.shape[-1])
+    return heads_last(q, v.shape[-1])
 
 
 @operator("window_backward")
 def _window_backward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, grad: Tensor, rows: int, columns: int, scale: float, masked: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = _empty(q, q.shape[-1]), _empty(k, k.shape[-1]), _empty(v, v.shape[-1])
+    dq, dk, dv = heads_last(q), heads_last(k), heads_last(v)
     # without a bias nobody reads it: not worth a kernel that fills it
     dbias = q.new_empty((), dtype=torch.float32) if bias is None else q.new_zeros(bias.shape, dtype=torch.float32)
     if grad.numel():
@@ -284,7 +278,7 @@ def _window_backward(
 @_window_backward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, bias: Any, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dbias = q.new_empty(() if bias is None else bias.shape, dtype=torch.float32)
-    return _empty(q, q.shape[-1]), _empty(k, k.shape[-1]), _empty(v, v.shape[-1]), dbias
+    return heads_last(q), heads_last(k), heads_last(v), dbias
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
